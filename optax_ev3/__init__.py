@@ -1,0 +1,23 @@
+"""EV3 (explore, assess, adapt) as one optax gradient transformation."""
+
+from optax_ev3 import adapt, evidence
+from optax_ev3._src.composer import EV3State, ExplorerState, ev3
+from optax_ev3._src.explore import Explorer, explorer
+from optax_ev3._src.held_out import held_out
+from optax_ev3._src.record import history, stable_params, summary
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EV3State",
+    "Explorer",
+    "ExplorerState",
+    "adapt",
+    "ev3",
+    "evidence",
+    "explorer",
+    "held_out",
+    "history",
+    "stable_params",
+    "summary",
+]

@@ -1,0 +1,1 @@
+"""Implementation of optax_ev3: one stage, one module."""

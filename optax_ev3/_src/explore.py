@@ -1,0 +1,279 @@
+"""Explore: explorers, and the parameter updates that they propose."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optax_ev3._src import named
+
+# Names of the two candidates that are always there.
+CURRENT, STABLE = "current", "stable"
+
+# What optax's optimizers ask for beyond the gradient; all follow from a loss.
+_FROM_LOSS = ("value", "grad", "value_fn", "grad_fn", "obj_fn")
+
+
+class Explorer(NamedTuple):
+    """An optimizer that proposes updates, see :func:`explorer`.
+
+    Attributes:
+      tx: The inner optimizer.
+      loss_fn: What it differentiates in place of the caller's gradients, or None.
+      name: How it is called in summaries, or None for a name by its position.
+    """
+
+    tx: optax.GradientTransformation
+    loss_fn: Callable[..., Any] | None = None
+    name: str | None = None
+
+
+class Proposals(NamedTuple):
+    """What the explorers of a round propose.
+
+    Attributes:
+      updates: One tree for each explorer, with the structure and dtypes of params.
+      opt_states: By name, the inner states; unchanged where the update is not finite.
+      finite: ``[K]`` bool, whether each update is finite.
+    """
+
+    updates: list[optax.Updates]
+    opt_states: dict[str, Any]
+    finite: jax.Array
+
+
+def explorer(
+    tx: optax.GradientTransformation,
+    loss_fn: Callable[..., Any] | None = None,
+    name: str | None = None,
+) -> Explorer:
+    """An inner optimizer with a loss or a name of its own.
+
+    Args:
+      tx: Any optax transformation.
+      loss_fn: ``loss_fn(params, **named)`` -> real scalar. The explorer then takes
+        the gradient of this loss, and not the caller's; its named arguments come
+        from the extra arguments of ``update``. Default: the caller's gradients.
+      name: How the explorer is called in :func:`optax_ev3.summary`.
+
+    Returns:
+      An explorer, for the ``inner`` argument of :func:`optax_ev3.ev3`.
+
+    Raises:
+      TypeError: If ``tx`` is no transformation, or ``loss_fn`` not callable.
+
+    Examples:
+      >>> import optax, optax_ev3
+      >>> sgd = optax_ev3.explorer(optax.sgd(0.1), name="sgd")
+      >>> sgd.name
+      'sgd'
+    """
+    what = "an explorer" if name is None else f"explorer {name!r}"
+    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", 0))):
+        raise TypeError(
+            f"{what} must be an optax.GradientTransformation, such as "
+            f"optax.adam(1e-3), got {tx!r} of type {type(tx).__name__}."
+        )
+    if loss_fn is not None:
+        named.check_callback(loss_fn, f"loss_fn of {what}")
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"the name of an explorer must be a string, got {name!r}.")
+    return Explorer(tx, loss_fn, name)
+
+
+def collect(inner: Sequence[Any] | Mapping[str, Any]) -> dict[str, Explorer]:
+    """Checks the ``inner`` argument and brings it to explorers by name, in order."""
+    if isinstance(inner, optax.GradientTransformation | Explorer):
+        raise TypeError(
+            "inner must be a sequence or a mapping of explorers, got a single "
+            "transformation: write inner=[...] around it."
+        )
+    if isinstance(inner, Mapping):
+        items = [(name, _as_explorer(value, name)) for name, value in inner.items()]
+    elif isinstance(inner, Sequence) and not isinstance(inner, str):
+        made = [_as_explorer(value, None) for value in inner]
+        items = [(e.name or f"explorer_{i}", e) for i, e in enumerate(made)]
+    else:
+        raise TypeError(
+            f"inner must be a sequence or a mapping of explorers, got "
+            f"{type(inner).__name__}."
+        )
+    if not items:
+        raise ValueError("inner must hold at least one explorer, got none.")
+    names = [name for name, _ in items]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"explorers must have different names, got twice: {repeated}.")
+    reserved = sorted({CURRENT, STABLE} & set(names))
+    if reserved:
+        raise ValueError(
+            f"explorers cannot be named {reserved}: candidates that are always there "
+            f"have these names."
+        )
+    return dict(items)
+
+
+def _as_explorer(value: Any, name: str | None) -> Explorer:
+    if isinstance(value, Explorer):
+        return explorer(value.tx, value.loss_fn, value.name if name is None else name)
+    return explorer(value, name=name)
+
+
+def init_state(tx: optax.GradientTransformation, params: optax.Params) -> Any:
+    """The inner optimizer's state as arrays that we own, none weakly typed."""
+    return jax.tree.map(own, tx.init(params))
+
+
+def propose(
+    explorers: Mapping[str, Explorer],
+    grads: optax.Updates,
+    opt_states: Mapping[str, Any],
+    params: optax.Params,
+    loss_fn: Callable[..., Any] | None,
+    extra_args: Mapping[str, Any],
+    axis_name: Any = None,
+) -> Proposals:
+    """One step of every explorer from the same parameters.
+
+    Args:
+      explorers: By name.
+      grads: The caller's gradients, shared by all explorers without a loss.
+      opt_states: The inner states, by name.
+      params: Where all explorers start.
+      loss_fn: Feeds inner optimizers that ask for more than a gradient, or None.
+      extra_args: The extra arguments of ``update``.
+      axis_name: Mapped axis over which losses and own gradients are averaged.
+
+    Returns:
+      The proposals, in the order of ``explorers``.
+    """
+    updates, new_states, finite = [], {}, []
+    for name, one in explorers.items():
+        loss = _loss_of(one, name, loss_fn, extra_args, axis_name)
+        given = grads if one.loss_fn is None else _gradient(loss, params, axis_name)
+        old = opt_states[name]
+        update, new = _inner_update(one, name, given, old, params, loss, extra_args)
+        update = jax.tree.map(lambda u, p: jnp.asarray(u, p.dtype), update, params)
+        ok = all_finite(update)
+        updates.append(update)
+        new_states[name] = _hold(ok, new, old, name)
+        finite.append(ok)
+    return Proposals(updates, new_states, jnp.stack(finite))
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether all numbers of a tree are finite, a bool scalar."""
+    checks = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
+    return jnp.stack(checks).all() if checks else jnp.asarray(True)
+
+
+def _loss_of(one, name, loss_fn, extra_args, axis_name):
+    """The explorer's loss as a function of the parameters alone, or None."""
+    fn, role = loss_fn, "loss_fn"
+    if one.loss_fn is not None:
+        fn, role = one.loss_fn, f"loss_fn of explorer {name!r}"
+    if fn is None:
+        return None
+    bound = named.bind(fn, role, extra_args)
+
+    def loss(params):
+        value = bound(params)
+        shape, dtype = jnp.shape(value), jnp.result_type(value)
+        if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{role} must return a real scalar, got shape {shape} of {dtype}."
+            )
+        return value if axis_name is None else lax.pmean(value, axis_name)
+
+    return loss
+
+
+def _gradient(loss, params, axis_name):
+    grads = jax.grad(loss)(params)
+    # Complex gradients point uphill after conjugation, optax's convention.
+    grads = jax.tree.map(jnp.conj, grads)
+    return grads if axis_name is None else lax.pmean(grads, axis_name)
+
+
+def _inner_update(one, name, grads, opt_state, params, loss, extra_args):
+    """Calls the inner optimizer with the extra arguments that it can take."""
+    offered = dict(extra_args)
+    if loss is not None:
+        supplied = {
+            "value": loss(params),
+            "grad": grads,
+            "value_fn": loss,
+            "grad_fn": lambda p, *_: jax.grad(loss)(p),
+            "obj_fn": loss,
+        }
+        # A loss of one's own overrides what the caller says of another loss.
+        first, second = (offered, supplied) if one.loss_fn else (supplied, offered)
+        offered = {**first, **second}
+    names, takes_any = named.accepted(one.tx.update, 3)
+    opt_state = _unpack(opt_state, jax.eval_shape(one.tx.init, params))
+
+    def call(extras):
+        updates, new_state = one.tx.update(grads, opt_state, params, **extras)
+        return updates, jax.tree.map(_raw, new_state)
+
+    if not takes_any:
+        return _explain(call, {k: offered[k] for k in names & offered.keys()}, name)
+    try:
+        return call(offered)
+    except TypeError:
+        # Line searches reject what nobody consumes, instead of ignoring it.
+        wanted = {*names, *_FROM_LOSS}
+        if "value_fn" in offered:
+            wanted |= named.accepted(offered["value_fn"], 1)[0]
+        return _explain(call, {k: offered[k] for k in wanted & offered.keys()}, name)
+
+
+def _explain(call, extras, name):
+    try:
+        return call(extras)
+    except TypeError as error:
+        raise TypeError(
+            f"explorer {name!r} cannot be updated: {error} Extra arguments that it was "
+            f"given: {sorted(extras) or 'none'}. With ev3(..., loss_fn=...) explorers "
+            f"get {', '.join(_FROM_LOSS)}."
+        ) from error
+
+
+def _hold(ok, new, old, name):
+    """The new inner state where the update is finite, with the old one's types."""
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        raise ValueError(
+            f"explorer {name!r} changed the structure of its state from "
+            f"{jax.tree.structure(old)} to {jax.tree.structure(new)}."
+        )
+    return jax.tree.map(lambda n, o: jnp.where(ok, jnp.asarray(n, o.dtype), o), new, old)
+
+
+# Typed PRNG keys are kept as raw data: flax.serialization cannot save the others.
+
+
+def is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _raw(leaf: Any) -> Any:
+    return jax.random.key_data(leaf) if is_key(leaf) else leaf
+
+
+def own(leaf: Any) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    leaf = _raw(leaf)
+    return jnp.array(leaf, dtype=jnp.result_type(leaf))
+
+
+def _unpack(packed: Any, like: Any) -> Any:
+    def one(leaf, spec):
+        if not is_key(spec):
+            return leaf
+        return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(spec))
+
+    return jax.tree.map(one, packed, like)

@@ -1,0 +1,230 @@
+"""Record: what happened in past rounds, and what a person wants to know of it.
+
+Dimensions: ``H`` rounds kept, ``C`` candidates.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_ev3._src import explore
+from optax_ev3._src.adapt import Decision
+from optax_ev3._src.evidence import Evidence, estimate, single_objective
+
+
+class Record(NamedTuple):
+    """Ring buffer of the last H rounds, and totals over all of them.
+
+    Attributes:
+      rounds: ``[]`` int32, rounds recorded.
+      adopted: ``[H]`` int32, index of the adopted candidate.
+      significant: ``[H]`` int32, 1 where the adopted one became stable.
+      mean: ``[H, C]`` float32, mean scores; zero where not valid.
+      stderr: ``[H, C]`` float32, their standard errors; zero where not valid.
+      valid: ``[H, C]`` int32, 1 where update and scores were finite.
+      adoptions: ``[C]`` int32, how often each candidate was adopted, over all rounds.
+    """
+
+    rounds: jax.Array
+    adopted: jax.Array
+    significant: jax.Array
+    mean: jax.Array
+    stderr: jax.Array
+    valid: jax.Array
+    adoptions: jax.Array
+
+
+def empty(length: int, candidates: int) -> Record:
+    """A record of nothing, for H = ``length`` and C = ``candidates``."""
+    return Record(
+        rounds=jnp.zeros([], jnp.int32),
+        adopted=jnp.zeros([length], jnp.int32),
+        significant=jnp.zeros([length], jnp.int32),
+        mean=jnp.zeros([length, candidates], jnp.float32),
+        stderr=jnp.zeros([length, candidates], jnp.float32),
+        valid=jnp.zeros([length, candidates], jnp.int32),
+        adoptions=jnp.zeros([candidates], jnp.int32),
+    )
+
+
+def append(record: Record, decision: Decision, seen: Evidence) -> Record:
+    """The record with one more round, which takes the place of the oldest."""
+    row = record.rounds % record.adopted.shape[0]
+    mean, stderr = estimate(seen, single_objective(seen))
+
+    def clean(values):
+        return jnp.where(seen.valid, values, 0).astype(jnp.float32)
+
+    return Record(
+        rounds=optax.safe_increment(record.rounds),
+        adopted=record.adopted.at[row].set(decision.adopted),
+        significant=record.significant.at[row].set(
+            decision.significant.astype(jnp.int32)
+        ),
+        mean=record.mean.at[row].set(clean(mean)),
+        stderr=record.stderr.at[row].set(clean(stderr)),
+        valid=record.valid.at[row].set(seen.valid.astype(jnp.int32)),
+        adoptions=record.adoptions.at[decision.adopted].add(1),
+    )
+
+
+def stable_params(state: Any) -> Any:
+    """The best parameters known to be good.
+
+    Args:
+      state: The state of :func:`optax_ev3.ev3`, or any tree that holds just one, such
+        as the state of a chain or a Flax ``TrainState``.
+
+    Returns:
+      A tree like the parameters.
+
+    Raises:
+      ValueError: If ``state`` holds no state of ev3, or more than one.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_ev3
+      >>> tx = optax.chain(
+      ...     optax.clip(1.0), optax_ev3.ev3([optax.sgd(0.1)], lambda w: -(w**2))
+      ... )
+      >>> print(optax_ev3.stable_params(tx.init(jnp.array(2.0))))
+      2.0
+    """
+    return _find(state).stable
+
+
+def summary(state: Any) -> dict[str, jax.Array]:
+    """The last round in figures, for any metric logger; works under ``jit``, too.
+
+    Args:
+      state: As for :func:`stable_params`.
+
+    Returns:
+      Scalars by name. NAME runs over the explorers, ``current`` and ``stable``:
+
+      - ``ev3/round``: calls of ``update`` so far;
+      - ``ev3/skipped``: rounds among them in which no explorer's update and scores
+        were finite; they leave everything else as it was;
+      - ``ev3/adopted``: index of the candidate adopted in the last recorded round;
+      - ``ev3/significant``: 1 if that round replaced the stable parameters, else 0;
+      - ``ev3/score``, ``ev3/stderr``: mean score of the adopted one and its error;
+      - ``ev3/score/NAME``: mean score of each candidate, NaN where not finite;
+      - ``ev3/share/NAME``: how often it was adopted, as a share of all rounds.
+
+    Raises:
+      ValueError: If ``state`` holds no state of ev3, or more than one.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_ev3
+      >>> tx = optax_ev3.ev3({"sgd": optax.sgd(0.1)}, lambda w: -(w**2))
+      >>> w = jnp.array(2.0)
+      >>> _, state = tx.update(2 * w, tx.init(w), w)
+      >>> for name, value in optax_ev3.summary(state).items():
+      ...     print(f"{name} {value:.2f}")
+      ev3/round 1.00
+      ev3/skipped 0.00
+      ev3/adopted 0.00
+      ev3/significant 1.00
+      ev3/score -2.56
+      ev3/stderr 0.00
+      ev3/score/sgd -2.56
+      ev3/score/current -4.00
+      ev3/score/stable -4.00
+      ev3/share/sgd 1.00
+      ev3/share/current 0.00
+      ev3/share/stable 0.00
+    """
+    state = _find(state)
+    record = state.record
+    row = (record.rounds - 1) % record.adopted.shape[0]
+    adopted = record.adopted[row]
+    mean = jnp.where(record.valid[row] > 0, record.mean[row], jnp.nan)
+    share = record.adoptions / jnp.maximum(record.rounds, 1)
+    positions = _positions(state)
+    return {
+        "ev3/round": state.ev3_round,
+        "ev3/skipped": state.ev3_round - record.rounds,
+        "ev3/adopted": adopted,
+        "ev3/significant": record.significant[row],
+        "ev3/score": mean[adopted],
+        "ev3/stderr": record.stderr[row, adopted],
+        **{f"ev3/score/{name}": mean[at] for name, at in positions.items()},
+        **{f"ev3/share/{name}": share[at] for name, at in positions.items()},
+    }
+
+
+def history(state: Any) -> dict[str, np.ndarray]:
+    """The last rounds, oldest first.
+
+    Args:
+      state: As for :func:`stable_params`, with concrete arrays: not under ``jit``.
+
+    Returns:
+      NumPy arrays, R rounds by C candidates; R is at most ``history_length``, and
+      rounds in which nothing was valid are not among them:
+
+      - ``round`` ``[R]``: the number of the round among the recorded ones, from 0;
+      - ``candidates`` ``[C]``: the names of the candidates, in their order;
+      - ``adopted`` ``[R]``: index of the adopted candidate;
+      - ``significant`` ``[R]`` bool: whether it became stable;
+      - ``mean``, ``stderr`` ``[R, C]``: scores and their errors, NaN where not finite.
+
+    Raises:
+      TypeError: If ``state`` is traced.
+      ValueError: If ``state`` holds no state of ev3, or more than one.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_ev3
+      >>> tx = optax_ev3.ev3({"sgd": optax.sgd(0.1)}, lambda w: -(w**2))
+      >>> w = jnp.array(2.0)
+      >>> _, state = tx.update(2 * w, tx.init(w), w)
+      >>> past = optax_ev3.history(state)
+      >>> print(past["candidates"][past["adopted"]], past["mean"].shape)
+      ['sgd'] (1, 3)
+    """
+    state = _find(state)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(state)):
+        raise TypeError("history needs concrete arrays: call it outside of jit.")
+    record = jax.tree.map(np.asarray, state.record)
+    if record.rounds.ndim:
+        raise ValueError(
+            f"history takes one run at a time, got a batch of shape "
+            f"{record.rounds.shape}: index the state first."
+        )
+    kept = min(int(record.rounds), len(record.adopted))
+    number = np.arange(int(record.rounds) - kept, int(record.rounds))
+    rows = number % len(record.adopted)
+    valid = record.valid[rows] > 0
+    positions = _positions(state)
+    return {
+        "round": number,
+        "candidates": np.array(sorted(positions, key=lambda name: positions[name])),
+        "adopted": record.adopted[rows],
+        "significant": record.significant[rows] > 0,
+        "mean": np.where(valid, record.mean[rows], np.nan),
+        "stderr": np.where(valid, record.stderr[rows], np.nan),
+    }
+
+
+def _positions(state: Any) -> dict[str, Any]:
+    """Index of every candidate by its name."""
+    explorers = {name: one.position for name, one in state.explorers.items()}
+    count = len(explorers)
+    return {**explorers, explore.CURRENT: count, explore.STABLE: count + 1}
+
+
+def _find(tree: Any) -> Any:
+    """The only state of ev3 in ``tree``: recognized by its record of past rounds."""
+
+    def is_state(node):
+        return isinstance(getattr(node, "record", None), Record)
+
+    found = [x for x in jax.tree.leaves(tree, is_leaf=is_state) if is_state(x)]
+    if len(found) != 1:
+        raise ValueError(
+            f"expected a tree with one state of ev3, found {len(found)} in "
+            f"{type(tree).__name__}."
+        )
+    return found[0]
