@@ -16,5 +16,4 @@ __all__ = [
     "compare",
     "estimate",
     "single_objective",
-    "",
 ]

@@ -190,8 +190,12 @@ def ev3(
         candidates += [params, state.stable]
         assess_one = named.bind(assess_fn, "assess_fn", extra_args, {"key": assess_key})
         scores = assess.score(assess_one, candidates, assess_mode)
-        finite = jnp.concatenate([proposals.finite, jnp.ones([2], bool)])
-        seen = evidence.gather(scores, finite, axis_name)
+        seen = evidence.gather(
+            scores,
+            jnp.append(proposals.finite, jnp.ones([2], bool)),
+            jnp.append(proposals.uphill, jnp.zeros([2], bool)),
+            axis_name,
+        )
         decision, memory = rule.decide(seen, state.memory, rule_key)
         chosen = _choose(decision.adopted, proposals.updates, params, state.stable)
         visible = optax.apply_updates(params, chosen)

@@ -51,22 +51,29 @@ class Evidence(NamedTuple):
       scores: For each objective ``[C, N]``, or ``[C]`` where its figures are exact;
         float32 or wider, higher is better. Rows of invalid candidates are zero.
       valid: ``[C]`` bool, false where the update or a score is not finite.
+      uphill: ``[C]`` bool, true where the update raises the explorer's loss to first
+        order.
       axis_name: Mapped axis over which the examples are spread, or None.
     """
 
     scores: Mapping[str, jax.Array]
     valid: jax.Array
+    uphill: jax.Array
     axis_name: Any = None
 
 
 def gather(
-    scores: Mapping[str, jax.Array], finite: jax.Array, axis_name: Any = None
+    scores: Mapping[str, jax.Array],
+    finite: jax.Array,
+    uphill: jax.Array,
+    axis_name: Any = None,
 ) -> Evidence:
     """Collects scores into evidence, and says which candidates are valid.
 
     Args:
       scores: For each objective ``[C, N]`` or ``[C]``.
       finite: ``[C]`` bool, whether each candidate's update is finite.
+      uphill: ``[C]`` bool, see :class:`Evidence`.
       axis_name: Mapped axis over which the examples are spread, or None. A
         candidate is valid where it is so on all devices.
 
@@ -84,7 +91,7 @@ def gather(
         clean[name] = jnp.where(mask, values, 0)
         if values.ndim == 1 and axis_name is not None:
             clean[name] = lax.pmean(clean[name], axis_name)
-    return Evidence(clean, valid, axis_name)
+    return Evidence(clean, valid, uphill, axis_name)
 
 
 def estimate(evidence: Evidence, objective: str) -> Estimate:
@@ -95,7 +102,9 @@ def estimate(evidence: Evidence, objective: str) -> Estimate:
     return Estimate(*_mean_and_stderr(values, evidence.axis_name)[:2])
 
 
-def compare(evidence: Evidence, objective: str, reference: Any) -> Comparison:
+def compare(
+    evidence: Evidence, objective: str, reference: Any, noise: Any = 0.0
+) -> Comparison:
     r"""Paired comparison of every candidate with one of them.
 
     With :math:`D_i` the difference on example i, :math:`t = \bar D / (s / \sqrt N)`,
@@ -107,12 +116,16 @@ def compare(evidence: Evidence, objective: str, reference: Any) -> Comparison:
     which errs by less than 0.03 for :math:`\nu \ge 4` and :math:`|z| \le 3`, on the
     cautious side in the tails. Evidence is never stronger than that of N coins
     that all fall alike, :math:`|z| \le \sqrt{2 N \ln 2}`, so that a few examples
-    with equal differences are not taken for certainty. An exact figure is certain.
+    with equal differences are not taken for certainty.
+
+    Exact figures are compared with ``noise``, :math:`z = D / noise`; without noise any
+    difference is certain.
 
     Args:
       evidence: The scores of the round.
       objective: Which objective to compare.
       reference: Index of the reference, a Python or traced integer.
+      noise: ``[]``, standard deviation of the differences between exact figures.
 
     Returns:
       Gains, standard errors and z values, all ``[C]``; zero where the candidate or
@@ -127,7 +140,8 @@ def compare(evidence: Evidence, objective: str, reference: Any) -> Comparison:
     difference = values - values[reference]
     if values.ndim == 1:
         gain = jnp.where(both, difference, 0)
-        return Comparison(gain, jnp.zeros_like(gain), jnp.sign(gain) * CERTAIN)
+        z = gain / jnp.maximum(jnp.abs(gain) / CERTAIN, noise)
+        return Comparison(gain, jnp.zeros_like(gain), jnp.where(gain == 0, 0, z))
     difference = jnp.where(both[:, None], difference, 0)
     # The statistic does not depend on the scale: with differences brought to at
     # most one, the square of a huge one does not overflow.

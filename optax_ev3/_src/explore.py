@@ -38,11 +38,13 @@ class Proposals(NamedTuple):
       updates: One tree for each explorer, with the structure and dtypes of params.
       opt_states: By name, the inner states; unchanged where the update is not finite.
       finite: ``[K]`` bool, whether each update is finite.
+      uphill: ``[K]`` bool, whether each update raises the loss to first order.
     """
 
     updates: list[optax.Updates]
     opt_states: dict[str, Any]
     finite: jax.Array
+    uphill: jax.Array
 
 
 def explorer(
@@ -150,7 +152,7 @@ def propose(
     Returns:
       The proposals, in the order of ``explorers``.
     """
-    updates, new_states, finite = [], {}, []
+    updates, new_states, finite, uphill = [], {}, [], []
     for name, one in explorers.items():
         loss = _loss_of(one, name, loss_fn, extra_args, axis_name)
         given = grads if one.loss_fn is None else _gradient(loss, params, axis_name)
@@ -161,13 +163,22 @@ def propose(
         updates.append(update)
         new_states[name] = _hold(ok, new, old, name)
         finite.append(ok)
-    return Proposals(updates, new_states, jnp.stack(finite))
+        uphill.append(_slope(update, given) > 0)
+    return Proposals(updates, new_states, jnp.stack(finite), jnp.stack(uphill))
 
 
 def all_finite(tree: Any) -> jax.Array:
     """Whether all numbers of a tree are finite, a bool scalar."""
     checks = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
     return jnp.stack(checks).all() if checks else jnp.asarray(True)
+
+
+def _slope(update: optax.Updates, grads: optax.Updates) -> jax.Array:
+    """First-order change of the loss by an update, a float32 scalar."""
+    products = jax.tree.map(
+        lambda u, g: jnp.sum(jnp.real(u * g), dtype=jnp.float32), update, grads
+    )
+    return sum(jax.tree.leaves(products), jnp.zeros([], jnp.float32))
 
 
 def _loss_of(one, name, loss_fn, extra_args, axis_name):

@@ -1,0 +1,79 @@
+"""The examples and the demo, run as a user runs them, on a small budget."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+# Each in ten classes has about a tenth of the test set: a constant gets 0.1.
+LEARNED = 0.75
+
+
+def run(name, *args, cwd):
+    """Runs an example elsewhere than in the source tree, with the installed package."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLES / name), *args],
+        cwd=cwd,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["plain_jax.py", "linen_train_state.py", "linen_extra_args.py", "nnx_optimizer.py"],
+)
+def test_example_learns(name, tmp_path):
+    done = run(name, "--steps=60", "--seed=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    before, after = map(float, re.findall(r"test accuracy ([\d.]+)", done.stdout))
+    assert before < 0.3
+    assert after > LEARNED
+    shown = dict(line.split() for line in done.stdout.splitlines() if "ev3/" in line)
+    assert float(shown["ev3/round"]) == 60
+    assert float(shown["ev3/skipped"]) == 0
+    assert float(shown["ev3/share/adam"]) + float(shown["ev3/share/sgd"]) > 0.5
+
+
+@pytest.mark.slow
+def test_demo_draws_and_succeeds(tmp_path):
+    args = ["--seeds=2", "--steps=60", f"--min_accuracy={LEARNED}"]
+    done = run("demo.py", *args, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    methods = re.findall(
+        r"^(.+?) +([\d.]+) ± [\d.]+ +[\d.]+ ± [\d.]+", done.stdout, re.M
+    )
+    assert [name.strip() for name, _ in methods] == [
+        "EV3",
+        "its stable parameters",
+        "Adam 0.001 alone",
+        "SGD 0.1 alone",
+    ]
+    assert all(LEARNED - 0.1 < float(accuracy) <= 1 for _, accuracy in methods)
+    shares = re.search(r"EV3 adopted: (.*)\.$", done.stdout, re.M)[1]
+    assert sum(map(float, re.findall(r"([\d.]+)%", shares))) == pytest.approx(
+        100, abs=1
+    )
+    assert "60/60" in done.stderr  # The progress bar got to its end.
+
+    image = pytest.importorskip("matplotlib.image").imread(tmp_path / "demo.png")
+    assert min(image.shape[:2]) > 500
+    # Lines, bars and text in colours, not an empty page.
+    assert len({tuple(pixel) for row in image[::9, ::9] for pixel in row}) > 10
+    assert 0.05 < (image[..., :3] < 0.9).any(-1).mean() < 0.9
+
+
+@pytest.mark.slow
+def test_demo_fails_and_says_why(tmp_path):
+    args = ["--seeds=2", "--steps=10", "--min_accuracy=0.999", "--plot=missing/it.png"]
+    done = run("demo.py", *args, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "The demo failed: EV3 reached a test accuracy of 0." in done.stderr
+    assert "the picture could not be written" in done.stderr
