@@ -83,12 +83,7 @@ def train(steps: int, seed: int) -> float:
     model.eval()
     after = float(accuracy(model, data.test))
     print(f"After {steps} steps: test accuracy {after:.4f}")
-    state = jax.tree.map(
-        lambda leaf: leaf[...],
-        optimizer.opt_state,
-        is_leaf=lambda node: isinstance(node, nnx.Variable),
-    )
-    for name, value in jax.jit(optax_ev3.summary)(state).items():
+    for name, value in optax_ev3.summary(optimizer.opt_state).items():
         print(f"  {name:18} {value:8.3f}")
     return after
 

@@ -216,7 +216,7 @@ def _positions(state: Any) -> dict[str, Any]:
 
 
 def _find(tree: Any) -> Any:
-    """The only state of ev3 in ``tree``: recognized by its record of past rounds."""
+    """The only state of ev3 in ``tree``, recognized by its record of past rounds."""
 
     def is_state(node):
         return isinstance(getattr(node, "record", None), Record)
@@ -227,4 +227,13 @@ def _find(tree: Any) -> Any:
             f"expected a tree with one state of ev3, found {len(found)} in "
             f"{type(tree).__name__}."
         )
-    return found[0]
+    return jax.tree.map(
+        lambda leaf: leaf[...] if _is_variable(leaf) else leaf,
+        found[0],
+        is_leaf=_is_variable,
+    )
+
+
+def _is_variable(node: Any) -> bool:
+    """Whether a node is an array in a box, as Flax NNX keeps them."""
+    return hasattr(node, "__jax_array__")
