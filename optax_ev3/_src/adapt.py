@@ -55,7 +55,8 @@ def greedy(confidence: float = 0.95) -> Rule:
     better by a paired test on the round's examples.
 
     Args:
-      confidence: Of that test, one-sided, corrected for K explorers (Bonferroni).
+      confidence: Of that test, one-sided, corrected for the K + 1 candidates that may
+        become stable (Bonferroni).
 
     Returns:
       A rule that takes one objective.
@@ -83,7 +84,7 @@ def greedy(confidence: float = 0.95) -> Rule:
         )
         adopted = _first(evidence.valid & (mean == best), order, explorers)
         to_stable = compare(evidence, objective, explorers + 1)
-        significant = to_stable.z[adopted] > _critical(alpha / explorers)
+        significant = to_stable.z[adopted] > _critical(alpha / (explorers + 1))
         return Decision(adopted, significant), memory
 
     return Rule(lambda explorers: (), decide)
@@ -154,8 +155,7 @@ def lower_bound(select_alpha: float = 0.5, decide_alpha: float = 1.96) -> Rule:
     return Rule(lambda explorers: (), decide)
 
 
-# Of the default rule. Measured on several tasks with benchmarks/rules.py: results
-# hardly change within a factor of two of each.
+# Of the default rule, chosen on digits with the tables of benchmarks/rules.py.
 _MEMORY = 0.95  # what an earlier round weighs, a round later: 20 rounds in all
 _LOUDEST = 1.5  # the most that one round says, in standard normal units
 _PRIOR = 10.0  # rounds' worth of doubt, before any evidence
@@ -212,9 +212,12 @@ def confident(confidence: float = 0.95) -> Rule:
        the others, plus standard normal noise (Thompson sampling): equal explorers
        share the rounds, and clearly better ones get them.
     3. *Back to stable.* If the one chosen is shown to be worse than ``stable``, by
-       the evidence since they parted or by a z below -4 in this round, ``stable`` is
-       adopted.
-    4. *Stable* is replaced by what is adopted where this round shows it to be better.
+       the evidence since they parted (at a level divided by 20, since it is
+       considered anew in each round remembered) or by a z below -4 in this round,
+       ``stable`` is adopted.
+    4. *Stable* is replaced by what is adopted where this round shows it to be better,
+       at level :math:`(1 - \text{confidence}) / (K + 1)`: explorers and ``current``
+       may become stable.
 
     A round of fresh examples replaces stable parameters by equally good or worse ones
     with probability at most 1 - confidence (nominal; measured in
@@ -297,7 +300,7 @@ def confident(confidence: float = 0.95) -> Rule:
         stable = _add(memory.stable, to_stable.z[chosen])
         worse = (_z(stable) < -patient) | (to_stable.z[chosen] < -_AT_ONCE)
         adopted = _valid_or_next(jnp.where(worse, explorers + 1, chosen), evidence)
-        significant = to_stable.z[adopted] > critical
+        significant = to_stable.z[adopted] > _critical(alpha / (explorers + 1))
         parted = ~significant & (adopted != explorers + 1)
         step = _step(to_current.gain, adopted, valid)
         return Decision(adopted, significant), ConfidentMemory(

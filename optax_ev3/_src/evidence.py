@@ -3,8 +3,8 @@
 Dimensions: ``C`` candidates, ``N`` examples.
 """
 
-import math
 from collections.abc import Mapping
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import jax
@@ -115,8 +115,8 @@ def compare(
 
     which errs by less than 0.03 for :math:`\nu \ge 4` and :math:`|z| \le 3`, on the
     cautious side in the tails. Evidence is never stronger than that of N coins
-    that all fall alike, :math:`|z| \le \sqrt{2 N \ln 2}`, so that a few examples
-    with equal differences are not taken for certainty.
+    that all fall alike, :math:`p = 2^{-N}`, so that a few examples with equal
+    differences are not taken for certainty.
 
     Exact figures are compared with ``noise``, :math:`z = D / noise`; without noise any
     difference is certain.
@@ -137,7 +137,7 @@ def compare(
     """
     values = evidence.scores[objective]
     both = evidence.valid & evidence.valid[reference]
-    difference = values - values[reference]
+    difference = values - jnp.expand_dims(values[reference], 0)
     if values.ndim == 1:
         gain = jnp.where(both, difference, 0)
         z = gain / jnp.maximum(jnp.abs(gain) / CERTAIN, noise)
@@ -187,7 +187,7 @@ def _normal_units(mean: jax.Array, stderr: jax.Array, n: int) -> jax.Array:
     if n < 2:
         return jnp.zeros_like(mean)
     freedom = n - 1.0
-    cap = min(math.sqrt(2 * n * math.log(2)), CERTAIN)
+    cap = min(-NormalDist().inv_cdf(0.5 ** min(n, 1000)), CERTAIN)
     # t beyond this is past the cap; dividing by its inverse times the mean at the
     # least keeps t finite where all differences are equal.
     floor = jnp.abs(mean) * 1e-6

@@ -1,0 +1,548 @@
+"""What EV3 costs beyond the sum of its parts.
+
+    python benchmarks/overhead.py [--quick] [--json PATH] [--parts steps,updates,rounds]
+
+steps: one jitted EV3 step over a step written by hand that does the same work and
+  nothing more, as one would write it (ratio) and tuned for memory traffic (over_tuned);
+  compile seconds and the compiler's peak memory of all.
+updates: the assessments taken away, K inner updates with all of EV3's bookkeeping over
+  the K updates alone.
+rounds: milliseconds a round in a small setting, beside one Adam step.
+
+Programs that are compared run in turn within every repeat, in changing order, and each
+ratio is taken within a repeat: load from outside hits both sides of it alike. Tables
+give the median over the repeats, and the quartiles.
+"""
+
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags
+from jax import lax
+
+import optax_ev3
+
+PARTS = ("steps", "updates", "rounds")
+MODES = ("unroll", "vmap", "map")
+BY_HAND, TUNED = "by hand", "by hand, tuned"
+TARGETS = {"steps": 1.05, "updates": 1.25}
+
+_QUICK = flags.DEFINE_bool("quick", False, "Tiny models and few repeats: a test.")
+_REPEATS = flags.DEFINE_integer("repeats", 40, "Repeats of each measurement.", 2)
+_PARTS = flags.DEFINE_list("parts", list(PARTS), f"Which of {', '.join(PARTS)}.")
+_JSON = flags.DEFINE_string("json", None, "Write all figures to this file.")
+
+
+class Settings(NamedTuple):
+    repeats: int = 40
+    sample_seconds: float = 0.06
+    explorers: tuple[int, ...] = (2, 4, 8)
+    batch: int = 256
+    mlp: tuple[int, ...] = (784, 784, 512, 10)
+    image: tuple[int, int, int] = (16, 16, 3)
+    channels: tuple[int, ...] = (16, 32, 64)
+    rounds: int = 100
+
+
+QUICK = Settings(
+    repeats=3,
+    sample_seconds=0.0,
+    explorers=(2,),
+    batch=16,
+    mlp=(16, 16, 10),
+    image=(4, 4, 1),
+    channels=(4,),
+    rounds=5,
+)
+
+
+# Models and data.
+
+
+class Problem(NamedTuple):
+    """A model, as parameters and a score for each example, and batches of data."""
+
+    params: Any
+    score_fn: Callable[[Any, Any], jax.Array]
+    batches: list[Any]
+
+    def loss_fn(self, params, batch):
+        return -self.score_fn(params, batch).mean()
+
+
+def mlp_problem(settings: Settings) -> Problem:
+    return Problem(
+        mlp_params(settings.mlp),
+        lambda params, batch: log_likelihood(mlp(params, batch[0]), batch[1]),
+        noisy_batches((settings.mlp[0],), settings.batch),
+    )
+
+
+def conv_problem(settings: Settings) -> Problem:
+    rng = np.random.default_rng(0)
+    sizes = [settings.image[2], *settings.channels]
+    kernels = [
+        jnp.asarray(rng.normal(0, (2 / (9 * a)) ** 0.5, (3, 3, a, b)), jnp.float32)
+        for a, b in itertools.pairwise(sizes)
+    ]
+    side = math.ceil(settings.image[0] / 2 ** len(kernels))
+    params = {"conv": kernels, "dense": mlp_params((side * side * sizes[-1], 10))}
+
+    def logits(params, x):
+        for kernel in params["conv"]:
+            x = lax.conv_general_dilated(
+                x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            x = jax.nn.relu(x)
+        return mlp(params["dense"], x.reshape(x.shape[0], -1))
+
+    return Problem(
+        params,
+        lambda params, batch: log_likelihood(logits(params, batch[0]), batch[1]),
+        noisy_batches(settings.image, settings.batch),
+    )
+
+
+def mlp_params(sizes: Sequence[int]) -> list[dict[str, jax.Array]]:
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "w": jnp.asarray(rng.normal(0, (2 / a) ** 0.5, (a, b)), jnp.float32),
+            "b": jnp.zeros([b], jnp.float32),
+        }
+        for a, b in itertools.pairwise(sizes)
+    ]
+
+
+def mlp(params, x):
+    for layer in params[:-1]:
+        x = jax.nn.relu(x @ layer["w"] + layer["b"][None])
+    return x @ params[-1]["w"] + params[-1]["b"][None]
+
+
+def log_likelihood(logits, labels):
+    return -optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def noisy_batches(shape: tuple[int, ...], size: int, count: int = 16) -> list[Any]:
+    """A linear teacher with noise: losses fall, and stay away from zero."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(count, size, *shape)).astype(np.float32)
+    flat = x.reshape(count, size, -1)
+    clean = flat @ rng.normal(size=(flat.shape[-1], 10)) / flat.shape[-1] ** 0.5
+    y = np.argmax(clean + rng.gumbel(size=clean.shape), axis=-1)
+    return [(jnp.asarray(a), jnp.asarray(b)) for a, b in zip(x, y, strict=True)]
+
+
+def inner_optimizers(count: int) -> list[optax.GradientTransformation]:
+    """Adams, SGDs with momentum and RMSProps, each with a rate of its own."""
+    kinds = (
+        optax.adam(1e-3),
+        optax.sgd(0.03, momentum=0.9),
+        optax.adam(3e-4),
+        optax.rmsprop(1e-3),
+        optax.sgd(0.01, momentum=0.9, nesterov=True),
+        optax.adam(2e-3),
+        optax.rmsprop(3e-4),
+        optax.sgd(0.003, momentum=0.9),
+    )
+    return list(kinds[:count])
+
+
+# The programs. A step maps (params, state, train batch, held-out batch) to (params,
+# state), and makes use of the buffers of the first two.
+
+
+def ev3_step(problem: Problem, inner, mode: str = "unroll", adapt=None):
+    """The step with EV3, and its first state."""
+    tx = optax_ev3.ev3(
+        inner,
+        lambda params, held_out: problem.score_fn(params, held_out),
+        adapt=adapt,
+        assess_mode=mode,
+    )
+
+    def step(params, state, train, held_out):
+        grads = jax.grad(problem.loss_fn)(params, train)
+        updates, state = tx.update(grads, state, params, held_out=held_out)
+        return optax.apply_updates(params, updates), state
+
+    return step, tx.init(problem.params)
+
+
+def by_hand_step(problem: Problem, inner, tuned: bool = False):
+    """The same work and nothing more: no rule, no record, no checks of arguments.
+
+    Tuned, a new inner state is not kept while its update is checked but computed again,
+    rows are checked by their maximum, and a switch selects the update.
+    """
+
+    def step(params, state, train, held_out):
+        opt_states, stable = state
+        grads = jax.grad(problem.loss_fn)(params, train)
+        updates, held, finite = [], [], []
+        for tx, old in zip(inner, opt_states, strict=True):
+            update, new = tx.update(grads, old, params)
+            ok = (finite_rows if tuned else all_finite)(update)
+            if tuned:
+                zeros = jax.tree.map(jnp.zeros_like, grads)
+                new = tx.update(where(ok, grads, zeros), old, params)[1]
+            updates.append(update)
+            held.append(where(ok, new, old))
+            finite.append(ok)
+        candidates = [optax.apply_updates(params, update) for update in updates]
+        candidates += [params, stable]
+        means = jnp.stack([problem.score_fn(c, held_out).mean() for c in candidates])
+        finite = jnp.stack([*finite, True, True]) & jnp.isfinite(means)
+        means = jnp.where(finite, means, -jnp.inf)
+        best = jnp.argmax(means)
+        stay = jax.tree.map(jnp.zeros_like, params)
+        back = jax.tree.map(jnp.subtract, stable, params)
+        moves = [*updates, stay, back]
+        if tuned:
+            update = lax.switch(best, [lambda move=move: move for move in moves])
+        else:
+            update = jax.tree.map(lambda *leaves: lax.select_n(best, *leaves), *moves)
+        params = optax.apply_updates(params, update)
+        stable = where(means[best] > means[-1], params, stable)
+        return params, (held, stable)
+
+    stable = jax.tree.map(jnp.copy, problem.params)
+    return step, ([tx.init(problem.params) for tx in inner], stable)
+
+
+def ev3_updates(problem: Problem, inner):
+    """EV3 with nothing to assess: (state, grads, params) -> (update, state)."""
+    size = len(problem.batches[0][1])
+    tx = optax_ev3.ev3(inner, lambda params: jnp.zeros([size]))
+
+    def step(state, grads, params):
+        update, state = tx.update(grads, state, params)
+        return state, update
+
+    return step, tx.init(problem.params)
+
+
+def plain_updates(problem: Problem, inner):
+    """The inner updates alone, with the same arguments."""
+
+    def step(states, grads, params):
+        pairs = [
+            tx.update(grads, state, params)
+            for tx, state in zip(inner, states, strict=True)
+        ]
+        return [state for _, state in pairs], [update for update, _ in pairs]
+
+    return step, [tx.init(problem.params) for tx in inner]
+
+
+def all_finite(tree):
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
+def finite_rows(tree):
+    rows = [jnp.abs(leaf).max(axis=-1) for leaf in jax.tree.leaves(tree)]
+    return all_finite(rows)
+
+
+def where(condition, new, old):
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
+
+
+# Measuring.
+
+
+class Compiled(NamedTuple):
+    call: Callable[..., Any]
+    seconds: float
+    peak_bytes: int
+
+
+def compile_step(step, donated: tuple[int, ...], *args) -> Compiled:
+    """Compiles, with the seconds that tracing and compiling took."""
+    start = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=donated).lower(*args).compile()
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    peak = (
+        memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.argument_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    return Compiled(compiled, seconds, peak)
+
+
+def race(
+    runners: dict[str, Callable[[], Any]], settings: Settings
+) -> dict[str, np.ndarray]:
+    """Seconds a call of each runner in each repeat: all in turn, in changing order."""
+    single = {}
+    for name, run in runners.items():
+        jax.block_until_ready(run())
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        single[name] = time.perf_counter() - start
+    calls = max(2, math.ceil(settings.sample_seconds / min(single.values())))
+    seconds = {name: np.empty(settings.repeats) for name in runners}
+    order = list(runners)
+    for repeat in range(settings.repeats):
+        for name in order if repeat % 2 else reversed(order):
+            run = runners[name]
+            start = time.perf_counter()
+            for _ in range(calls):
+                out = run()
+            jax.block_until_ready(out)
+            seconds[name][repeat] = (time.perf_counter() - start) / calls
+        if repeat % 2:  # Both directions first, then another one leads.
+            order = [*order[1:], order[0]]
+    return seconds
+
+
+def ratio_row(seconds: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    low, median, high = np.percentile(seconds / reference, [25, 50, 75])
+    return {
+        "milliseconds": 1e3 * float(np.median(seconds)),
+        "ratio": float(median),
+        "ratio_25": float(low),
+        "ratio_75": float(high),
+    }
+
+
+def step_runner(call, problem: Problem, state):
+    """Runs a step again and again, each time on other batches."""
+    carry = [(jax.tree.map(jnp.copy, problem.params), state)]
+    count = len(problem.batches)
+    position = [0]
+
+    def run():
+        train = problem.batches[position[0] % count]
+        held_out = problem.batches[(position[0] + count // 2) % count]
+        position[0] += 1
+        carry[0] = call(*carry[0], train, held_out)
+        return carry[0]
+
+    return run
+
+
+def update_runner(call, grads, params, state):
+    carry = [state]
+
+    def run():
+        carry[0], update = call(carry[0], grads, params)
+        return carry[0], update
+
+    return run
+
+
+def measure_steps(name: str, problem: Problem, count: int, settings: Settings):
+    inner = inner_optimizers(count)
+    programs = {mode: ev3_step(problem, inner, mode) for mode in MODES}
+    programs[BY_HAND] = by_hand_step(problem, inner)
+    programs[TUNED] = by_hand_step(problem, inner, tuned=True)
+    runners, compiled = {}, {}
+    batch = problem.batches[0]
+    for label, (step, state) in programs.items():
+        compiled[label] = compile_step(
+            step, (0, 1), problem.params, state, batch, batch
+        )
+        runners[label] = step_runner(compiled[label].call, problem, state)
+    seconds = race(runners, settings)
+    return [
+        {
+            "model": name,
+            "explorers": count,
+            "program": label,
+            **ratio_row(seconds[label], seconds[BY_HAND]),
+            "over_tuned": float(np.median(seconds[label] / seconds[TUNED])),
+            "compile_seconds": compiled[label].seconds,
+            "peak_mib": compiled[label].peak_bytes / 2**20,
+        }
+        for label in programs
+    ]
+
+
+def measure_updates(name: str, problem: Problem, count: int, settings: Settings):
+    inner = inner_optimizers(count)
+    grads = jax.grad(problem.loss_fn)(problem.params, problem.batches[0])
+    programs = {
+        "ev3": ev3_updates(problem, inner),
+        "updates alone": plain_updates(problem, inner),
+    }
+    runners = {}
+    for label, (step, state) in programs.items():
+        compiled = compile_step(step, (0,), state, grads, problem.params)
+        runners[label] = update_runner(compiled.call, grads, problem.params, state)
+    seconds = race(runners, settings)
+    return [
+        {
+            "model": name,
+            "explorers": count,
+            "program": label,
+            **ratio_row(seconds[label], seconds["updates alone"]),
+        }
+        for label in programs
+    ]
+
+
+def measure_rounds(settings: Settings):
+    """Digits, two optimizers, one step a round, batches of 128, MLP 64-128-128-10."""
+    from sklearn import datasets
+
+    images, labels = datasets.load_digits(return_X_y=True)
+    x = jnp.asarray(images / 16.0, jnp.float32)
+    y = jnp.asarray(labels, jnp.int32)
+    rows = np.random.default_rng(0).integers(len(x), size=(2, settings.rounds, 128))
+    train, held_out = ((x[index], y[index]) for index in rows)
+    problem = Problem(
+        mlp_params((64, 128, 128, 10)),
+        lambda params, batch: log_likelihood(mlp(params, batch[0]), batch[1]),
+        [],
+    )
+    adam = optax.adam(1e-3)
+
+    def adam_step(params, state, train, held_out):
+        del held_out
+        grads = jax.grad(problem.loss_fn)(params, train)
+        updates, state = adam.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    programs = {
+        "ev3": ev3_step(problem, [adam, optax.sgd(0.1)]),
+        "adam": (adam_step, adam.init(problem.params)),
+    }
+    batches = [
+        jax.tree.map(lambda array, i=i: array[i], (train, held_out))
+        for i in range(settings.rounds)
+    ]
+    runners = {}
+    for label, (step, state) in programs.items():
+        jitted = jax.jit(step)
+
+        def from_python(jitted=jitted, state=state):
+            carry = problem.params, state
+            for batch in batches:
+                carry = jitted(*carry, *batch)
+            return carry
+
+        def in_scan(carry, step=step):
+            return lax.scan(
+                lambda c, batch: (step(*c, *batch), None), carry, (train, held_out)
+            )[0]
+
+        scanned = jax.jit(in_scan)
+        runners[label, "python"] = from_python
+        runners[label, "scan"] = lambda scanned=scanned, state=state: scanned(
+            (problem.params, state)
+        )
+    seconds = race(runners, settings)
+    return [
+        {
+            "program": label,
+            "loop": loop,
+            **{
+                key: value / (settings.rounds if key == "milliseconds" else 1)
+                for key, value in ratio_row(
+                    seconds[label, loop], seconds["adam", loop]
+                ).items()
+            },
+        }
+        for label, loop in runners
+    ]
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        "jax": jax.__version__,
+        "optax": optax.__version__,
+        "optax_ev3": optax_ev3.__version__,
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def print_table(rows: Sequence[dict[str, Any]], title: str = "") -> None:
+    """Rows with the same keys, under their keys."""
+    cells = [list(rows[0])] + [
+        [f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()]
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    if title:
+        print(f"\n{title}\n")
+    for line in cells:
+        pairs = zip(line, widths, strict=True)
+        print("  ".join(cell.rjust(width) for cell, width in pairs), flush=True)
+
+
+def measure(settings: Settings, parts: Sequence[str] = PARTS) -> dict[str, Any]:
+    """Runs the benchmark, prints its tables, and returns all figures."""
+    figures: dict[str, Any] = {"machine": machine(), "settings": settings._asdict()}
+    print_table([figures["machine"]])
+    problems = {"mlp": mlp_problem(settings), "conv": conv_problem(settings)}
+    for name, problem in problems.items():
+        size = sum(leaf.size for leaf in jax.tree.leaves(problem.params))
+        print(f"{name}: {size:,} parameters, batches of {settings.batch}")
+    for part, fn, title in (
+        ("steps", measure_steps, "One step, over the same work written by hand"),
+        ("updates", measure_updates, "Nothing to assess, over the K updates alone"),
+    ):
+        if part in parts:
+            rows = []
+            for name, problem in problems.items():
+                for count in settings.explorers:
+                    rows += fn(name, problem, count, settings)
+            print_table(rows, title)
+            print(f"\n{verdict(rows, TARGETS[part])}")
+            figures[part] = rows
+    if "rounds" in parts:
+        figures["rounds"] = measure_rounds(settings)
+        title = "Milliseconds a round, digits, 2 optimizers, over a step of Adam"
+        print_table(figures["rounds"], title)
+    return figures
+
+
+def verdict(rows: Sequence[dict[str, Any]], target: float) -> str:
+    """The best program of each row group, against the target."""
+    best: dict[Any, float] = {}
+    for row in rows:
+        if row["program"] not in (BY_HAND, TUNED, "updates alone"):
+            group = row["model"], row["explorers"]
+            best[group] = min(row["ratio"], best.get(group, math.inf))
+    worst = max(best.values())
+    middle = statistics.median(best.values())
+    return (
+        f"Best mode: {middle:.3f} in the middle, {worst:.3f} at the worst; "
+        f"target at most {target}: {'reached' if worst <= target else 'missed'}."
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+    unknown = sorted(set(_PARTS.value) - set(PARTS))
+    if unknown:
+        raise app.UsageError(f"unknown parts: {unknown}, there are {PARTS}")
+    settings = QUICK if _QUICK.value else Settings(repeats=_REPEATS.value)
+    figures = measure(settings, _PARTS.value)
+    if _JSON.value:
+        with open(_JSON.value, "w", encoding="utf-8") as file:
+            json.dump(figures, file, indent=2)
+        print(f"\nwrote {_JSON.value}")
+
+
+if __name__ == "__main__":
+    app.run(main)

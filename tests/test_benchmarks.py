@@ -1,0 +1,157 @@
+"""The benchmarks run, and compare like with like."""
+
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_ev3
+
+SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "overhead.py"
+
+
+@pytest.fixture(scope="module")
+def overhead():
+    # Its flags can be defined only once in a process.
+    if "optax_ev3_overhead" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("optax_ev3_overhead", SCRIPT)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    return sys.modules["optax_ev3_overhead"]
+
+
+def never_finite():
+    return optax.GradientTransformation(
+        lambda params: optax.TraceState(jax.tree.map(jnp.zeros_like, params)),
+        lambda updates, state, params=None: (
+            jax.tree.map(lambda u: u * jnp.nan, updates),
+            optax.TraceState(jax.tree.map(jnp.ones_like, state.trace)),
+        ),
+    )
+
+
+@pytest.mark.slow
+def test_quick_run_prints_tables_and_writes_all_figures(tmp_path):
+    path = tmp_path / "figures.json"
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--quick", "--json", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr
+    for title in ("One step", "Nothing to assess", "Milliseconds a round"):
+        assert title in done.stdout
+    figures = json.loads(path.read_text())
+    assert {"platform", "cpus", "jax", "device"} <= set(figures["machine"])
+    rows = {
+        part: {tuple(row[key] for key in keys): row for row in figures[part]}
+        for part, keys in {
+            "steps": ("model", "explorers", "program"),
+            "updates": ("model", "explorers", "program"),
+            "rounds": ("program", "loop"),
+        }.items()
+    }
+    models = ("mlp", "conv")
+    modes = ("unroll", "vmap", "map", "by hand", "by hand, tuned")
+    assert set(rows["steps"]) == {(m, 2, p) for m in models for p in modes}
+    assert set(rows["updates"]) == {
+        (m, 2, p) for m in models for p in ("ev3", "updates alone")
+    }
+    assert set(rows["rounds"]) == {
+        (p, loop) for p in ("ev3", "adam") for loop in ("python", "scan")
+    }
+    for part in rows.values():
+        for row in part.values():
+            numbers = [value for value in row.values() if isinstance(value, float)]
+            assert all(math.isfinite(value) and value > 0 for value in numbers), row
+            assert row["ratio_25"] <= row["ratio"] <= row["ratio_75"]
+    for key, row in rows["steps"].items():
+        assert row["compile_seconds"] > 0 and row["peak_mib"] > 0
+        assert row["ratio"] == 1 or key[2] != "by hand"
+
+
+def test_unknown_part_is_an_error():
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--parts", "nonsense"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode != 0
+    assert "nonsense" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+@pytest.mark.parametrize("model", ["mlp", "conv"])
+def test_step_by_hand_does_the_work_of_ev3(overhead, model, tuned):
+    settings = overhead.QUICK._replace(batch=64)
+    build = {"mlp": overhead.mlp_problem, "conv": overhead.conv_problem}[model]
+    problem = build(settings)
+    inner = [*overhead.inner_optimizers(3), never_finite()]
+    adapt = optax_ev3.adapt.greedy()
+    ev3_step, ev3_state = overhead.ev3_step(problem, inner, adapt=adapt)
+    hand_step, hand_state = overhead.by_hand_step(problem, inner, tuned)
+    ev3_step, hand_step = jax.jit(ev3_step), jax.jit(hand_step)
+    ev3_params = hand_params = problem.params
+    batches = problem.batches
+    for train, held_out in zip(batches[:6], batches[6:12], strict=True):
+        ev3_params, ev3_state = ev3_step(ev3_params, ev3_state, train, held_out)
+        hand_params, hand_state = hand_step(hand_params, hand_state, train, held_out)
+        chex.assert_trees_all_close(ev3_params, hand_params, rtol=1e-4, atol=1e-6)
+    opt_states = [one.opt_state for one in ev3_state.explorers.values()]
+    chex.assert_trees_all_close(opt_states, hand_state[0], rtol=1e-4, atol=1e-6)
+    # The hostile explorer was seen, held and never adopted.
+    assert not np.any(jax.tree.leaves(hand_state[0][-1])[0])
+    past = optax_ev3.history(ev3_state)
+    assert len(past["adopted"]) == 6 and 3 not in past["adopted"]
+    assert np.isnan(past["mean"][:, 3]).all()
+    # The work was real: somebody moved the parameters.
+    moved = jax.tree.leaves(
+        jax.tree.map(lambda a, b: jnp.abs(a - b).max(), hand_params, problem.params)
+    )
+    assert max(moved) > 1e-3
+
+
+def test_both_update_programs_advance_the_same_states(overhead):
+    problem = overhead.mlp_problem(overhead.QUICK)
+    inner = overhead.inner_optimizers(3)
+    grads = jax.grad(problem.loss_fn)(problem.params, problem.batches[0])
+    ev3_step, ev3_state = overhead.ev3_updates(problem, inner)
+    plain_step, plain_states = overhead.plain_updates(problem, inner)
+    for _ in range(3):
+        ev3_state, update = jax.jit(ev3_step)(ev3_state, grads, problem.params)
+        plain_states, updates = jax.jit(plain_step)(plain_states, grads, problem.params)
+    opt_states = [one.opt_state for one in ev3_state.explorers.values()]
+    chex.assert_trees_all_close(opt_states, plain_states, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_equal_shapes_and_dtypes(update, updates[0])
+
+
+def test_ratios_are_taken_within_a_repeat(overhead):
+    # The machine slows down tenfold from the first repeat to the last.
+    reference = np.linspace(1.0, 10.0, 31)
+    row = overhead.ratio_row(1.05 * reference, reference)
+    assert row["ratio"] == pytest.approx(1.05)
+    assert row["ratio_25"] == row["ratio_75"] == pytest.approx(1.05)
+
+
+def test_runners_take_turns(overhead):
+    calls = []
+    runners = {name: lambda name=name: calls.append(name) for name in "abc"}
+    settings = overhead.QUICK._replace(repeats=6)
+    seconds = overhead.race(runners, settings)
+    assert set(seconds) == set("abc")
+    assert all(values.shape == (6,) for values in seconds.values())
+    assert calls.count("a") == calls.count("b") == calls.count("c")

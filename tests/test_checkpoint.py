@@ -1,0 +1,195 @@
+"""Saved in the middle of a run and restored, training goes on bit for bit."""
+
+import functools
+import inspect
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint
+import pytest
+from helpers import (
+    RULES,
+    assert_finite,
+    assert_identical,
+    score,
+    stepper,
+    transformation,
+    weights,
+)
+
+import optax_ev3
+
+# Orbax and its dependencies warn of their own deprecations.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:orbax"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+
+def noisy():
+    """The optimizer that keeps a PRNG key, whose argument has had two names."""
+    names = inspect.signature(optax.noisy_sgd).parameters
+    seed = {"key": jax.random.key(3)} if "key" in names else {"seed": 3}
+    return optax.noisy_sgd(0.05, **seed)
+
+
+def inner():
+    return {"noisy": noisy(), "adam": optax.adam(0.1), "sgd": optax.sgd(0.1)}
+
+
+def params():
+    return {"w": jnp.array([0.25, -0.5, 2.0]), "b": (jnp.zeros([2]), jnp.ones([]))}
+
+
+@functools.cache
+def middle_and_end(rule):
+    """A step, a function that trains, and what it gives after 3 and 6 rounds."""
+    tx = transformation(rule, inner=inner(), history_length=4)
+    step = jax.jit(stepper(tx))
+
+    def train(w, state, seeds):
+        for seed in seeds:
+            w, state = step(w, state, weights(seed=seed))
+        return w, state
+
+    middle = train(params(), tx.init(params()), range(3))
+    return tx, train, middle, train(*middle, range(3, 6))
+
+
+def _standard(saved, target, folder):
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "standard", saved)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(folder / "standard", target)
+
+
+def _standard_abstract(saved, target, folder):
+    shapes = jax.tree.map(orbax.checkpoint.utils.to_shape_dtype_struct, target)
+    return _standard(saved, shapes, folder)
+
+
+def _py_tree(saved, target, folder):
+    checkpointer = orbax.checkpoint.PyTreeCheckpointer()
+    checkpointer.save(folder / "pytree", saved)
+    args = orbax.checkpoint.checkpoint_utils.construct_restore_args(target)
+    return checkpointer.restore(folder / "pytree", item=target, restore_args=args)
+
+
+def _to_bytes(saved, target, folder):
+    del folder
+    data = flax.serialization.to_bytes(saved)
+    return flax.serialization.from_bytes(target, data)
+
+
+def _state_dict(saved, target, folder):
+    del folder
+    tree = flax.serialization.to_state_dict(saved)
+    return flax.serialization.from_state_dict(target, tree)
+
+
+WAYS = {
+    "orbax_standard": _standard,
+    "orbax_abstract": _standard_abstract,
+    "orbax_pytree": _py_tree,
+    "flax_bytes": _to_bytes,
+    "flax_state_dict": _state_dict,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("rule", RULES)
+def test_continued_bit_for_bit(rule, way, tmp_path):
+    tx, train, middle, end = middle_and_end(rule)
+    w, state = params(), tx.init(params())
+    target = {"w": w, "state": state}
+    restored = WAYS[way]({"w": middle[0], "state": middle[1]}, target, tmp_path)
+    w, state = jax.tree.map(jnp.asarray, (restored["w"], restored["state"]))
+    assert_identical((w, state), middle)
+    assert_identical(train(w, state, range(3, 6)), end)
+
+
+def test_rounds_differ():
+    # Otherwise a state that was not restored could go unnoticed.
+    tx, _, middle, end = middle_and_end("greedy")
+    start = tx.init(params())
+    for one, other in ((start, middle[1]), (middle[1], end[1])):
+        for get in (lambda s: s.ev3_round, lambda s: s.explorers["noisy"].opt_state):
+            leaves = jax.tree.leaves(get(one)), jax.tree.leaves(get(other))
+            pairs = zip(*leaves, strict=True)
+            assert any(not np.array_equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_state_is_plain_finite_arrays(rule):
+    tx, _, _, (_, state) = middle_and_end(rule)
+    for one in (tx.init(params()), state):
+        assert_finite(one)
+        for leaf in jax.tree.leaves(one):
+            assert isinstance(leaf, jax.Array)
+            assert leaf.dtype.kind in "iuf"  # No bool and no typed key.
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -1e25, 3e38])
+def test_state_stays_finite(rule, bad):
+    tx = transformation(
+        rule, inner=inner(), assess_fn=lambda w, batch, s: score(w, batch) * s
+    )
+    w = params()
+    state = tx.init(w)
+    update = jax.jit(tx.update)
+    nan = jnp.nan
+    for grad, scale in ((nan, 1.0), (1.0, bad), (1.0, 1.0), (nan, bad)):
+        grads = jax.tree.map(lambda x, g=grad: jnp.full_like(x, g), w)
+        updates, state = update(grads, state, w, batch=weights(), s=jnp.float32(scale))
+        w = optax.apply_updates(w, updates)
+        assert_finite((updates, w, state))
+
+
+def test_prng_keys_are_raw_data():
+    tx = transformation("greedy", inner=[noisy()], key=jax.random.key(4))
+    state = tx.init(params())
+    raw = [x for x in jax.tree.leaves(state) if x.dtype == jnp.uint32]
+    assert [x.shape for x in raw] == [(2,), (2,)]
+    np.testing.assert_array_equal(state.ev3_key, [0, 4])
+
+
+@pytest.mark.parametrize("more", [True, False])
+def test_another_number_of_explorers(more):
+    saved = transformation("greedy", inner=[optax.sgd(0.1)] * (2 if more else 3))
+    other = transformation("greedy", inner=[optax.sgd(0.1)] * (3 if more else 2))
+    w = {"w": jnp.ones([3])}
+    state = saved.init(w)
+    numbers = "2 explorers.*has 3" if more else "3 explorers.*has 2"
+    with pytest.raises(ValueError, match=numbers):
+        other.update(w, state, w, batch=weights())
+
+
+def test_other_explorers():
+    w = {"w": jnp.ones([3])}
+    state = transformation("greedy", inner={"a": optax.sgd(0.1)}).init(w)
+    other = transformation("greedy", inner={"b": optax.sgd(0.1)})
+    with pytest.raises(ValueError, match=r"\['a'\].*\['b'\]"):
+        other.update(w, state, w, batch=weights())
+
+
+def test_another_length_of_history():
+    w = {"w": jnp.ones([3])}
+    state = transformation("greedy", history_length=4).init(w)
+    other = transformation("greedy", history_length=5)
+    with pytest.raises(ValueError, match=r"remembers 4 rounds.* 5 of"):
+        other.update(w, state, w, batch=weights())
+
+
+def test_restored_without_its_structure():
+    tx, w = transformation("greedy"), {"w": jnp.ones([3])}
+    state = flax.serialization.to_state_dict(tx.init(w))
+    with pytest.raises(TypeError, match=r"EV3State, got dict.*tx.init\(params\)"):
+        tx.update(w, state, w, batch=weights())
+    fixed = flax.serialization.from_state_dict(tx.init(w), state)
+    assert isinstance(fixed, optax_ev3.EV3State)

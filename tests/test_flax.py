@@ -1,0 +1,186 @@
+"""Flax's own loops: Linen's TrainState, with and without extras, and nnx.Optimizer."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+from flax.training import train_state
+from helpers import assert_close, assert_same_types, lenient
+
+import optax_ev3
+import optax_ev3.flax
+from optax_ev3 import adapt
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+X = np.random.default_rng(0).normal(size=(32, 3)).astype(np.float32)
+Y = X @ np.array([[1.0], [-2.0], [0.5]], np.float32) + 0.3
+TRAIN, HELD = (X[:16], Y[:16]), (X[16:], Y[16:])
+
+
+def inner():
+    return {"adam": optax.adam(0.05), "sgd": optax.sgd(0.2)}
+
+
+@pytest.fixture(autouse=True)
+def _flax_promotes_ranks():
+    with lenient():
+        yield
+
+
+def model():
+    dense = linen.Dense(1)
+    return dense, dense.init(jax.random.key(0), X[:1])["params"]
+
+
+def score(apply, params, batch):
+    x, y = batch
+    return -jnp.square(apply({"params": params}, x) - y).mean(axis=1)
+
+
+def gradient(apply, params):
+    return jax.grad(lambda p: -score(apply, p, TRAIN).mean())(params)
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+def test_train_state_unchanged(jitted):
+    dense, params = model()
+    assess_fn = optax_ev3.held_out(functools.partial(score, dense.apply), HELD, 8)
+    tx = optax_ev3.ev3(inner(), assess_fn)
+    state = train_state.TrainState.create(apply_fn=dense.apply, params=params, tx=tx)
+
+    def step(state):
+        return state.apply_gradients(grads=gradient(state.apply_fn, state.params))
+
+    run = jax.jit(step) if jitted else step
+    first = run(state)
+    # By hand, with optax alone.
+    updates, opt_state = tx.update(
+        gradient(dense.apply, params), tx.init(params), params
+    )
+    assert_close(first.params, optax.apply_updates(params, updates))
+    assert_close(first.opt_state, opt_state)
+    assert_same_types(first.opt_state, state.opt_state)
+    assert int(first.step) == 1
+    if jitted:
+        for _ in range(60):
+            first = run(first)
+        error = -float(score(dense.apply, first.params, HELD).mean())
+        start = -float(score(dense.apply, params, HELD).mean())
+        assert error < 0.05 * start
+        assert int(optax_ev3.summary(first)["ev3/round"]) == 61
+
+
+def _extras_state(tx=None):
+    dense, params = model()
+
+    def assess_fn(params, batch):
+        return score(dense.apply, params, batch)
+
+    tx = tx or optax_ev3.ev3(inner(), assess_fn, adapt=adapt.greedy())
+    create = optax_ev3.flax.TrainState.create
+    return dense, create(apply_fn=dense.apply, params=params, tx=tx)
+
+
+def test_our_train_state_forwards_extras():
+    dense, state = _extras_state()
+
+    @jax.jit
+    def step(state, batch):
+        grads = gradient(state.apply_fn, state.params)
+        return state.apply_gradients(grads=grads, batch=batch)
+
+    new = step(state, HELD)
+    grads = gradient(dense.apply, state.params)
+    updates, opt_state = state.tx.update(
+        grads, state.opt_state, state.params, batch=HELD
+    )
+    assert_close(new.params, optax.apply_updates(state.params, updates))
+    assert_close(new.opt_state, opt_state)
+    assert int(new.step) == 1
+    assert new.tx is state.tx and new.apply_fn is state.apply_fn
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    step(step(new, HELD), HELD)
+    assert step._cache_size() <= 2  # Flax's step starts as a Python number.
+
+
+def test_our_train_state_replaces_fields():
+    dense, state = _extras_state()
+    grads = gradient(dense.apply, state.params)
+    new = state.apply_gradients(grads=grads, batch=HELD, apply_fn=None)
+    assert new.apply_fn is None and new.tx is state.tx
+    other = optax.sgd(0.1)
+    new = state.apply_gradients(grads=grads, batch=HELD, tx=other)
+    assert new.tx is other
+    # The step itself was made by the optimizer that was there.
+    expected = state.apply_gradients(grads=grads, batch=HELD)
+    assert_close(new.params, expected.params)
+
+
+def test_subclasses_have_fields_of_their_own():
+    class WithStatistics(optax_ev3.flax.TrainState):
+        statistics: dict
+
+    dense, params = model()
+    tx = optax_ev3.ev3(
+        [optax.sgd(0.1)],
+        lambda params, batch, **kwargs: (
+            score(dense.apply, params, batch)
+            + 0.0 * len(set(kwargs) & {"statistics"}) / (not kwargs)
+        ),
+    )
+    state = WithStatistics.create(
+        apply_fn=dense.apply, params=params, tx=tx, statistics={"mean": 0.0}
+    )
+    new = state.apply_gradients(
+        grads=gradient(dense.apply, params), batch=HELD, statistics={"mean": 1.0}
+    )
+    assert isinstance(new, WithStatistics)
+    assert new.statistics == {"mean": 1.0}
+
+
+def test_missing_extras_say_which():
+    dense, state = _extras_state()
+    with pytest.raises(TypeError, match=r"assess_fn.*'batch'"):
+        state.apply_gradients(grads=gradient(dense.apply, state.params))
+
+
+def test_our_train_state_with_a_plain_optimizer():
+    dense, state = _extras_state(optax.sgd(0.1))
+    grads = gradient(dense.apply, state.params)
+    new = state.apply_gradients(grads=grads)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, grads)
+    assert_close(new.params, expected)
+
+
+@pytest.mark.parametrize("extras", [False, True], ids=["held_out", "extras"])
+def test_nnx_optimizer(extras):
+    network = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    graph = nnx.graphdef(network)
+
+    def metric(params, batch):
+        x, y = batch
+        return -jnp.square(nnx.merge(graph, params)(x) - y).mean(axis=1)
+
+    assess_fn = metric if extras else optax_ev3.held_out(metric, HELD, 8)
+    tx = optax_ev3.ev3(inner(), assess_fn)
+    optimizer = nnx.Optimizer(network, tx, wrt=nnx.Param)
+
+    def loss(network):
+        return jnp.square(network(TRAIN[0]) - TRAIN[1]).mean()
+
+    @nnx.jit
+    def step(network, optimizer, batch):
+        value, grads = nnx.value_and_grad(loss)(network)
+        kwargs = {"batch": batch} if extras else {}
+        optimizer.update(network, grads, **kwargs)
+        return value
+
+    losses = [float(step(network, optimizer, HELD)) for _ in range(60)]
+    assert losses[-1] < 0.05 * losses[0]
+    state = nnx.to_pure_dict(nnx.state(optimizer))
+    assert int(state["step"]) == 60

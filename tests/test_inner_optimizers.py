@@ -1,0 +1,490 @@
+"""Every optimizer that optax exports works as an explorer, as it does alone."""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import always, assert_close, assert_finite, assert_same_types, lenient
+from optax import contrib
+
+import optax_ev3
+
+# optax warns of changes to come in some of its own defaults.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::UserWarning:optax"
+)
+
+
+def _seeded(fn, *args, **kwargs):
+    """Optimizers with randomness: their argument has had two names."""
+    names = inspect.signature(fn).parameters
+    seed = {"key": jax.random.key(1)} if "key" in names else {"seed": 1}
+    return fn(*args, **kwargs, **seed)
+
+
+# How each export is made: a name alone stands for a call without arguments, or with a
+# learning rate. Kept by module, since a few names are in both.
+_RATE = {
+    optax: """
+        adabelief adadelta adafactor adagrad adam adamax adamaxw adamw adan amsgrad
+        fromage lamb lars lion nadam nadamw novograd optimistic_adam optimistic_adam_v2
+        optimistic_gradient_descent radam rmsprop rprop scale scale_by_learning_rate
+        sgd
+        sign_sgd signum sm3 yogi
+    """,
+    contrib: """
+        acprop ademamix adopt cocob dog dowg madgrad momo momo_adam muon
+        scale_by_madgrad schedule_free_adamw schedule_free_sgd simplified_ademamix
+        sophia dadapt_adamw prodigy
+    """,
+}
+_PLAIN = {
+    optax: """
+        add_decayed_weights apply_every centralize identity keep_params_nonnegative
+        lbfgs normalize_by_update_norm polyak_sgd scale_by_adadelta scale_by_adam
+        scale_by_adamax scale_by_adan scale_by_amsgrad scale_by_belief
+        scale_by_distance_over_gradients scale_by_factored_rms scale_by_lbfgs
+        scale_by_lion scale_by_novograd scale_by_optimistic_gradient
+        scale_by_param_block_norm scale_by_param_block_rms scale_by_polyak
+        scale_by_radam scale_by_rms scale_by_rss scale_by_sign scale_by_sm3 scale_by_stddev
+        scale_by_trust_ratio scale_by_yogi set_to_zero zero_nans
+    """,
+    contrib: """
+        hutchinson_estimator_diag_hessian normalize reduce_on_plateau scale_by_acprop
+        scale_by_ademamix scale_by_adopt scale_by_cocob scale_by_muon
+        scale_by_simplified_ademamix
+    """,
+}
+_MASK = {"w": True, "b": False}
+_SPECIAL = {
+    "optax.MultiSteps": lambda: optax.MultiSteps(optax.adam(0.05), 2),
+    "optax.adaptive_grad_clip": lambda: optax.adaptive_grad_clip(0.1),
+    "optax.add_noise": lambda: _seeded(optax.add_noise, 0.1, 0.5),
+    "optax.apply_if_finite": lambda: optax.apply_if_finite(optax.adam(0.05), 2),
+    "optax.chain": lambda: optax.chain(
+        optax.clip_by_global_norm(0.5),
+        optax.add_decayed_weights(0.1),
+        optax.scale_by_adam(),
+        optax.scale_by_learning_rate(optax.cosine_decay_schedule(0.1, 4)),
+    ),
+    "optax.clip": lambda: optax.clip(0.1),
+    "optax.clip_by_block_rms": lambda: optax.clip_by_block_rms(0.1),
+    "optax.clip_by_global_norm": lambda: optax.clip_by_global_norm(0.1),
+    "optax.conditionally_mask": lambda: optax.conditionally_mask(
+        optax.sgd(0.1), lambda step, **_: step % 2 == 0
+    ),
+    "optax.conditionally_transform": lambda: optax.conditionally_transform(
+        optax.adam(0.1), lambda step, **_: step % 2 == 0
+    ),
+    "optax.ema": lambda: optax.ema(0.9),
+    "optax.flatten": lambda: optax.flatten(optax.adam(0.05)),
+    "optax.freeze": lambda: optax.freeze(_MASK),
+    "optax.inject_hyperparams": lambda: optax.inject_hyperparams(optax.adam)(
+        optax.linear_schedule(0.1, 0.01, 3)
+    ),
+    "optax.inject_stateful_hyperparams": lambda: optax.inject_stateful_hyperparams(
+        optax.sgd
+    )(learning_rate=0.1),
+    "optax.masked": lambda: optax.masked(optax.adam(0.05), _MASK),
+    "optax.measure_with_ema": lambda: optax.measure_with_ema(
+        lambda updates, state, params, **_: optax.global_norm(updates), 0.9
+    ),
+    "optax.monitor": lambda: optax.monitor(
+        {"norm": lambda updates, state, params, **_: optax.global_norm(updates)}
+    ),
+    "optax.multi_transform": lambda: optax.multi_transform(
+        {"a": optax.adam(0.05), "s": optax.sgd(0.1)}, {"w": "a", "b": "s"}
+    ),
+    "optax.named_chain": lambda: optax.named_chain(
+        ("clip", optax.clip(0.1)), ("adam", optax.adam(0.05))
+    ),
+    "optax.noisy_sgd": lambda: _seeded(optax.noisy_sgd, 0.05),
+    "optax.partition": lambda: optax.partition(
+        {"a": optax.adam(0.05), "s": optax.sgd(0.1)}, {"w": "a", "b": "s"}
+    ),
+    "optax.scale_by_backtracking_linesearch": lambda: optax.chain(
+        optax.sgd(1.0), optax.scale_by_backtracking_linesearch(8, store_grad=True)
+    ),
+    "optax.scale_by_rprop": lambda: optax.scale_by_rprop(0.05),
+    "optax.scale_by_schedule": lambda: optax.scale_by_schedule(
+        optax.linear_schedule(-0.1, -0.01, 3)
+    ),
+    "optax.scale_by_zoom_linesearch": lambda: optax.chain(
+        optax.sgd(1.0), optax.scale_by_zoom_linesearch(8)
+    ),
+    "optax.selective_transform": lambda: optax.selective_transform(
+        optax.sgd(0.1), freeze_mask=_MASK
+    ),
+    "optax.snapshot": lambda: optax.snapshot(
+        "norm", lambda updates, state, params, **_: optax.global_norm(updates)
+    ),
+    "optax.stateless": lambda: optax.stateless(
+        lambda updates, params: jax.tree.map(lambda u: -0.1 * u, updates)
+    ),
+    "optax.stateless_with_tree_map": lambda: optax.stateless_with_tree_map(
+        lambda update, param: -0.1 * update
+    ),
+    "optax.trace": lambda: optax.trace(0.9),
+    "optax.with_extra_args_support": lambda: optax.with_extra_args_support(
+        optax.adam(0.05)
+    ),
+    "optax.contrib.galore": lambda: contrib.galore(0.05, rank=2),
+    "optax.contrib.mechanize": lambda: contrib.mechanize(optax.sgd(0.1)),
+    "optax.contrib.reduce_on_plateau": lambda: optax.chain(
+        optax.adam(0.05), contrib.reduce_on_plateau(patience=1, factor=0.5)
+    ),
+    "optax.contrib.sam": lambda: contrib.sam(
+        optax.sgd(0.1), optax.chain(contrib.normalize(), optax.sgd(0.1))
+    ),
+    "optax.contrib.sam opaque": lambda: contrib.sam(
+        optax.sgd(0.1),
+        optax.chain(contrib.normalize(), optax.sgd(0.1)),
+        opaque_mode=True,
+    ),
+    "optax.contrib.scale_by_galore": lambda: contrib.scale_by_galore(rank=2),
+    "optax.contrib.schedule_free": lambda: contrib.schedule_free(
+        optax.adam(0.1, b1=0.0), 0.1
+    ),
+    "optax.contrib.split_real_and_imaginary": lambda: contrib.split_real_and_imaginary(
+        optax.adam(0.05)
+    ),
+}
+
+# What is tried in a test of its own, since it takes other gradients or parameters.
+_ELSEWHERE = {
+    "optax.lookahead": "parameters are pairs, gradients are those of one half",
+    "optax.contrib.differentially_private_aggregate": "takes a gradient per example",
+    "optax.contrib.dpsgd": "takes a gradient per example",
+}
+
+# Functions that make no transformation.
+_NOT_OPTIMIZERS = {
+    "losses": """
+        convex_kl_divergence cosine_distance cosine_similarity ctc_loss
+        ctc_loss_with_forward_probs generalized_kl_divergence hinge_loss huber_loss
+        kl_divergence l2_loss log_cosh ntxent safe_softmax_cross_entropy
+        sigmoid_binary_cross_entropy sigmoid_focal_loss smooth_labels
+        softmax_cross_entropy softmax_cross_entropy_with_integer_labels squared_error
+    """,
+    "schedules": """
+        constant_schedule cosine_decay_schedule cosine_onecycle_schedule
+        exponential_decay join_schedules linear_onecycle_schedule linear_schedule
+        piecewise_constant_schedule piecewise_interpolate_schedule polynomial_schedule
+        sgdr_schedule warmup_constant_schedule warmup_cosine_decay_schedule
+        warmup_exponential_decay_schedule
+    """,
+    "functions of arrays, trees and states": """
+        apply_updates bias_correction global_norm incremental_update init_empty_state
+        matrix_inverse_pth_root microbatch multi_normal nnls
+        per_example_global_norm_clip per_example_layer_norm_clip periodic_update power_iteration safe_increment
+        safe_int32_increment safe_norm safe_root_mean_squares scale_gradient
+        skip_large_updates skip_not_finite tree_map_params update_infinity_moment
+        update_moment update_moment_per_elem_norm value_and_grad_from_state
+        schedule_free_eval_params
+    """,
+    "types": "MaskOrFn OptState Params ScalarOrSchedule Schedule Updates",
+}
+
+
+def _factories():
+    found = {}
+    for table, args in ((_RATE, (0.05,)), (_PLAIN, ())):
+        for module, names in table.items():
+            for name in names.split():
+                if hasattr(module, name):
+                    full = f"{module.__name__}.{name}"
+                    found[full] = functools.partial(getattr(module, name), *args)
+    for full, factory in _SPECIAL.items():
+        module = contrib if ".contrib." in full else optax
+        if hasattr(module, full.split(".")[-1].split()[0]):
+            found[full] = factory
+    return found
+
+
+FACTORIES = _factories()
+
+
+@pytest.mark.parametrize("module", [optax, contrib], ids=lambda m: m.__name__)
+def test_every_export_is_accounted_for(module):
+    known = set(FACTORIES) | _ELSEWHERE.keys()
+    others = {name for names in _NOT_OPTIMIZERS.values() for name in names.split()}
+    unknown = []
+    for name in dir(module):
+        value = getattr(module, name)
+        states = inspect.isclass(value) and name != "MultiSteps"
+        if name.startswith("_") or inspect.ismodule(value) or states:
+            continue
+        if f"{module.__name__}.{name}" not in known and name not in others:
+            unknown.append(name)
+    assert not unknown, "new in this release of optax: try or list them here"
+
+
+# The problem: linear regression, on which every optimizer can move.
+
+
+def params():
+    w = np.random.default_rng(0).normal(size=(4, 3)) * 0.3
+    return {"w": jnp.asarray(w, jnp.float32), "b": jnp.full([3], 0.1, jnp.float32)}
+
+
+def batch(step):
+    rng = np.random.default_rng(step + 1)
+    x = rng.normal(size=(8, 4))
+    y = x @ np.linspace(-1, 1, 12).reshape(4, 3) + 0.5
+    return {"x": jnp.asarray(x, jnp.float32), "y": jnp.asarray(y, jnp.float32)}
+
+
+def score(params, x, y):
+    error = x @ params["w"] + jnp.expand_dims(params["b"], 0) - y
+    return -jnp.square(error).mean(axis=1)
+
+
+def loss(params, x, y):
+    return -score(params, x, y).mean()
+
+
+def update_alone(tx, grads, state, params, data):
+    """The oracle: each optimizer as its own documentation says to call it."""
+    bound = functools.partial(loss, **data)
+    extras = {
+        "value": bound(params),
+        "grad": grads,
+        "value_fn": bound,
+        "grad_fn": lambda p, _: jax.grad(bound)(p),
+        "obj_fn": bound,
+    }
+    if not isinstance(tx, optax.GradientTransformationExtraArgs):
+        return tx.update(grads, state, params)
+    names = inspect.signature(tx.update).parameters
+    if any(p.kind == p.VAR_KEYWORD for p in names.values()):
+        # Line searches take just these, others ignore what they don't need.
+        allowed = ("value", "grad", "value_fn"), ("value", "obj_fn")
+        for wanted in allowed:
+            try:
+                return tx.update(grads, state, params, **{k: extras[k] for k in wanted})
+            except TypeError:
+                continue
+    return tx.update(
+        grads, state, params, **{k: v for k, v in extras.items() if k in names}
+    )
+
+
+def _strong(state):
+    """Without weak types, which some optimizers change: a compilation less."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), state)
+
+
+def trajectories(tx, ours, start, steps=3):
+    """Both trained side by side: (updates, state, params) of each, per step."""
+    ours_state, alone_state = ours.init(start), _strong(tx.init(start))
+    w, alone = start, start
+
+    @jax.jit
+    def step(w, state, alone, alone_state, data):
+        grads = jax.grad(loss)(w, **data)
+        updates, state = ours.update(grads, state, w, **data)
+        alone_grads = jax.grad(loss)(alone, **data)
+        alone_updates, alone_state = update_alone(
+            tx, alone_grads, alone_state, alone, data
+        )
+        w = optax.apply_updates(w, updates)
+        alone = optax.apply_updates(alone, alone_updates)
+        return w, state, alone, _strong(alone_state), updates, alone_updates
+
+    for i in range(steps):
+        old = ours_state
+        w, ours_state, alone, alone_state, updates, alone_updates = step(
+            w, ours_state, alone, alone_state, batch(i)
+        )
+        assert_same_types(ours_state, old)
+        yield updates, alone_updates, ours_state, alone_state, w
+    assert step._cache_size() == 1
+
+
+# These leave parameters where they are, alone as well.
+_STILL = {"optax.set_to_zero"}
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_equals_the_optimizer_alone(name):
+    with lenient():
+        tx = FACTORIES[name]()
+        ours = optax_ev3.ev3(
+            {"tried": tx, "sgd": optax.sgd(0.1)},
+            score,
+            loss_fn=loss,
+            adapt=always(0),
+            history_length=2,
+        )
+        start = params()
+        for step in trajectories(tx, ours, start):
+            updates, expected, state, alone_state, w = step
+            assert_finite((updates, w))
+            assert_close(updates, expected, rtol=1e-5, atol=1e-6)
+        assert int(state.ev3_round) == 3
+        assert_same_types(w, start)
+        moved = any(not np.array_equal(w[k], start[k]) for k in start)
+        assert moved == (name not in _STILL)
+        inner = state.explorers["tried"].opt_state
+        raw = jax.tree.map(_raw, alone_state)
+        assert_close(inner, raw, rtol=1e-4, atol=1e-5)
+        assert all(leaf.dtype.kind != "V" for leaf in jax.tree.leaves(state))
+
+
+def _raw(leaf):
+    leaf = jnp.asarray(leaf)
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(leaf) if is_key else leaf
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_typed_keys_keep_their_implementation(impl):
+    if "key" not in inspect.signature(optax.noisy_sgd).parameters:
+        pytest.skip("this release takes no typed key")
+    tx = optax.noisy_sgd(0.05, key=jax.random.key(2, impl=impl))
+    ours = optax_ev3.ev3([tx], score, adapt=always(0), history_length=1)
+    for step in trajectories(tx, ours, params(), 2):
+        updates, expected, state = step[:3]
+        assert_close(updates, expected)
+    keys = [x for x in jax.tree.leaves(state.explorers) if x.dtype == jnp.uint32]
+    assert [x.shape for x in keys] == [{"rbg": (4,), "threefry2x32": (2,)}[impl]]
+
+
+@pytest.mark.parametrize(
+    "tx, needs",
+    [
+        (optax.polyak_sgd, "value"),
+        (optax.lbfgs, "value"),
+        (lambda: optax.scale_by_zoom_linesearch(4), "value"),
+        (lambda: contrib.momo(0.1), "value"),
+        (contrib.reduce_on_plateau, "value"),
+    ],
+    ids=["polyak_sgd", "lbfgs", "zoom", "momo", "reduce_on_plateau"],
+)
+def test_without_a_loss_says_how_to_give_one(tx, needs):
+    ours = optax_ev3.ev3({"tried": tx()}, score)
+    w = params()
+    message = rf"'tried' cannot be updated.*{needs}.*loss_fn="
+    with pytest.raises(TypeError, match=message):
+        ours.update(w, ours.init(w), w, **batch(0))
+
+
+def test_callers_own_value_is_used_and_overrules():
+    tx = optax.polyak_sgd(max_learning_rate=100.0)
+    w, grads = jnp.array([2.0]), jnp.array([4.0])
+    for kwargs in ({}, {"loss_fn": lambda w: jnp.sum(w**2)}):
+        ours = optax_ev3.ev3([tx], lambda w: -(w**2), adapt=always(0), **kwargs)
+        updates, _ = ours.update(grads, ours.init(w), w, value=8.0)
+        # Polyak: value / |grad|^2 = 1/2.
+        np.testing.assert_allclose(updates, [-2.0], rtol=1e-6)
+
+
+def test_value_from_the_loss():
+    tx = optax.polyak_sgd(max_learning_rate=100.0)
+    w, grads = jnp.array([2.0]), jnp.array([4.0])
+    ours = optax_ev3.ev3(
+        [tx], lambda w: -(w**2), loss_fn=lambda w: jnp.sum(w**2), adapt=always(0)
+    )
+    updates, _ = ours.update(grads, ours.init(w), w)
+    np.testing.assert_allclose(updates, [-1.0], rtol=1e-6)  # 4 / 16 of the gradient.
+
+
+def test_explorers_own_loss_gives_gradient_and_value():
+    explorer = optax_ev3.explorer(
+        optax.polyak_sgd(max_learning_rate=100.0),
+        loss_fn=lambda w, shift: jnp.sum((w - shift) ** 2),
+    )
+    ours = optax_ev3.ev3(
+        [explorer], lambda w: -(w**2), loss_fn=lambda w: jnp.sum(w), adapt=always(0)
+    )
+    w = jnp.array([2.0])
+    # The caller's gradient and value belong to another loss.
+    updates, _ = ours.update(jnp.array([-7.0]), ours.init(w), w, value=9.0, shift=1.0)
+    np.testing.assert_allclose(updates, [-0.5], rtol=1e-6)  # (1 / 2^2) of 2.
+
+
+def test_own_loss_with_complex_parameters():
+    explorer = optax_ev3.explorer(
+        optax.sgd(0.25), loss_fn=lambda w: jnp.sum(jnp.abs(w - (1 + 2j)) ** 2)
+    )
+    ours = optax_ev3.ev3([explorer], lambda w: -jnp.abs(w).sum(), adapt=always(0))
+    w = jnp.zeros([1], jnp.complex64)
+    updates, _ = ours.update(w, ours.init(w), w)
+    np.testing.assert_allclose(updates, [0.5 + 1j], rtol=1e-6)
+
+
+def test_line_search_with_data_and_other_extras():
+    # Line searches reject extra arguments that nobody consumes; ev3 must not let them.
+    tx = optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5))
+    ours = optax_ev3.ev3([tx], score, loss_fn=loss, adapt=always(0))
+    w, data = params(), batch(0)
+    grads = jax.grad(loss)(w, **data)
+    updates, _ = ours.update(grads, ours.init(w), w, **data, nobody="asks for this")
+    expected, _ = update_alone(tx, grads, tx.init(w), w, data)
+    assert_close(updates, expected)
+
+
+def test_callers_own_value_fn_with_data():
+    tx = optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5))
+    ours = optax_ev3.ev3([tx], score, adapt=always(0))
+    w, data = params(), batch(0)
+    value, grads = jax.value_and_grad(loss)(w, **data)
+    updates, _ = ours.update(
+        grads, ours.init(w), w, **data, value=value, grad=grads, value_fn=loss
+    )
+    expected, _ = update_alone(tx, grads, tx.init(w), w, data)
+    assert_close(updates, expected)
+
+
+# Exceptions, each with its reason in _ELSEWHERE.
+
+
+def test_lookahead_takes_pairs():
+    tx = optax.lookahead(optax.sgd(0.1), sync_period=2, slow_step_size=0.5)
+    pair = optax.LookaheadParams.init_synced({"w": jnp.array([1.0, 2.0])})
+    ours = optax_ev3.ev3(
+        [tx], lambda pair: -jnp.square(pair.slow["w"]), adapt=always(0)
+    )
+    state, expected_state, expected = ours.init(pair), tx.init(pair), pair
+    for _ in range(4):
+        grads = jax.tree.map(lambda x: 2 * x, pair.fast)
+        updates, state = jax.jit(ours.update)(grads, state, pair)
+        same, expected_state = tx.update(grads, expected_state, expected)
+        assert_close(updates, same)
+        pair = optax.apply_updates(pair, updates)
+        expected = optax.apply_updates(expected, same)
+    assert float(pair.slow["w"][1]) < 2.0
+
+
+def _dpsgd(seed):
+    names = inspect.signature(contrib.dpsgd).parameters
+    kwargs = {"key" if "key" in names else "seed": seed}
+    return contrib.dpsgd(0.1, l2_norm_clip=1.0, noise_multiplier=0.1, **kwargs)
+
+
+def test_private_optimizers_among_themselves():
+    ours = optax_ev3.ev3([_dpsgd(1), _dpsgd(2)], score, adapt=always(1))
+    w, data = params(), batch(0)
+
+    def one(w, x, y):
+        return loss(w, jnp.expand_dims(x, 0), jnp.expand_dims(y, 0))
+
+    grads = jax.vmap(jax.grad(one), (None, 0, 0))(w, data["x"], data["y"])
+    updates, state = jax.jit(ours.update)(grads, ours.init(w), w, **data)
+    expected, _ = _dpsgd(2).update(grads, _dpsgd(2).init(w), w)
+    assert_close(updates, expected)
+    assert_same_types(state, ours.init(w))
+
+
+def test_private_and_other_optimizers_do_not_mix():
+    ours = optax_ev3.ev3({"private": _dpsgd(1), "sgd": optax.sgd(0.1)}, score)
+    w = params()
+    grads = jax.tree.map(lambda x: jnp.stack([x] * 8), w)
+    with pytest.raises(
+        ValueError, match=r"'sgd' returned updates of shapes.*\(8, 4, 3\)"
+    ):
+        ours.update(grads, ours.init(w), w, **batch(0))

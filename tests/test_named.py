@@ -1,0 +1,238 @@
+"""Callbacks get just the named arguments that their signatures ask for."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import always
+
+import optax_ev3
+
+
+def scores_of(assess_fn, extras, **kwargs):
+    """Mean scores of explorer (w = 1), current (w = 2) and stable (w = 2)."""
+    tx = optax_ev3.ev3([optax.sgd(1.0)], assess_fn, adapt=always(0), **kwargs)
+    w = jnp.array(2.0)
+    _, state = tx.update(jnp.array(1.0), tx.init(w), w, **extras)
+    return np.asarray(state.record.mean[0])
+
+
+class Callable:
+    """An object that can be called."""
+
+    def __init__(self, shift):
+        self.shift = shift
+
+    def __call__(self, params, x):
+        return params * x + self.shift
+
+    def method(self, params, *, x):
+        return params * x - self.shift
+
+    @staticmethod
+    def static(params, x):
+        return params * x
+
+    @classmethod
+    def of_class(cls, params, x=9.0):
+        return params * x
+
+
+def positional(params, x, y=0.0):
+    return params * x + y
+
+
+def keyword_only(params, *, x, y=0.0):
+    return params * x + y
+
+
+def everything(params, **kwargs):
+    return params * kwargs["x"] + kwargs.get("y", 0.0) + 100.0 * ("z" in kwargs)
+
+
+def some_and_everything(params, y=0.0, **kwargs):
+    assert "y" not in kwargs
+    return params * kwargs["x"] + y
+
+
+def varargs(params, *rest, x):
+    assert not rest
+    return params * x
+
+
+def positional_only(params, /, x):
+    return params * x
+
+
+def any_name(weights_of_the_model, x):
+    return weights_of_the_model * x
+
+
+X = {"x": 3.0}
+XY = {"x": 3.0, "y": 5.0}
+XYZ = {"x": 3.0, "y": 5.0, "z": 7.0}
+CASES = {
+    "positional": (positional, XYZ, [8, 11, 11]),
+    "default": (positional, X, [3, 6, 6]),
+    "keyword_only": (keyword_only, XYZ, [8, 11, 11]),
+    "keyword_only default": (keyword_only, X, [3, 6, 6]),
+    "kwargs": (everything, XY, [8, 11, 11]),
+    "kwargs get all": (everything, XYZ, [108, 111, 111]),
+    "names and kwargs": (some_and_everything, XYZ, [8, 11, 11]),
+    "varargs": (varargs, XYZ, [3, 6, 6]),
+    "positional_only": (positional_only, XYZ, [3, 6, 6]),
+    "any name of params": (any_name, XYZ, [3, 6, 6]),
+    "lambda": (lambda p, x: p * x, XYZ, [3, 6, 6]),
+    "object": (Callable(1.0), XYZ, [4, 7, 7]),
+    "method": (Callable(1.0).method, XYZ, [2, 5, 5]),
+    "static method": (Callable.static, XYZ, [3, 6, 6]),
+    "class method": (Callable.of_class, XYZ, [3, 6, 6]),
+    "class method's default": (Callable.of_class, {}, [9, 18, 18]),
+    "jit": (jax.jit(positional), XYZ, [8, 11, 11]),
+    "jit, keyword only": (jax.jit(keyword_only), XYZ, [8, 11, 11]),
+    "partial by name": (functools.partial(positional, x=2.0), {}, [2, 4, 4]),
+    "partial, overruled": (functools.partial(positional, x=2.0), X, [3, 6, 6]),
+    "partial by position": (
+        functools.partial(lambda a, params, x: a + params * x, 1.0),
+        X,
+        [4, 7, 7],
+    ),
+    "tree_util.Partial": (jax.tree_util.Partial(positional, y=5.0), X, [8, 11, 11]),
+    "checkpointed": (jax.checkpoint(positional), XYZ, [8, 11, 11]),
+    "wrapped": (
+        functools.wraps(positional)(lambda p, **kw: positional(p, **kw)),
+        X,
+        [3, 6, 6],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gets_what_it_names(case):
+    fn, extras, expected = CASES[case]
+    np.testing.assert_allclose(scores_of(fn, extras), expected)
+
+
+MISSING = {
+    "positional": positional,
+    "keyword_only": keyword_only,
+    "varargs": varargs,
+    "object": Callable(1.0),
+    "method": Callable(1.0).method,
+    "jit": jax.jit(positional),
+    "partial": functools.partial(positional, y=1.0),
+}
+
+
+@pytest.mark.parametrize("case", MISSING)
+def test_missing_names_callback_parameter_and_what_was_given(case):
+    with pytest.raises(TypeError, match=r"assess_fn.*'x'.*x=\.\.\..*\['u', 'y'\]"):
+        scores_of(MISSING[case], {"y": 1.0, "u": 2.0})
+
+
+def test_missing_with_nothing_given():
+    with pytest.raises(TypeError, match=r"assess_fn.*'x'.*given: none"):
+        scores_of(positional, {})
+
+
+def test_missing_from_the_loss():
+    with pytest.raises(TypeError, match=r"loss_fn takes a parameter 'x'.*\['y'\]"):
+        scores_of(lambda p: p, {"y": 1.0}, loss_fn=lambda p, x: p * x)
+
+
+def test_each_callback_gets_its_own():
+    seen = {}
+
+    def remember(role, value):
+        seen[role] = value
+        return value
+
+    tx = optax_ev3.ev3(
+        {
+            "own": optax_ev3.explorer(
+                optax.sgd(0.5), lambda p, a: p * remember("explorer", a)
+            ),
+            "shared": optax.polyak_sgd(max_learning_rate=10.0),
+        },
+        lambda p, c: p * remember("assess", c),
+        loss_fn=lambda p, b: p * remember("loss", b),
+        adapt=always(0),
+    )
+    w = jnp.array(2.0)
+    updates, _ = tx.update(jnp.array(1.0), tx.init(w), w, a=3.0, b=5.0, c=7.0)
+    assert seen == {"explorer": 3.0, "loss": 5.0, "assess": 7.0}
+    np.testing.assert_allclose(updates, -1.5)
+
+
+def test_inner_optimizer_gets_what_it_names():
+    def update(updates, state, params=None, *, boost, other=1.0):
+        return -boost * other * updates, state
+
+    tx = optax.GradientTransformationExtraArgs(lambda p: (), update)
+    ours = optax_ev3.ev3({"a": tx}, lambda p: p, adapt=always(0))
+    w = jnp.array(2.0)
+    updates, _ = ours.update(jnp.array(1.0), ours.init(w), w, boost=4.0, rest=1.0)
+    np.testing.assert_allclose(updates, -4.0)
+    with pytest.raises(TypeError, match=r"'a' cannot be updated.*boost"):
+        ours.update(jnp.array(1.0), ours.init(w), w, rest=1.0)
+
+
+# The key of the round.
+
+
+def noise(params, key):
+    return params + jax.random.normal(key, [5])
+
+
+def means(assess_fn, rounds=3, key=0, **extras):
+    tx = optax_ev3.ev3([optax.sgd(1.0)], assess_fn, adapt=always(1), key=key)
+    w = jnp.array(2.0)
+    state, found = tx.init(w), []
+    for _ in range(rounds):
+        _, state = tx.update(jnp.array(1.0), state, w, **extras)
+        found.append(np.asarray(state.record.mean[int(state.ev3_round) - 1]))
+    return np.array(found)
+
+
+@pytest.mark.parametrize("assess_fn", [noise, jax.jit(noise)], ids=["def", "jit"])
+def test_key_is_the_same_for_all_candidates_and_new_each_round(assess_fn):
+    found = means(assess_fn)
+    # The explorer stands one below the others; they see the same noise.
+    np.testing.assert_allclose(found[:, 1] - found[:, 0], 1.0, atol=1e-5)
+    np.testing.assert_array_equal(found[:, 1], found[:, 2])
+    assert len(set(found[:, 1])) == 3
+
+
+def test_key_follows_the_seed():
+    np.testing.assert_array_equal(means(noise, key=4), means(noise, key=4))
+    assert (means(noise, key=4) != means(noise, key=5)).all()
+
+
+def test_key_may_have_a_default_and_a_caller():
+    def optional(params, key=None):
+        return noise(params, jax.random.key(1) if key is None else key)
+
+    np.testing.assert_array_equal(means(optional), means(noise))
+    fixed = means(noise, key=0, rounds=2)
+    given = _with_key(jax.random.key(9))
+    assert given[0] == given[1] != fixed[0, 1]
+
+
+def _with_key(key):
+    tx = optax_ev3.ev3([optax.sgd(1.0)], noise, adapt=always(1))
+    w = jnp.array(2.0)
+    state = tx.init(w)
+    for _ in range(2):
+        _, state = tx.update(jnp.array(1.0), state, w, key=key)
+    return np.asarray(state.record.mean[:2, 1])
+
+
+def test_key_is_not_forced_on_kwargs():
+    def assess_fn(params, **kwargs):
+        assert set(kwargs) == {"x"}
+        return params * kwargs["x"]
+
+    scores_of(assess_fn, {"x": 3.0})
