@@ -177,7 +177,9 @@ def main(_):
         print(f"{name:46}{cells[0]:>16}{cells[1]:>17}  {shares}", flush=True)
         row = {"method": name, "accuracy": accuracy.tolist(), "nll": nll.tolist()}
         figures["digits"].append(row)
-    print(f"\nStable replaced though all are equally good, {ROUNDS.value:,} rounds each.")
+    print(
+        f"\nStable replaced though all are equally good, {ROUNDS.value:,} rounds each."
+    )
     print(f"{'rule':13}{'scores':14}{'K':>3}{'N':>6}{'share':>9}")
     for rule, kind, explorers, examples, share in false_proof(ROUNDS.value):
         print(f"{rule:13}{kind:14}{explorers:3}{examples:6}{share:9.4f}", flush=True)

@@ -135,7 +135,7 @@ def test_greedy_prefers_current_to_stable():
 @pytest.mark.parametrize("rule", [adapt.greedy, adapt.confident])
 @pytest.mark.parametrize("confidence", [0.5, 1.0, 95, -1, float("nan")])
 def test_confidence_out_of_range(rule, confidence):
-    with pytest.raises(ValueError, match="confidence must be above 0.5 and below 1"):
+    with pytest.raises(ValueError, match=r"confidence must be above 0\.5 and below 1"):
         rule(confidence)
 
 

@@ -104,7 +104,7 @@ def test_values_that_are_not_finite_make_a_candidate_invalid_and_nothing_else():
     one_bad = gather({"score": np.where(np.isfinite(values), values, np.nan)})
     kept = evidence.compare(one_bad, "score", 3)
     np.testing.assert_allclose(kept.z[2:], clean.z[2:], rtol=1e-6)
-    assert np.isfinite(np.concatenate([x for x in kept])).all()
+    assert np.isfinite(np.concatenate(list(kept))).all()
 
 
 def test_any_objective_can_make_a_candidate_invalid():

@@ -50,16 +50,22 @@ _PLAIN = {
         scale_by_distance_over_gradients scale_by_factored_rms scale_by_lbfgs
         scale_by_lion scale_by_novograd scale_by_optimistic_gradient
         scale_by_param_block_norm scale_by_param_block_rms scale_by_polyak
-        scale_by_radam scale_by_rms scale_by_rss scale_by_sign scale_by_sm3 scale_by_stddev
+        scale_by_radam scale_by_rms scale_by_rss scale_by_sign scale_by_sm3
+        scale_by_stddev
         scale_by_trust_ratio scale_by_yogi set_to_zero zero_nans
     """,
     contrib: """
         hutchinson_estimator_diag_hessian normalize reduce_on_plateau scale_by_acprop
-        scale_by_ademamix scale_by_adopt scale_by_cocob scale_by_muon
-        scale_by_simplified_ademamix
+        scale_by_ademamix scale_by_adopt scale_by_cocob scale_by_simplified_ademamix
     """,
 }
 _MASK = {"w": True, "b": False}
+
+
+def _norm(updates, *_, **__):
+    return optax.global_norm(updates)
+
+
 _SPECIAL = {
     "optax.MultiSteps": lambda: optax.MultiSteps(optax.adam(0.05), 2),
     "optax.adaptive_grad_clip": lambda: optax.adaptive_grad_clip(0.1),
@@ -90,12 +96,8 @@ _SPECIAL = {
         optax.sgd
     )(learning_rate=0.1),
     "optax.masked": lambda: optax.masked(optax.adam(0.05), _MASK),
-    "optax.measure_with_ema": lambda: optax.measure_with_ema(
-        lambda updates, state, params, **_: optax.global_norm(updates), 0.9
-    ),
-    "optax.monitor": lambda: optax.monitor(
-        {"norm": lambda updates, state, params, **_: optax.global_norm(updates)}
-    ),
+    "optax.measure_with_ema": lambda: optax.measure_with_ema(_norm, 0.9),
+    "optax.monitor": lambda: optax.monitor({"norm": _norm}),
     "optax.multi_transform": lambda: optax.multi_transform(
         {"a": optax.adam(0.05), "s": optax.sgd(0.1)}, {"w": "a", "b": "s"}
     ),
@@ -119,9 +121,7 @@ _SPECIAL = {
     "optax.selective_transform": lambda: optax.selective_transform(
         optax.sgd(0.1), freeze_mask=_MASK
     ),
-    "optax.snapshot": lambda: optax.snapshot(
-        "norm", lambda updates, state, params, **_: optax.global_norm(updates)
-    ),
+    "optax.snapshot": lambda: optax.snapshot("norm", _norm),
     "optax.stateless": lambda: optax.stateless(
         lambda updates, params: jax.tree.map(lambda u: -0.1 * u, updates)
     ),
@@ -146,6 +146,7 @@ _SPECIAL = {
         opaque_mode=True,
     ),
     "optax.contrib.scale_by_galore": lambda: contrib.scale_by_galore(rank=2),
+    "optax.contrib.scale_by_muon": lambda: optax.masked(contrib.scale_by_muon(), _MASK),
     "optax.contrib.schedule_free": lambda: contrib.schedule_free(
         optax.adam(0.1, b1=0.0), 0.1
     ),
@@ -180,7 +181,8 @@ _NOT_OPTIMIZERS = {
     "functions of arrays, trees and states": """
         apply_updates bias_correction global_norm incremental_update init_empty_state
         matrix_inverse_pth_root microbatch multi_normal nnls
-        per_example_global_norm_clip per_example_layer_norm_clip periodic_update power_iteration safe_increment
+        per_example_global_norm_clip per_example_layer_norm_clip periodic_update
+        power_iteration safe_increment
         safe_int32_increment safe_norm safe_root_mean_squares scale_gradient
         skip_large_updates skip_not_finite tree_map_params update_infinity_moment
         update_moment update_moment_per_elem_norm value_and_grad_from_state
@@ -261,12 +263,12 @@ def update_alone(tx, grads, state, params, data):
         return tx.update(grads, state, params)
     names = inspect.signature(tx.update).parameters
     if any(p.kind == p.VAR_KEYWORD for p in names.values()):
-        # Line searches take just these, others ignore what they don't need.
-        allowed = ("value", "grad", "value_fn"), ("value", "obj_fn")
+        # Line searches reject what they don't need, others ignore it.
+        allowed = ("value", "obj_fn"), ("value", "grad", "value_fn")
         for wanted in allowed:
             try:
                 return tx.update(grads, state, params, **{k: extras[k] for k in wanted})
-            except TypeError:
+            except (TypeError, ValueError):
                 continue
     return tx.update(
         grads, state, params, **{k: v for k, v in extras.items() if k in names}
@@ -370,7 +372,7 @@ def test_without_a_loss_says_how_to_give_one(tx, needs):
     w = params()
     message = rf"'tried' cannot be updated.*{needs}.*loss_fn="
     with pytest.raises(TypeError, match=message):
-        ours.update(w, ours.init(w), w, **batch(0))
+        jax.eval_shape(ours.update, w, ours.init(w), w, **batch(0))
 
 
 def test_callers_own_value_is_used_and_overrules():
@@ -487,4 +489,4 @@ def test_private_and_other_optimizers_do_not_mix():
     with pytest.raises(
         ValueError, match=r"'sgd' returned updates of shapes.*\(8, 4, 3\)"
     ):
-        ours.update(grads, ours.init(w), w, **batch(0))
+        jax.eval_shape(ours.update, grads, ours.init(w), w, **batch(0))

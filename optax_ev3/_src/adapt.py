@@ -355,9 +355,7 @@ def _step(gain: jax.Array, adopted: jax.Array, valid: jax.Array) -> jax.Array:
 
 def _alpha(confidence: float) -> float:
     if not 0.5 < confidence < 1:
-        raise ValueError(
-            f"confidence must be above 0.5 and below 1, got {confidence}."
-        )
+        raise ValueError(f"confidence must be above 0.5 and below 1, got {confidence}.")
     return 1 - confidence
 
 

@@ -98,8 +98,7 @@ def _check_scores(output: Any) -> None:
             sizes[name] = value.shape[0]
     if len(set(sizes.values())) > 1:
         raise ValueError(
-            "all objectives must score the same examples, got leading sizes "
-            f"{sizes}."
+            f"all objectives must score the same examples, got leading sizes {sizes}."
         )
 
 

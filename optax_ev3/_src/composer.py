@@ -115,9 +115,7 @@ def ev3(
       >>> @jax.jit
       ... def step(w, state, train, held_out):
       ...     grads = jax.grad(loss)(w, *train)
-      ...     updates, state = tx.update(
-      ...         grads, state, w, x=held_out[0], y=held_out[1]
-      ...     )
+      ...     updates, state = tx.update(grads, state, w, x=held_out[0], y=held_out[1])
       ...     return optax.apply_updates(w, updates), state
       >>> x = jnp.linspace(-1.0, 1.0, 64)
       >>> train, held_out = (x[::2], 3 * x[::2]), (x[1::2], 3 * x[1::2])
@@ -171,10 +169,15 @@ def ev3(
 
     def update_fn(
         updates: optax.Updates,
-        state: EV3State,
+        state: Any,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, EV3State]:
+        if params is None:
+            raise ValueError(
+                "ev3 needs the current value of the parameters: pass them as "
+                "tx.update(grads, state, params)."
+            )
         _check_call(state, params, explorers, history_length)
         assess_key, rule_key = _round_keys(state, key_impl, axis_name)
         proposals = explore.propose(
@@ -201,7 +204,7 @@ def ev3(
         visible = optax.apply_updates(params, chosen)
         explored = seen.valid[: len(explorers)].any()
         return chosen, EV3State(
-            ev3_round=optax.safe_increment(state.ev3_round),
+            ev3_round=jnp.asarray(optax.safe_increment(state.ev3_round)),
             ev3_key=state.ev3_key,
             explorers={
                 name: ExplorerState(one.position, proposals.opt_states[name])
@@ -221,10 +224,14 @@ def ev3(
 def _choose(adopted, proposed, params, stable):
     """The update that makes the adopted candidate visible."""
 
-    def pick(param, stay, *moves):
-        return lax.select_n(adopted, *moves, jnp.zeros_like(param), stay - param)
+    def stay():
+        return jax.tree.map(jnp.zeros_like, params)
 
-    return jax.tree.map(pick, params, stable, *proposed)
+    def back():
+        return jax.tree.map(jnp.subtract, stable, params)
+
+    # A switch reads what was adopted, where a select reads all that was proposed.
+    return lax.switch(adopted, [*[lambda u=u: u for u in proposed], stay, back])
 
 
 def _where(condition, new, old):
@@ -252,7 +259,7 @@ def _typed_key(key: Any) -> jax.Array:
 
 
 def _check_key(key: Any) -> Any:
-    """The PRNG implementation of ``key``, None for the default; raises if it is none."""
+    """The PRNG implementation of ``key``, None for the default."""
     if explore.is_key(key) and key.ndim == 0:
         return jax.random.key_impl(key)
     is_integer = not isinstance(key, bool) and isinstance(key, int | jax.Array)
@@ -281,10 +288,11 @@ def _static_int(value: Any, name: str) -> int:
 
 
 def _check_call(state, params, explorers, history_length):
-    """Raises unless ``update`` was given params and a state of its own."""
-    if params is None:
-        raise ValueError(optax.base.NO_PARAMS_MSG)
-    if any(isinstance(x, optax.MaskedNode) for x in jax.tree.leaves(params, is_leaf=_is_hole)):
+    """Raises unless ``update`` was given whole params and a state of its own."""
+    if any(
+        isinstance(x, optax.MaskedNode)
+        for x in jax.tree.leaves(params, is_leaf=_is_hole)
+    ):
         raise ValueError(
             "assess_fn would see params with holes: optax.masked and optax.partition "
             "must stand inside ev3, around its inner optimizers, and not around it."

@@ -162,8 +162,8 @@ def single_objective(evidence: Evidence) -> str:
     if len(evidence.scores) > 1:
         raise ValueError(
             f"this rule takes one objective, assess_fn returned "
-            f"{len(evidence.scores)}: {sorted(evidence.scores)}. Return one of them, or "
-            f"combine them into one score."
+            f"{len(evidence.scores)}: {sorted(evidence.scores)}. Return one of them, "
+            f"or combine them into one score."
         )
     return next(iter(evidence.scores))
 
@@ -183,7 +183,7 @@ def _mean_and_stderr(values: jax.Array, axis_name: Any):
 
 
 def _normal_units(mean: jax.Array, stderr: jax.Array, n: int) -> jax.Array:
-    """z value of a mean with its standard error, n examples; zero if n is 1."""
+    """The z value of a mean with its standard error, n examples; zero if n is 1."""
     if n < 2:
         return jnp.zeros_like(mean)
     freedom = n - 1.0

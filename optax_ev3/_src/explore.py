@@ -159,26 +159,29 @@ def propose(
         old = opt_states[name]
         update, new = _inner_update(one, name, given, old, params, loss, extra_args)
         update = jax.tree.map(lambda u, p: jnp.asarray(u, p.dtype), update, params)
-        ok = all_finite(update)
+        slope = _slope(update, given)
+        ok = jnp.isfinite(slope)
         updates.append(update)
         new_states[name] = _hold(ok, new, old, name)
         finite.append(ok)
-        uphill.append(_slope(update, given) > 0)
+        uphill.append(slope > 0)
     return Proposals(updates, new_states, jnp.stack(finite), jnp.stack(uphill))
 
 
-def all_finite(tree: Any) -> jax.Array:
-    """Whether all numbers of a tree are finite, a bool scalar."""
-    checks = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
-    return jnp.stack(checks).all() if checks else jnp.asarray(True)
-
-
 def _slope(update: optax.Updates, grads: optax.Updates) -> jax.Array:
-    """First-order change of the loss by an update, a float32 scalar."""
-    products = jax.tree.map(
-        lambda u, g: jnp.sum(jnp.real(u * g), dtype=jnp.float32), update, grads
-    )
-    return sum(jax.tree.leaves(products), jnp.zeros([], jnp.float32))
+    """First-order change of the loss by an update, a real scalar.
+
+    It is finite only if all of the update is: one pass over memory answers both
+    questions. Gradients that are not finite count as zero, since an inner optimizer may
+    well cope with them.
+    """
+
+    def product(u, g):
+        wide = jnp.promote_types(u.dtype, jnp.float32)
+        g = jnp.where(jnp.isfinite(g), g, 0).astype(u.dtype)
+        return jnp.vdot(g, u, preferred_element_type=wide).real
+
+    return sum(jax.tree.leaves(jax.tree.map(product, update, grads)), jnp.zeros([]))
 
 
 def _loss_of(one, name, loss_fn, extra_args, axis_name):
@@ -260,7 +263,11 @@ def _hold(ok, new, old, name):
             f"explorer {name!r} changed the structure of its state from "
             f"{jax.tree.structure(old)} to {jax.tree.structure(new)}."
         )
-    return jax.tree.map(lambda n, o: jnp.where(ok, jnp.asarray(n, o.dtype), o), new, old)
+
+    def hold(new, old):
+        return jnp.where(ok, jnp.asarray(new, old.dtype), old)
+
+    return jax.tree.map(hold, new, old)
 
 
 # Typed PRNG keys are kept as raw data: flax.serialization cannot save the others.

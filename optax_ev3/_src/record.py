@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import core
 
 from optax_ev3._src import explore
 from optax_ev3._src.adapt import Decision
@@ -59,7 +60,7 @@ def append(record: Record, decision: Decision, seen: Evidence) -> Record:
         return jnp.where(seen.valid, values, 0).astype(jnp.float32)
 
     return Record(
-        rounds=optax.safe_increment(record.rounds),
+        rounds=jnp.asarray(optax.safe_increment(record.rounds)),
         adopted=record.adopted.at[row].set(decision.adopted),
         significant=record.significant.at[row].set(
             decision.significant.astype(jnp.int32)
@@ -185,7 +186,7 @@ def history(state: Any) -> dict[str, np.ndarray]:
       ['sgd'] (1, 3)
     """
     state = _find(state)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(state)):
+    if any(isinstance(leaf, core.Tracer) for leaf in jax.tree.leaves(state)):
         raise TypeError("history needs concrete arrays: call it outside of jit.")
     record = jax.tree.map(np.asarray, state.record)
     if record.rounds.ndim:
