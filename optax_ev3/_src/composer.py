@@ -289,10 +289,7 @@ def _static_int(value: Any, name: str) -> int:
 
 def _check_call(state, params, explorers, history_length):
     """Raises unless ``update`` was given whole params and a state of its own."""
-    if any(
-        isinstance(x, optax.MaskedNode)
-        for x in jax.tree.leaves(params, is_leaf=_is_hole)
-    ):
+    if any(map(_is_hole, jax.tree.leaves(params, is_leaf=_is_hole))):
         raise ValueError(
             "assess_fn would see params with holes: optax.masked and optax.partition "
             "must stand inside ev3, around its inner optimizers, and not around it."
@@ -304,7 +301,7 @@ def _check_call(state, params, explorers, history_length):
             f"the library tx.init(params) as the target."
         )
     rows, columns = state.record.mean.shape[-2:]
-    if (*state.explorers,) != (*explorers,) and set(state.explorers) != set(explorers):
+    if set(state.explorers) != set(explorers):
         raise ValueError(
             f"the state belongs to the {len(state.explorers)} explorers "
             f"{sorted(state.explorers)}, this transformation has {len(explorers)}: "
