@@ -96,8 +96,6 @@ _SPECIAL = {
         optax.sgd
     )(learning_rate=0.1),
     "optax.masked": lambda: optax.masked(optax.adam(0.05), _MASK),
-    "optax.measure_with_ema": lambda: optax.measure_with_ema(_norm, 0.9),
-    "optax.monitor": lambda: optax.monitor({"norm": _norm}),
     "optax.multi_transform": lambda: optax.multi_transform(
         {"a": optax.adam(0.05), "s": optax.sgd(0.1)}, {"w": "a", "b": "s"}
     ),
@@ -146,7 +144,6 @@ _SPECIAL = {
         opaque_mode=True,
     ),
     "optax.contrib.scale_by_galore": lambda: contrib.scale_by_galore(rank=2),
-    "optax.contrib.scale_by_muon": lambda: optax.masked(contrib.scale_by_muon(), _MASK),
     "optax.contrib.schedule_free": lambda: contrib.schedule_free(
         optax.adam(0.1, b1=0.0), 0.1
     ),
@@ -157,6 +154,9 @@ _SPECIAL = {
 
 # What is tried in a test of its own, since it takes other gradients or parameters.
 _ELSEWHERE = {
+    "optax.measure_with_ema": "no optimizer: a measure, for optax.monitor",
+    "optax.monitor": "changes the structure of its state in the first update",
+    "optax.contrib.scale_by_muon": "takes matrices alone, contrib.muon takes the rest",
     "optax.lookahead": "parameters are pairs, gradients are those of one half",
     "optax.contrib.differentially_private_aggregate": "takes a gradient per example",
     "optax.contrib.dpsgd": "takes a gradient per example",
@@ -443,6 +443,33 @@ def test_callers_own_value_fn_with_data():
 
 
 # Exceptions, each with its reason in _ELSEWHERE.
+
+
+@pytest.mark.skipif(not hasattr(optax, "monitor"), reason="not in this release")
+def test_monitor_changes_the_structure_of_its_state():
+    w, data = params(), batch(0)
+    for measure in (_norm, optax.measure_with_ema(_norm, 0.9)):
+        tx = optax.monitor({"norm": measure})
+        _, changed = tx.update(w, tx.init(w), w)
+        if jax.tree.structure(changed) == jax.tree.structure(tx.init(w)):
+            continue
+        ours = optax_ev3.ev3({"tried": tx, "sgd": optax.sgd(0.1)}, score)
+        with pytest.raises(ValueError, match=r"'tried' changed the structure of its"):
+            ours.update(w, ours.init(w), w, **data)
+        break
+    else:
+        pytest.fail("works in this release: try it like all others")
+
+
+def test_scale_by_muon_takes_matrices():
+    tx = contrib.scale_by_muon()
+    ours = optax_ev3.ev3([tx], lambda w: -jnp.square(w).sum(axis=1), adapt=always(0))
+    w = params()["w"]
+    with lenient():
+        updates, state = jax.jit(ours.update)(w, ours.init(w), w)
+        expected, _ = jax.jit(tx.update)(w, tx.init(w), w)
+    assert_close(updates, expected)
+    assert_same_types(state, ours.init(w))
 
 
 def test_lookahead_takes_pairs():

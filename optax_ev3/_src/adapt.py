@@ -182,7 +182,8 @@ class ConfidentMemory(NamedTuple):
       pairs: ``[K, K]`` tally of each explorer against each other.
       stable: ``[]`` tally of what was adopted against ``stable``, since either was
         last replaced by the other.
-      noise: ``[]`` mean square of the steps in score; used with exact figures only.
+      noise: ``[]`` root mean square of the steps in score, old ones fading; used with
+        exact figures only.
     """
 
     current: Tally
@@ -269,10 +270,9 @@ def confident(confidence: float = 0.95) -> Rule:
         critical = _critical(alpha / explorers)
         # Going back undoes much, and is considered anew in each round remembered.
         patient = _critical(alpha * (1 - _MEMORY) / explorers)
-        noise = jnp.sqrt(memory.noise)
 
         def against(reference):
-            return compare(evidence, objective, reference, noise)
+            return compare(evidence, objective, reference, memory.noise)
 
         to_current, to_stable = against(explorers), against(explorers + 1)
         valid = evidence.valid[:explorers]
@@ -299,7 +299,8 @@ def confident(confidence: float = 0.95) -> Rule:
 
         stable = _add(memory.stable, to_stable.z[chosen])
         worse = (_z(stable) < -patient) | (to_stable.z[chosen] < -_AT_ONCE)
-        adopted = _valid_or_next(jnp.where(worse, explorers + 1, chosen), evidence)
+        adopted = jnp.where(worse, explorers + 1, chosen)
+        adopted = jnp.where(evidence.valid[adopted], adopted, fallback(evidence))
         significant = to_stable.z[adopted] > _critical(alpha / (explorers + 1))
         parted = ~significant & (adopted != explorers + 1)
         step = _step(to_current.gain, adopted, valid)
@@ -307,7 +308,7 @@ def confident(confidence: float = 0.95) -> Rule:
             current=current,
             pairs=pairs,
             stable=jax.tree.map(lambda x: jnp.where(parted, x, 0), stable),
-            noise=_MEMORY * memory.noise + (1 - _MEMORY) * jnp.square(step),
+            noise=_root_mean_square(memory.noise, step),
         )
 
     return Rule(init, decide)
@@ -332,13 +333,19 @@ def _narrow(mask: jax.Array, condition: jax.Array) -> jax.Array:
     return jnp.where(narrower.any(), narrower, mask)
 
 
-def _valid_or_next(adopted: jax.Array, evidence: Evidence) -> jax.Array:
-    """The adopted candidate if valid, else ``current``, else ``stable``, if valid."""
+def fallback(evidence: Evidence) -> jax.Array:
+    """Where to go without a valid proposal: ``stable`` if only that is valid."""
     current, stable = evidence.valid.shape[0] - 2, evidence.valid.shape[0] - 1
-    fallback = jnp.where(
-        ~evidence.valid[current] & evidence.valid[stable], stable, current
-    )
-    return jnp.where(evidence.valid[adopted], adopted, fallback).astype(jnp.int32)
+    only_stable = ~evidence.valid[current] & evidence.valid[stable]
+    return jnp.where(only_stable, stable, current).astype(jnp.int32)
+
+
+def _root_mean_square(past: jax.Array, step: jax.Array) -> jax.Array:
+    """One more step in a fading root mean square, without overflow."""
+    scale = jnp.maximum(past, jnp.abs(step))
+    scale = jnp.where(scale > 0, scale, 1)
+    past, step = past / scale, step / scale
+    return scale * jnp.sqrt(_MEMORY * past**2 + (1 - _MEMORY) * step**2)
 
 
 def _step(gain: jax.Array, adopted: jax.Array, valid: jax.Array) -> jax.Array:

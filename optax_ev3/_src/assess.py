@@ -18,6 +18,7 @@ _NOT_TRACEABLE = (
     jax.errors.TracerArrayConversionError,
     jax.errors.TracerIntegerConversionError,
     jax.errors.TracerBoolConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
     jax.errors.UnexpectedTracerError,
 )
 
@@ -43,7 +44,19 @@ def score(
       TypeError, ValueError: Before anything is computed, if ``assess`` cannot be
         traced or does not return scores.
     """
-    _check_scores(_abstract(assess, candidates[0]))
+    try:
+        _check_scores(jax.eval_shape(assess, candidates[0]))
+        return _score(assess, candidates, mode)
+    except _NOT_TRACEABLE as error:
+        raise TypeError(
+            "assess_fn cannot be traced by JAX: it must be a pure function of arrays, "
+            "written in jax.numpy, that reads nothing traced elsewhere. Wrap a metric "
+            "in Python or NumPy in jax.pure_callback. JAX said: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def _score(assess, candidates, mode):
     if mode == "unroll":
         each = [_as_scores(assess(candidate)) for candidate in candidates]
         return jax.tree.map(lambda *values: jnp.stack(values), *each)
@@ -60,19 +73,6 @@ def _as_scores(output: Any) -> dict[str, jax.Array]:
         value = jnp.asarray(value)
         wide[name] = value.astype(jnp.promote_types(value.dtype, jnp.float32))
     return wide
-
-
-def _abstract(assess: Callable[[optax.Params], Any], candidate: optax.Params) -> Any:
-    """Shapes and dtypes of what ``assess`` returns, without computing it."""
-    try:
-        return jax.eval_shape(assess, candidate)
-    except _NOT_TRACEABLE as error:
-        raise TypeError(
-            "assess_fn cannot be traced by JAX: it must be a pure function of arrays, "
-            "written in jax.numpy, that reads nothing traced elsewhere. Wrap a metric "
-            "in Python or NumPy in jax.pure_callback. JAX said: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
 
 
 def _check_scores(output: Any) -> None:

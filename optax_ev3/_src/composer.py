@@ -200,9 +200,12 @@ def ev3(
             axis_name,
         )
         decision, memory = rule.decide(seen, state.memory, rule_key)
-        chosen = _choose(decision.adopted, proposals.updates, params, state.stable)
-        visible = optax.apply_updates(params, chosen)
+        # A round without any valid proposal decides nothing and teaches nothing.
         explored = seen.valid[: len(explorers)].any()
+        adopted = jnp.where(explored, decision.adopted, rules.fallback(seen))
+        significant = explored & decision.significant
+        chosen = _choose(adopted, proposals.updates, params, state.stable)
+        visible = optax.apply_updates(params, chosen)
         return chosen, EV3State(
             ev3_round=jnp.asarray(optax.safe_increment(state.ev3_round)),
             ev3_key=state.ev3_key,
@@ -210,8 +213,7 @@ def ev3(
                 name: ExplorerState(one.position, proposals.opt_states[name])
                 for name, one in state.explorers.items()
             },
-            stable=_where(decision.significant, visible, state.stable),
-            # A round without any valid proposal teaches nothing.
+            stable=_where(significant, visible, state.stable),
             memory=_where(explored, memory, state.memory),
             record=_where(
                 explored, record.append(state.record, decision, seen), state.record

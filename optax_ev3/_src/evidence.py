@@ -143,14 +143,8 @@ def compare(
         z = gain / jnp.maximum(jnp.abs(gain) / CERTAIN, noise)
         return Comparison(gain, jnp.zeros_like(gain), jnp.where(gain == 0, 0, z))
     difference = jnp.where(both[:, None], difference, 0)
-    # The statistic does not depend on the scale: with differences brought to at
-    # most one, the square of a huge one does not overflow.
-    scale = jnp.abs(difference).max(axis=1)
-    if evidence.axis_name is not None:
-        scale = lax.pmax(scale, evidence.axis_name)
-    scale = jnp.where(scale > 0, scale, 1)
-    mean, stderr, n = _mean_and_stderr(difference / scale[:, None], evidence.axis_name)
-    return Comparison(mean * scale, stderr * scale, _normal_units(mean, stderr, n))
+    mean, stderr, n = _mean_and_stderr(difference, evidence.axis_name)
+    return Comparison(mean, stderr, _normal_units(mean, stderr, n))
 
 
 def single_objective(evidence: Evidence) -> str:
@@ -176,10 +170,16 @@ def _mean_and_stderr(values: jax.Array, axis_name: Any):
         n = n * lax.psum(1, axis_name)
         total = lax.psum(total, axis_name)
     mean = total / n
-    squares = jnp.square(values - mean[:, None]).sum(axis=1)
+    centred = values - mean[:, None]
+    # Brought to at most one before they are squared: huge scores do not overflow.
+    scale = jnp.abs(centred).max(axis=1)
+    if axis_name is not None:
+        scale = lax.pmax(scale, axis_name)
+    scale = jnp.where(scale > 0, scale, 1)
+    squares = jnp.square(centred / scale[:, None]).sum(axis=1)
     if axis_name is not None:
         squares = lax.psum(squares, axis_name)
-    return mean, jnp.sqrt(squares / max(n - 1, 1) / n), n
+    return mean, scale * jnp.sqrt(squares / max(n - 1, 1) / n), n
 
 
 def _normal_units(mean: jax.Array, stderr: jax.Array, n: int) -> jax.Array:

@@ -158,30 +158,35 @@ def propose(
         given = grads if one.loss_fn is None else _gradient(loss, params, axis_name)
         old = opt_states[name]
         update, new = _inner_update(one, name, given, old, params, loss, extra_args)
-        update = jax.tree.map(lambda u, p: jnp.asarray(u, p.dtype), update, params)
-        slope = _slope(update, given)
-        ok = jnp.isfinite(slope)
+        update = _like_params(update, params, name)
+        ok, climbs = _examine(update, given)
         updates.append(update)
         new_states[name] = _hold(ok, new, old, name)
         finite.append(ok)
-        uphill.append(slope > 0)
+        uphill.append(climbs)
     return Proposals(updates, new_states, jnp.stack(finite), jnp.stack(uphill))
 
 
-def _slope(update: optax.Updates, grads: optax.Updates) -> jax.Array:
-    """First-order change of the loss by an update, a real scalar.
+def _examine(update: optax.Updates, grads: optax.Updates) -> tuple[Any, Any]:
+    """Whether an update is finite, and whether it raises the loss to first order.
 
-    It is finite only if all of the update is: one pass over memory answers both
-    questions. Gradients that are not finite count as zero, since an inner optimizer may
-    well cope with them.
+    The slope, a sum of products, is finite only if all of the update is: one pass over
+    memory answers both questions. Gradients that are not finite count as zero, since an
+    inner optimizer may well cope with them.
     """
+    alike = jax.tree.structure(update) == jax.tree.structure(grads)
+    alike = alike and _shapes(update) == _shapes(grads)
+    # Some optimizers take gradients of another form, such as one for each example.
+    along = grads if alike else jax.tree.map(jnp.ones_like, update)
 
     def product(u, g):
-        wide = jnp.promote_types(u.dtype, jnp.float32)
         g = jnp.where(jnp.isfinite(g), g, 0).astype(u.dtype)
+        wide = jnp.promote_types(u.dtype, jnp.float32)
         return jnp.vdot(g, u, preferred_element_type=wide).real
 
-    return sum(jax.tree.leaves(jax.tree.map(product, update, grads)), jnp.zeros([]))
+    products = jax.tree.leaves(jax.tree.map(product, update, along))
+    slope = sum(products, jnp.zeros([]))
+    return jnp.isfinite(slope), (slope > 0) & alike
 
 
 def _loss_of(one, name, loss_fn, extra_args, axis_name):
@@ -227,7 +232,7 @@ def _inner_update(one, name, grads, opt_state, params, loss, extra_args):
         first, second = (offered, supplied) if one.loss_fn else (supplied, offered)
         offered = {**first, **second}
     names, takes_any = named.accepted(one.tx.update, 3)
-    opt_state = _unpack(opt_state, jax.eval_shape(one.tx.init, params))
+    opt_state = _unpack(opt_state, _key_impls(one.tx, params))
 
     def call(extras):
         updates, new_state = one.tx.update(grads, opt_state, params, **extras)
@@ -239,7 +244,7 @@ def _inner_update(one, name, grads, opt_state, params, loss, extra_args):
         return call(offered)
     except TypeError:
         # Line searches reject what nobody consumes, instead of ignoring it.
-        wanted = {*names, *_FROM_LOSS}
+        wanted = {*names, "value", "grad", "value_fn"}
         if "value_fn" in offered:
             wanted |= named.accepted(offered["value_fn"], 1)[0]
         return _explain(call, {k: offered[k] for k in wanted & offered.keys()}, name)
@@ -254,6 +259,25 @@ def _explain(call, extras, name):
             f"given: {sorted(extras) or 'none'}. With ev3(..., loss_fn=...) explorers "
             f"get {', '.join(_FROM_LOSS)}."
         ) from error
+
+
+def _like_params(update, params, name):
+    """The update with the dtypes of the parameters; raises if it does not fit them."""
+    got, expected = jax.tree.structure(update), jax.tree.structure(params)
+    what = "structure"
+    if got == expected:
+        got, expected = _shapes(update), _shapes(params)
+        what = "shapes"
+    if got != expected:
+        raise ValueError(
+            f"explorer {name!r} returned updates of {what} {got}, expected {expected}: "
+            f"gradients and updates must be like the parameters."
+        )
+    return jax.tree.map(lambda u, p: jnp.asarray(u, jnp.result_type(p)), update, params)
+
+
+def _shapes(tree):
+    return [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
 
 
 def _hold(ok, new, old, name):
@@ -288,10 +312,22 @@ def own(leaf: Any) -> Any:
     return jnp.array(leaf, dtype=jnp.result_type(leaf))
 
 
-def _unpack(packed: Any, like: Any) -> Any:
-    def one(leaf, spec):
-        if not is_key(spec):
-            return leaf
-        return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(spec))
+def _key_impls(tx: optax.GradientTransformation, params: optax.Params) -> list[Any]:
+    """For each leaf of the inner state its PRNG implementation, None if no key."""
+    impls = []
 
-    return jax.tree.map(one, packed, like)
+    def trace(params):
+        leaves = jax.tree.leaves(tx.init(params))
+        impls.extend(jax.random.key_impl(x) if is_key(x) else None for x in leaves)
+
+    jax.eval_shape(trace, params)
+    return impls
+
+
+def _unpack(packed: Any, impls: list[Any]) -> Any:
+    leaves, structure = jax.tree.flatten(packed)
+    unpacked = [
+        leaf if impl is None else jax.random.wrap_key_data(leaf, impl=impl)
+        for leaf, impl in zip(leaves, impls, strict=True)
+    ]
+    return jax.tree.unflatten(structure, unpacked)
