@@ -34,6 +34,7 @@ import _data
 SEEDS = flags.DEFINE_integer("seeds", 10, "Runs of each method.", lower_bound=2)
 STEPS = flags.DEFINE_integer("steps", 300, "Training steps.", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 10_000, "Simulated rounds.", lower_bound=100)
+ONLY = flags.DEFINE_multi_string("rule", None, "Only this rule; may be repeated.")
 JSON = flags.DEFINE_string("json", None, "Where to write the figures, too.")
 
 TWO = {"adam": optax.adam(1e-3), "sgd": optax.sgd(0.1)}
@@ -106,7 +107,7 @@ def train(make_tx, steps, seeds):
     return np.asarray(accuracy), np.asarray(nll), state
 
 
-def digits(steps, seeds):
+def digits(rules, steps, seeds):
     """One row a method: name, test accuracies, test NLLs, shares of adoption."""
     alone = {**EIGHT, "adam": TWO["adam"], "sgd": TWO["sgd"]}
     for name in [n for n in alone if n not in ("adam 0.001", "sgd 0.1")]:
@@ -115,7 +116,7 @@ def digits(steps, seeds):
         yield f"{name} alone", accuracy, nll, ""
     held_out = _data.load().held_out
     for metric, (rule, made), (label, inner) in itertools.product(
-        METRICS, RULES.items(), SETS.items()
+        METRICS, rules.items(), SETS.items()
     ):
         assess_fn = optax_ev3.held_out(METRICS[metric], held_out, 128)
 
@@ -142,10 +143,10 @@ def _draws(kind, key, shape):
     return base + 0.3 * jax.random.t(own, 3.0, shape)
 
 
-def false_proof(rounds):
+def false_proof(rules, rounds):
     """One row for each rule, kind of score, K and N: share of false replacements."""
     for (rule, made), kind, explorers, examples in itertools.product(
-        RULES.items(), ("0/1", "normal", "heavy-tailed"), (2, 8), (64, 256)
+        rules.items(), ("0/1", "normal", "heavy-tailed"), (2, 8), (64, 256)
     ):
 
         def one(key, made=made, kind=kind, explorers=explorers, examples=examples):
@@ -165,11 +166,12 @@ def false_proof(rounds):
 def main(_):
     logging.set_verbosity(logging.WARNING)
     steps, seeds = STEPS.value, SEEDS.value
+    rules = {name: RULES[name] for name in ONLY.value or RULES}
     figures = {"digits": [], "false_proof": []}
     print(f"Digits, {steps} steps, mean ± standard error over {seeds} seeds.")
     print("Adopted: percent of rounds; the explorers in order, then current, stable.")
     print(f"{'method':46}{'test accuracy':>16}{'test NLL':>17}  adopted")
-    for name, accuracy, nll, shares in digits(steps, seeds):
+    for name, accuracy, nll, shares in digits(rules, steps, seeds):
         cells = []
         for values in (accuracy, nll):
             error = values.std(ddof=1) / np.sqrt(seeds)
@@ -181,7 +183,7 @@ def main(_):
         f"\nStable replaced though all are equally good, {ROUNDS.value:,} rounds each."
     )
     print(f"{'rule':13}{'scores':14}{'K':>3}{'N':>6}{'share':>9}")
-    for rule, kind, explorers, examples, share in false_proof(ROUNDS.value):
+    for rule, kind, explorers, examples, share in false_proof(rules, ROUNDS.value):
         print(f"{rule:13}{kind:14}{explorers:3}{examples:6}{share:9.4f}", flush=True)
         figures["false_proof"].append([rule, kind, explorers, examples, share])
     if JSON.value:

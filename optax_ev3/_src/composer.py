@@ -154,7 +154,7 @@ def ev3(
     def init_fn(params: optax.Params) -> EV3State:
         return EV3State(
             ev3_round=jnp.zeros([], jnp.int32),
-            ev3_key=jax.random.key_data(_typed_key(key)),
+            ev3_key=explore.own(jax.random.key_data(_typed_key(key))),
             explorers={
                 name: ExplorerState(
                     position=jnp.asarray(position, jnp.int32),
@@ -226,14 +226,10 @@ def ev3(
 def _choose(adopted, proposed, params, stable):
     """The update that makes the adopted candidate visible."""
 
-    def stay():
-        return jax.tree.map(jnp.zeros_like, params)
+    def pick(param, stay, *moves):
+        return lax.select_n(adopted, *moves, jnp.zeros_like(param), stay - param)
 
-    def back():
-        return jax.tree.map(jnp.subtract, stable, params)
-
-    # A switch reads what was adopted, where a select reads all that was proposed.
-    return lax.switch(adopted, [*[lambda u=u: u for u in proposed], stay, back])
+    return jax.tree.map(pick, params, stable, *proposed)
 
 
 def _where(condition, new, old):

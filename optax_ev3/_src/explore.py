@@ -157,7 +157,9 @@ def propose(
         loss = _loss_of(one, name, loss_fn, extra_args, axis_name)
         given = grads if one.loss_fn is None else _gradient(loss, params, axis_name)
         old = opt_states[name]
-        update, new = _inner_update(one, name, given, old, params, loss, extra_args)
+        update, new = _inner_update(
+            one, name, given, old, params, loss, extra_args, axis_name
+        )
         update = _like_params(update, params, name)
         ok, climbs = _examine(update, given)
         updates.append(update)
@@ -168,25 +170,21 @@ def propose(
 
 
 def _examine(update: optax.Updates, grads: optax.Updates) -> tuple[Any, Any]:
-    """Whether an update is finite, and whether it raises the loss to first order.
-
-    The slope, a sum of products, is finite only if all of the update is: one pass over
-    memory answers both questions. Gradients that are not finite count as zero, since an
-    inner optimizer may well cope with them.
-    """
+    """Whether an update is finite, and whether it raises the loss to first order."""
+    leaves = jax.tree.leaves(update)
+    checks = [jnp.isfinite(leaf).all() for leaf in leaves]
+    finite = jnp.stack(checks).all() if checks else jnp.asarray(True)
     alike = jax.tree.structure(update) == jax.tree.structure(grads)
-    alike = alike and _shapes(update) == _shapes(grads)
-    # Some optimizers take gradients of another form, such as one for each example.
-    along = grads if alike else jax.tree.map(jnp.ones_like, update)
+    if not (alike and _shapes(update) == _shapes(grads)):
+        # Some optimizers take gradients of another form, such as one for each example.
+        return finite, jnp.asarray(False)
 
-    def product(u, g):
-        g = jnp.where(jnp.isfinite(g), g, 0).astype(u.dtype)
+    def slope(u, g):
         wide = jnp.promote_types(u.dtype, jnp.float32)
-        return jnp.vdot(g, u, preferred_element_type=wide).real
+        return jnp.real(jnp.conj(g.astype(wide)) * u.astype(wide)).sum()
 
-    products = jax.tree.leaves(jax.tree.map(product, update, along))
-    slope = sum(products, jnp.zeros([]))
-    return jnp.isfinite(slope), (slope > 0) & alike
+    slopes = jax.tree.leaves(jax.tree.map(slope, update, grads))
+    return finite, sum(slopes, jnp.zeros([])) > 0
 
 
 def _loss_of(one, name, loss_fn, extra_args, axis_name):
@@ -217,7 +215,7 @@ def _gradient(loss, params, axis_name):
     return grads if axis_name is None else lax.pmean(grads, axis_name)
 
 
-def _inner_update(one, name, grads, opt_state, params, loss, extra_args):
+def _inner_update(one, name, grads, opt_state, params, loss, extra_args, axis_name):
     """Calls the inner optimizer with the extra arguments that it can take."""
     offered = dict(extra_args)
     if loss is not None:
@@ -225,7 +223,7 @@ def _inner_update(one, name, grads, opt_state, params, loss, extra_args):
             "value": loss(params),
             "grad": grads,
             "value_fn": loss,
-            "grad_fn": lambda p, *_: jax.grad(loss)(p),
+            "grad_fn": lambda p, *_: _gradient(loss, p, axis_name),
             "obj_fn": loss,
         }
         # A loss of one's own overrides what the caller says of another loss.
