@@ -68,7 +68,7 @@ def test_quick_run_prints_tables_and_writes_all_figures(tmp_path):
     modes = ("unroll", "vmap", "map", "by hand", "by hand, tuned")
     assert set(rows["steps"]) == {(m, 2, p) for m in models for p in modes}
     assert set(rows["updates"]) == {
-        (m, 2, p) for m in models for p in ("ev3", "updates alone")
+        (m, 2, p) for m in models for p in ("ev3", "safe by hand", "updates alone")
     }
     assert set(rows["rounds"]) == {
         (p, loop) for p in ("ev3", "adam") for loop in ("python", "scan")

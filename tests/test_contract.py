@@ -352,6 +352,7 @@ MANY_EXPLORERS = {
         pytest.param("shard_map", "greedy", score, "zoom", marks=pytest.mark.slow),
         pytest.param("shard_map", "greedy", score, "sam", marks=pytest.mark.slow),
         pytest.param("pmap", "greedy", score, "backtracking", marks=pytest.mark.slow),
+        pytest.param("pmap", "greedy", score, "zoom", marks=pytest.mark.slow),
         pytest.param("pmap", "greedy", score, "sam", marks=pytest.mark.slow),
     ],
 )

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 
 from optax_ev3._src import adapt as rules
-from optax_ev3._src import assess, evidence, explore, named, record
+from optax_ev3._src import assess, evidence, explore, named, record, trees
 
 
 class ExplorerState(NamedTuple):
@@ -154,7 +154,7 @@ def ev3(
     def init_fn(params: optax.Params) -> EV3State:
         return EV3State(
             ev3_round=jnp.zeros([], jnp.int32),
-            ev3_key=explore.own(jax.random.key_data(_typed_key(key))),
+            ev3_key=trees.own(jax.random.key_data(_typed_key(key))),
             explorers={
                 name: ExplorerState(
                     position=jnp.asarray(position, jnp.int32),
@@ -162,7 +162,7 @@ def ev3(
                 )
                 for position, (name, one) in enumerate(explorers.items())
             },
-            stable=jax.tree.map(explore.own, params),
+            stable=jax.tree.map(trees.own, params),
             memory=rule.init(len(explorers)),
             record=record.empty(history_length, len(explorers) + 2),
         )
@@ -213,9 +213,9 @@ def ev3(
                 name: ExplorerState(one.position, proposals.opt_states[name])
                 for name, one in state.explorers.items()
             },
-            stable=_where(significant, visible, state.stable),
-            memory=_where(explored, memory, state.memory),
-            record=_where(
+            stable=trees.where(significant, visible, state.stable),
+            memory=trees.where(explored, memory, state.memory),
+            record=trees.where(
                 explored, record.append(state.record, decision, seen), state.record
             ),
         )
@@ -226,17 +226,15 @@ def ev3(
 def _choose(adopted, proposed, params, stable):
     """The update that makes the adopted candidate visible."""
 
-    def pick(param, stay, *moves):
-        return lax.select_n(adopted, *moves, jnp.zeros_like(param), stay - param)
+    def stay():
+        # Zeros, whatever p, that are sharded as p is: zeros_like is not in a branch.
+        return jax.tree.map(lambda p: ((p != p) & (p == p)).astype(p.dtype), params)
 
-    return jax.tree.map(pick, params, stable, *proposed)
+    def back():
+        return jax.tree.map(lambda s, p: s - p, stable, params)
 
-
-def _where(condition, new, old):
-    """Leafwise ``new`` where the condition holds, with the dtypes of ``old``."""
-    return jax.tree.map(
-        lambda n, o: jnp.where(condition, jnp.asarray(n, o.dtype), o), new, old
-    )
+    moves = [lambda update=update: update for update in proposed]
+    return lax.switch(adopted, [*moves, stay, back])
 
 
 def _round_keys(state, key_impl, axis_name):
@@ -249,7 +247,7 @@ def _round_keys(state, key_impl, axis_name):
 
 
 def _typed_key(key: Any) -> jax.Array:
-    if explore.is_key(key):
+    if trees.is_key(key):
         return key
     if jnp.ndim(key) == 1:
         return jax.random.wrap_key_data(key)
@@ -258,7 +256,7 @@ def _typed_key(key: Any) -> jax.Array:
 
 def _check_key(key: Any) -> Any:
     """The PRNG implementation of ``key``, None for the default."""
-    if explore.is_key(key) and key.ndim == 0:
+    if trees.is_key(key) and key.ndim == 0:
         return jax.random.key_impl(key)
     is_integer = not isinstance(key, bool) and isinstance(key, int | jax.Array)
     is_integer = is_integer or hasattr(key, "__index__")

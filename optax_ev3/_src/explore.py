@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_ev3._src import named
+from optax_ev3._src import memory_bound, named, trees
 
 # Names of the two candidates that are always there.
 CURRENT, STABLE = "current", "stable"
@@ -126,7 +126,7 @@ def _as_explorer(value: Any, name: str | None) -> Explorer:
 
 def init_state(tx: optax.GradientTransformation, params: optax.Params) -> Any:
     """The inner optimizer's state as arrays that we own, none weakly typed."""
-    return jax.tree.map(own, tx.init(params))
+    return jax.tree.map(trees.own, tx.init(params))
 
 
 def propose(
@@ -155,13 +155,16 @@ def propose(
     updates, new_states, finite, uphill = [], {}, [], []
     for name, one in explorers.items():
         loss = _loss_of(one, name, loss_fn, extra_args, axis_name)
-        given = grads if one.loss_fn is None else _gradient(loss, params, axis_name)
+        given = grads if one.loss_fn is None else _gradient(loss, params)
         old = opt_states[name]
-        update, new = _inner_update(
-            one, name, given, old, params, loss, extra_args, axis_name
-        )
+        step = _inner_update(one, name, old, params, loss, extra_args)
+        update, new = step(given)
         update = _like_params(update, params, name)
         ok, climbs = _examine(update, given)
+        if memory_bound.is_memory_bound(step, given):
+            # Kept until the check is done, the new state would need memory of its
+            # own; computed again, it is written in the place of the old one.
+            new = step(trees.where(ok, given, jax.tree.map(jnp.zeros_like, given)))[1]
         updates.append(update)
         new_states[name] = _hold(ok, new, old, name)
         finite.append(ok)
@@ -171,20 +174,27 @@ def propose(
 
 def _examine(update: optax.Updates, grads: optax.Updates) -> tuple[Any, Any]:
     """Whether an update is finite, and whether it raises the loss to first order."""
-    leaves = jax.tree.leaves(update)
-    checks = [jnp.isfinite(leaf).all() for leaf in leaves]
-    finite = jnp.stack(checks).all() if checks else jnp.asarray(True)
+
+    def check():
+        return _all_finite(update)
+
     alike = jax.tree.structure(update) == jax.tree.structure(grads)
     if not (alike and _shapes(update) == _shapes(grads)):
         # Some optimizers take gradients of another form, such as one for each example.
-        return finite, jnp.asarray(False)
+        return check(), jnp.asarray(False)
 
     def slope(u, g):
         wide = jnp.promote_types(u.dtype, jnp.float32)
         return jnp.real(jnp.conj(g.astype(wide)) * u.astype(wide)).sum()
 
-    slopes = jax.tree.leaves(jax.tree.map(slope, update, grads))
-    return finite, sum(slopes, jnp.zeros([])) > 0
+    total = sum(jax.tree.leaves(jax.tree.map(slope, update, grads)), jnp.zeros([]))
+    # A sum is finite only where all its terms are: mostly one pass answers both.
+    return lax.cond(jnp.isfinite(total), lambda: jnp.asarray(True), check), total > 0
+
+
+def _all_finite(tree):
+    checks = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
+    return jnp.stack(checks).all() if checks else jnp.asarray(True)
 
 
 def _loss_of(one, name, loss_fn, extra_args, axis_name):
@@ -197,7 +207,7 @@ def _loss_of(one, name, loss_fn, extra_args, axis_name):
     bound = named.bind(fn, role, extra_args)
 
     def loss(params):
-        value = bound(params)
+        value = bound(_averaging(params, axis_name))
         shape, dtype = jnp.shape(value), jnp.result_type(value)
         if shape != () or not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
@@ -208,55 +218,77 @@ def _loss_of(one, name, loss_fn, extra_args, axis_name):
     return loss
 
 
-def _gradient(loss, params, axis_name):
-    grads = jax.grad(loss)(params)
+def _averaging(params, axis_name):
+    """``params``, whose gradients are averaged over the axis.
+
+    Line searches differentiate the loss themselves. Without this their slopes would
+    differ between devices, and so would the number of their steps.
+    """
+    if axis_name is None:
+        return params
+
+    @jax.custom_vjp
+    def identity(tree):
+        return tree
+
+    identity.defvjp(
+        lambda tree: (tree, None), lambda _, grads: (lax.pmean(grads, axis_name),)
+    )
+    return identity(params)
+
+
+def _gradient(loss, params):
     # Complex gradients point uphill after conjugation, optax's convention.
-    grads = jax.tree.map(jnp.conj, grads)
-    return grads if axis_name is None else lax.pmean(grads, axis_name)
+    return jax.tree.map(jnp.conj, jax.grad(loss)(params))
 
 
-def _inner_update(one, name, grads, opt_state, params, loss, extra_args, axis_name):
-    """Calls the inner optimizer with the extra arguments that it can take."""
-    offered = dict(extra_args)
-    if loss is not None:
+def _inner_update(one, name, opt_state, params, loss, extra_args):
+    """The inner optimizer as a function of gradients, given what else it can take."""
+    names, takes_any = named.accepted(one.tx.update, 3)
+    opt_state = trees.unpack(opt_state, trees.key_impls(one.tx.init, params))
+
+    def offer(grads):
+        if loss is None:
+            return dict(extra_args)
         supplied = {
             "value": loss(params),
             "grad": grads,
             "value_fn": loss,
-            "grad_fn": lambda p, *_: _gradient(loss, p, axis_name),
+            "grad_fn": lambda p, *_: _gradient(loss, p),
             "obj_fn": loss,
         }
         # A loss of one's own overrides what the caller says of another loss.
-        first, second = (offered, supplied) if one.loss_fn else (supplied, offered)
-        offered = {**first, **second}
-    names, takes_any = named.accepted(one.tx.update, 3)
-    opt_state = _unpack(opt_state, _key_impls(one.tx, params))
+        both = (extra_args, supplied) if one.loss_fn else (supplied, extra_args)
+        return {**both[0], **both[1]}
 
-    def call(extras):
+    def call(grads, extras):
         updates, new_state = one.tx.update(grads, opt_state, params, **extras)
-        return updates, jax.tree.map(_raw, new_state)
+        return updates, jax.tree.map(trees.raw, new_state)
 
-    if not takes_any:
-        return _explain(call, {k: offered[k] for k in names & offered.keys()}, name)
-    try:
-        return call(offered)
-    except TypeError:
-        # Line searches reject what nobody consumes, instead of ignoring it.
-        wanted = {*names, "value", "grad", "value_fn"}
-        if "value_fn" in offered:
-            wanted |= named.accepted(offered["value_fn"], 1)[0]
-        return _explain(call, {k: offered[k] for k in wanted & offered.keys()}, name)
+    def explained(grads, extras):
+        try:
+            return call(grads, extras)
+        except TypeError as error:
+            raise TypeError(
+                f"explorer {name!r} cannot be updated: {error} Extra arguments that it "
+                f"was given: {sorted(extras) or 'none'}. With ev3(..., loss_fn=...) "
+                f"explorers get {', '.join(_FROM_LOSS)}."
+            ) from error
 
+    def step(grads):
+        offered = offer(grads)
+        if not takes_any:
+            return explained(grads, {k: offered[k] for k in names & offered.keys()})
+        try:
+            return call(grads, offered)
+        except TypeError:
+            # Line searches reject what nobody consumes, instead of ignoring it.
+            wanted = {*names, "value", "grad", "value_fn"}
+            if "value_fn" in offered:
+                wanted |= named.accepted(offered["value_fn"], 1)[0]
+            return explained(grads, {k: offered[k] for k in wanted & offered.keys()})
 
-def _explain(call, extras, name):
-    try:
-        return call(extras)
-    except TypeError as error:
-        raise TypeError(
-            f"explorer {name!r} cannot be updated: {error} Extra arguments that it was "
-            f"given: {sorted(extras) or 'none'}. With ev3(..., loss_fn=...) explorers "
-            f"get {', '.join(_FROM_LOSS)}."
-        ) from error
+    return step
 
 
 def _like_params(update, params, name):
@@ -286,46 +318,4 @@ def _hold(ok, new, old, name):
             f"{jax.tree.structure(old)} to {jax.tree.structure(new)}."
         )
 
-    def hold(new, old):
-        return jnp.where(ok, jnp.asarray(new, old.dtype), old)
-
-    return jax.tree.map(hold, new, old)
-
-
-# Typed PRNG keys are kept as raw data: flax.serialization cannot save the others.
-
-
-def is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _raw(leaf: Any) -> Any:
-    return jax.random.key_data(leaf) if is_key(leaf) else leaf
-
-
-def own(leaf: Any) -> Any:
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jnp.zeros(leaf.shape, leaf.dtype)
-    leaf = _raw(leaf)
-    return jnp.array(leaf, dtype=jnp.result_type(leaf))
-
-
-def _key_impls(tx: optax.GradientTransformation, params: optax.Params) -> list[Any]:
-    """For each leaf of the inner state its PRNG implementation, None if no key."""
-    impls = []
-
-    def trace(params):
-        leaves = jax.tree.leaves(tx.init(params))
-        impls.extend(jax.random.key_impl(x) if is_key(x) else None for x in leaves)
-
-    jax.eval_shape(trace, params)
-    return impls
-
-
-def _unpack(packed: Any, impls: list[Any]) -> Any:
-    leaves, structure = jax.tree.flatten(packed)
-    unpacked = [
-        leaf if impl is None else jax.random.wrap_key_data(leaf, impl=impl)
-        for leaf, impl in zip(leaves, impls, strict=True)
-    ]
-    return jax.tree.unflatten(structure, unpacked)
+    return trees.where(ok, new, old)

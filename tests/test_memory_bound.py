@@ -1,0 +1,52 @@
+"""Inner updates that may be computed twice, and those that may not."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from optax_ev3._src.memory_bound import is_memory_bound
+
+
+def light(tx):
+    params = {"w": jnp.ones([3, 4]), "b": jnp.ones([4])}
+    state = tx.init(params)
+    return is_memory_bound(lambda grads: tx.update(grads, state, params), params)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.adamw(optax.cosine_decay_schedule(1e-3, 100)),
+        optax.sgd(0.1, momentum=0.9),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adafactor(0.1)),
+        optax.inject_hyperparams(optax.adam)(learning_rate=0.1),
+    ],
+)
+def test_passes_over_memory(tx):
+    assert light(tx)
+
+
+def orthogonalized(grads, params):
+    del params
+    return jax.tree.map(lambda g: g if g.ndim < 2 else g @ (g.T @ g), grads)
+
+
+@pytest.mark.parametrize(
+    "tx", [optax.stateless(orthogonalized), optax.apply_if_finite(optax.adam(0.1), 3)]
+)
+def test_more_than_passes_over_memory(tx):
+    assert not light(tx)
+
+
+def test_looks_inside_of_calls():
+    inner = jax.jit(lambda x: x @ x)
+    assert not is_memory_bound(lambda x: jax.jit(inner)(x) + 1, jnp.ones([2, 2]))
+    assert is_memory_bound(lambda x: jax.jit(jnp.sin)(x) + 1, jnp.ones([2, 2]))
+
+
+def test_loops_over_scalars_do_not_count():
+    def fn(x):
+        return x * jax.lax.fori_loop(0, 3, lambda i, y: y + i, jnp.float32(1))
+
+    assert is_memory_bound(fn, jnp.ones([2, 2]))
