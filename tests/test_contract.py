@@ -242,10 +242,9 @@ def test_no_host_callback(rule, mode):
 
 
 @pytest.mark.parametrize("mode", ["vmap", "map"])
-def test_modes_agree(mode):
-    # Greedy: rounding differs between the modes, and lots that hang on it would, too.
-    other = run(transformation("greedy", assess_mode=mode))
-    assert_close(other, plain_run("greedy"))
+@every_rule
+def test_modes_agree(rule, mode):
+    assert_close(run(transformation(rule, assess_mode=mode)), plain_run(rule))
 
 
 def test_candidates_in_their_documented_order():

@@ -156,3 +156,14 @@ def test_single_objective():
     assert public.single_objective(gather({"a": np.float32([1, 2])})) == "a"
     with pytest.raises(ValueError, match=r"one objective.*2: \['a', 'b'\]"):
         public.single_objective(gather({"a": np.ones(2), "b": np.ones(2)}))
+
+
+def test_differences_within_rounding_are_ties():
+    scores = np.random.default_rng(0).normal(size=64).astype(np.float32)
+    nudged = np.nextafter(scores, np.float32(np.inf))
+    same = gather({"score": jnp.stack([jnp.asarray(nudged), jnp.asarray(scores)])})
+    np.testing.assert_array_equal(evidence.compare(same, "score", 1).z, 0)
+    apart = gather(
+        {"score": jnp.stack([jnp.asarray(scores + 1e-4), jnp.asarray(scores)])}
+    )
+    assert evidence.compare(apart, "score", 1).z[0] > 5

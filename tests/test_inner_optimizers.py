@@ -313,6 +313,8 @@ _STILL = {"optax.set_to_zero"}
 
 @pytest.mark.parametrize("name", FACTORIES)
 def test_equals_the_optimizer_alone(name):
+    if name == "optax.scale_by_distance_over_gradients" and optax.__version__ < "0.2.6":
+        pytest.skip("gives NaN by itself in this release of optax")
     with lenient():
         tx = FACTORIES[name]()
         ours = optax_ev3.ev3(
@@ -371,7 +373,7 @@ def test_without_a_loss_says_how_to_give_one(tx, needs):
     ours = optax_ev3.ev3({"tried": tx()}, score)
     w = params()
     message = rf"'tried' cannot be updated.*{needs}.*loss_fn="
-    with pytest.raises(TypeError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         jax.eval_shape(ours.update, w, ours.init(w), w, **batch(0))
 
 

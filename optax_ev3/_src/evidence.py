@@ -116,7 +116,9 @@ def compare(
     which errs by less than 0.03 for :math:`\nu \ge 4` and :math:`|z| \le 3`, on the
     cautious side in the tails. Evidence is never stronger than that of N coins
     that all fall alike, :math:`p = 2^{-N}`, so that a few examples with equal
-    differences are not taken for certainty.
+    differences are not taken for certainty; and differences on an example within 8
+    units of rounding are ties, so that candidates which are the same but for the order
+    of operations are not told apart.
 
     Exact figures are compared with ``noise``, :math:`z = D / noise`; without noise any
     difference is certain.
@@ -137,12 +139,16 @@ def compare(
     """
     values = evidence.scores[objective]
     both = evidence.valid & evidence.valid[reference]
-    difference = values - jnp.expand_dims(values[reference], 0)
+    other = jnp.expand_dims(values[reference], 0)
+    difference = values - other
     if values.ndim == 1:
         gain = jnp.where(both, difference, 0)
         z = gain / jnp.maximum(jnp.abs(gain) / CERTAIN, noise)
         return Comparison(gain, jnp.zeros_like(gain), jnp.where(gain == 0, 0, z))
-    difference = jnp.where(both[:, None], difference, 0)
+    largest = jnp.maximum(jnp.abs(values), jnp.abs(other))
+    rounding = 8 * jnp.finfo(values.dtype).eps * largest
+    differs = both[:, None] & (jnp.abs(difference) > rounding)
+    difference = jnp.where(differs, difference, 0)
     mean, stderr, n = _mean_and_stderr(difference, evidence.axis_name)
     return Comparison(mean, stderr, _normal_units(mean, stderr, n))
 

@@ -268,8 +268,9 @@ def _inner_update(one, name, opt_state, params, loss, extra_args):
     def explained(grads, extras):
         try:
             return call(grads, extras)
-        except TypeError as error:
-            raise TypeError(
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(
                 f"explorer {name!r} cannot be updated: {error} Extra arguments that it "
                 f"was given: {sorted(extras) or 'none'}. With ev3(..., loss_fn=...) "
                 f"explorers get {', '.join(_FROM_LOSS)}."
@@ -281,7 +282,7 @@ def _inner_update(one, name, opt_state, params, loss, extra_args):
             return explained(grads, {k: offered[k] for k in names & offered.keys()})
         try:
             return call(grads, offered)
-        except TypeError:
+        except (TypeError, ValueError):
             # Line searches reject what nobody consumes, instead of ignoring it.
             wanted = {*names, "value", "grad", "value_fn"}
             if "value_fn" in offered:
