@@ -1,6 +1,9 @@
 """Configuration of the documentation (Sphinx)."""
 
+import pathlib
 from importlib import metadata
+
+from sphinx import addnodes
 
 project = "optax_ev3"
 author = "The optax_ev3 authors"
@@ -24,10 +27,26 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-# Fields that a docstring lists are not listed a second time.
+# Fields that a docstring lists are not listed a second time; it says their types.
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-# The README links to files of the repository, which are no pages of this site.
-suppress_warnings = ["myst.xref_missing"]
+
+
+def link_included_files(app, doctree):
+    """Leads links from the README to files of the repository to pages of this site."""
+    del app
+    for node in doctree.findall(addnodes.pending_xref):
+        file = pathlib.PurePosixPath(node["reftarget"])
+        if str(file) == "CHANGELOG.md":
+            node["refdomain"], node["reftarget"] = "doc", "changelog"
+            node["reftargetid"] = None
+        elif file.parent == pathlib.PurePosixPath("examples"):
+            node["refdomain"], node["reftarget"] = "doc", "examples"
+            node["reftargetid"] = file.stem
+
+
+def setup(app):
+    app.connect("doctree-read", link_included_files)
