@@ -372,7 +372,7 @@ def test_typed_keys_keep_their_implementation(impl):
 def test_without_a_loss_says_how_to_give_one(tx, needs):
     ours = optax_ev3.ev3({"tried": tx()}, score)
     w = params()
-    message = rf"'tried' cannot be updated.*{needs}.*loss_fn="
+    message = rf"(?s)'tried' cannot be updated.*{needs}.*loss_fn="
     with pytest.raises((TypeError, ValueError), match=message):
         jax.eval_shape(ours.update, w, ours.init(w), w, **batch(0))
 
