@@ -1,8 +1,8 @@
 """EV3 (explore, assess, adapt) as one optax gradient transformation."""
 
-from optax_ev3 import adapt, evidence
+from optax_ev3 import adapt, combine, evidence
 from optax_ev3._src.composer import EV3State, ExplorerState, ev3
-from optax_ev3._src.explore import Explorer, explorer
+from optax_ev3._src.explore import Explorer, explorer, product, sweep
 from optax_ev3._src.held_out import held_out
 from optax_ev3._src.record import history, stable_params, summary
 
@@ -13,11 +13,14 @@ __all__ = [
     "Explorer",
     "ExplorerState",
     "adapt",
+    "combine",
     "ev3",
     "evidence",
     "explorer",
     "held_out",
     "history",
+    "product",
     "stable_params",
     "summary",
+    "sweep",
 ]

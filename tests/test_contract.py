@@ -451,7 +451,13 @@ def test_tree_get_finds_our_fields(rule):
 def _inject(rule):
     made = optax.inject_hyperparams(
         optax_ev3.ev3,
-        static_args=("assess_fn", "loss_fn", "trajectory_length", "history_length"),
+        static_args=(
+            "assess_fn",
+            "loss_fn",
+            "trajectory_length",
+            "trajectory_growth",
+            "history_length",
+        ),
     )
     return made(inner=explorers(), assess_fn=score, adapt=RULES[rule]())
 

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from optax_ev3._src import trees
+
 MODES = ("unroll", "vmap", "map")
 
 # The name of the objective where assess_fn returns no mapping.
@@ -25,7 +27,7 @@ _NOT_TRACEABLE = (
 
 def score(
     assess: Callable[[optax.Params], Any],
-    candidates: Sequence[optax.Params],
+    candidates: Sequence[trees.Batch],
     mode: str,
 ) -> dict[str, jax.Array]:
     """Scores of all candidates.
@@ -33,9 +35,10 @@ def score(
     Args:
       assess: Maps parameters to scores: ``[N]``, ``[]``, or a mapping from the names
         of objectives to such arrays.
-      candidates: C trees of parameters.
-      mode: ``"unroll"`` calls ``assess`` C times, ``"vmap"`` once on stacked
-        parameters, ``"map"`` in a compiled loop.
+      candidates: C trees of parameters, some of them stacked.
+      mode: ``"unroll"`` calls ``assess`` once for each single tree, and in a loop for
+        those that are stacked; ``"vmap"`` once on stacked parameters, ``"map"`` in a
+        compiled loop.
 
     Returns:
       For each objective ``[C, N]`` or ``[C]``, float32 or wider.
@@ -45,7 +48,8 @@ def score(
         traced or does not return scores.
     """
     try:
-        _check_scores(jax.eval_shape(assess, candidates[0]))
+        single = next(batch.tree for batch in candidates if batch.size is None)
+        _check_scores(jax.eval_shape(assess, single))
         return _score(assess, candidates, mode)
     except _NOT_TRACEABLE as error:
         raise TypeError(
@@ -57,12 +61,23 @@ def score(
 
 
 def _score(assess, candidates, mode):
+    def one(candidate):
+        return _as_scores(assess(candidate))
+
     if mode == "unroll":
-        each = [_as_scores(assess(candidate)) for candidate in candidates]
-        return jax.tree.map(lambda *values: jnp.stack(values), *each)
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *candidates)
-    many = jax.vmap if mode == "vmap" else lambda fn: lambda xs: lax.map(fn, xs)
-    return many(lambda candidate: _as_scores(assess(candidate)))(stacked)
+        each = [
+            jax.tree.map(lambda x: x[None], one(batch.tree))
+            if batch.size is None
+            else lax.map(one, batch.tree)
+            for batch in candidates
+        ]
+        return jax.tree.map(lambda *values: jnp.concatenate(values), *each)
+    stacks = [
+        batch.tree if batch.size else jax.tree.map(lambda x: x[None], batch.tree)
+        for batch in candidates
+    ]
+    stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *stacks)
+    return jax.vmap(one)(stacked) if mode == "vmap" else lax.map(one, stacked)
 
 
 def _as_scores(output: Any) -> dict[str, jax.Array]:

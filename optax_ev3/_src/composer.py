@@ -10,18 +10,32 @@ import optax
 from jax import lax
 
 from optax_ev3._src import adapt as rules
-from optax_ev3._src import assess, evidence, explore, named, record, trees
+from optax_ev3._src import (
+    assess,
+    evidence,
+    explore,
+    named,
+    record,
+    steps,
+    trajectory,
+    trees,
+)
+from optax_ev3._src import combine as combinations
+
+# Trajectories without a bound on their growth stop growing here, in calls.
+_LONGEST = 2**24
 
 
 class ExplorerState(NamedTuple):
     """State of one explorer.
 
     Attributes:
-      position: ``[]`` int32, its index among the candidates.
+      positions: By name, ``[]`` int32, the index among the candidates: of the explorer,
+        or of every member of a sweep.
       opt_state: State of its inner optimizer; PRNG keys in it are raw key data.
     """
 
-    position: jax.Array
+    positions: dict[str, jax.Array]
     opt_state: Any
 
 
@@ -29,17 +43,23 @@ class EV3State(NamedTuple):
     """State of :func:`optax_ev3.ev3`: arrays only.
 
     Attributes:
-      ev3_round: ``[]`` int32, calls of ``update`` so far.
+      ev3_round: ``[]`` int32, rounds that have ended.
+      ev3_calls: ``[]`` int32, calls of ``update`` so far.
       ev3_key: Raw key data of the transformation's own randomness; it never changes.
       explorers: By name, their positions among the candidates and inner states.
+      combined: By name, the positions of the combined candidates.
+      trajectory: Where the branches are; nothing if all rounds have one step.
       stable: The best parameters known to be good, a tree like params.
       memory: What the rule remembers of past rounds.
       record: Past rounds, see :func:`optax_ev3.history`.
     """
 
     ev3_round: jax.Array
+    ev3_calls: jax.Array
     ev3_key: jax.Array
     explorers: dict[str, ExplorerState]
+    combined: dict[str, jax.Array]
+    trajectory: Any
     stable: Any
     memory: Any
     record: record.Record
@@ -51,6 +71,12 @@ def ev3(
     *,
     loss_fn: Callable[..., Any] | None = None,
     trajectory_length: int = 1,
+    trajectory_growth: float = 1.0,
+    max_trajectory_length: int | None = None,
+    gradients: str | None = None,
+    restart: str = "always",
+    restart_state: str = "keep",
+    combine: Sequence[combinations.Combination] = (),
     adapt: rules.Rule | None = None,
     assess_mode: str = "unroll",
     axis_name: Any = None,
@@ -59,10 +85,12 @@ def ev3(
 ) -> optax.GradientTransformationExtraArgs:
     """Explore, assess, adapt: many optimizers as one.
 
-    Every call of ``update`` is a round. Each explorer proposes new parameters,
-    ``assess_fn`` scores all proposals on data that they were not fitted to, beside the
-    ``current`` parameters and the ``stable`` ones, the best known to be good; the rule
-    ``adapt`` decides which of these candidates becomes visible.
+    A round is ``trajectory_length`` calls of ``update``, one if not said otherwise. In
+    it each explorer proposes new parameters; at its end ``assess_fn`` scores all
+    proposals on data that they were not fitted to, beside the ``current`` parameters,
+    with which the round began, and the ``stable`` ones, the best known to be good; the
+    rule ``adapt`` decides which of these candidates becomes visible. Within a round
+    the visible parameters follow the *lead* branch, that of the explorer adopted last.
 
     Callbacks get, of the extra arguments of ``update``, just those that their
     signatures name, or all of them where they take ``**kwargs``. Inner optimizers
@@ -71,16 +99,36 @@ def ev3(
 
     Args:
       inner: Explorers, a sequence or a mapping from names: optax transformations, or
-        what :func:`optax_ev3.explorer` returns.
+        what :func:`optax_ev3.explorer`, :func:`optax_ev3.sweep` or
+        :func:`optax_ev3.product` return.
       assess_fn: ``assess_fn(params, **named)`` -> scores, higher is better: ``[n]``
         (one for each example), ``[]`` (a single exact figure), or a mapping from
         names of objectives to such arrays; real or boolean. No gradient is taken
         through it. A parameter ``key`` gets a PRNG key of the round, the same for
         all candidates; under ``axis_name`` each device has its own.
-      loss_fn: ``loss_fn(params, **named)`` -> real scalar, for inner optimizers that
-        need more than a gradient, such as line searches.
-      trajectory_length: Calls of ``update`` between two assessments. This version
-        knows rounds of one step only.
+      loss_fn: ``loss_fn(params, **named)`` -> real scalar: what branches differentiate
+        with ``gradients="own"``, and what feeds inner optimizers that need more than a
+        gradient, such as line searches. A parameter ``key`` gets a PRNG key of the
+        call, the same for all explorers.
+      trajectory_length: Calls of ``update`` between two assessments.
+      trajectory_growth: The length is multiplied by this after every round without a
+        significant improvement, and goes back to the start after one.
+      max_trajectory_length: The length stops growing there; None for no bound.
+      gradients: Where branches get theirs: ``"own"`` (each from ``loss_fn`` at its own
+        parameters; the lead branch uses the caller's), ``"shared"`` (all use the
+        caller's, taken at the lead branch: biased on purpose, and free) or ``"turns"``
+        (one branch after the other uses the caller's, so that a round takes K times as
+        many calls). Default: ``"own"`` with a ``loss_fn``, else ``"shared"``.
+        Explorers with a loss of their own always use that.
+      restart: Which branches start the next round from the adopted parameters:
+        ``"always"`` (all), ``"significant"`` (those shown to be worse by a paired test
+        at three standard errors, and those that became non-finite) or ``"never"``
+        (independent runs, the best one visible; where another candidate is adopted,
+        it stays visible for the next round).
+      restart_state: What becomes of the inner state of a branch that restarts from
+        parameters that are not its own: ``"keep"`` (as the paper), ``"new"``, or
+        ``"copy"`` (the winner's, where its structure is the same, else kept).
+      combine: More candidates at no gradient cost, see :mod:`optax_ev3.combine`.
       adapt: The rule, see :mod:`optax_ev3.adapt`; default
         ``optax_ev3.adapt.confident()``.
       assess_mode: How the C candidates are scored: ``"unroll"`` (C calls in one
@@ -131,13 +179,22 @@ def ev3(
       <https://arxiv.org/abs/2310.18893>`_, 2023.
     """
     explorers = explore.collect(inner)
+    names = [m for name, one in explorers.items() for m in one.members(name)]
     named.check_callback(assess_fn, "assess_fn")
     if loss_fn is not None:
         named.check_callback(loss_fn, "loss_fn")
-    if _static_int(trajectory_length, "trajectory_length") != 1:
-        raise ValueError(
-            f"trajectory_length must be 1 in this version, got {trajectory_length}."
-        )
+    plan = _plan(
+        trajectory_length,
+        trajectory_growth,
+        max_trajectory_length,
+        gradients,
+        restart,
+        restart_state,
+        combinations.check(combine, len(names)),
+        all(one.loss_fn is not None for one in explorers.values()),
+        loss_fn,
+    )
+    more = _combined_names(plan.combinations, names)
     if assess_mode not in assess.MODES:
         raise ValueError(
             f"assess_mode must be one of {assess.MODES}, got {assess_mode!r}."
@@ -152,19 +209,28 @@ def ev3(
     key_impl = _check_key(key)
 
     def init_fn(params: optax.Params) -> EV3State:
+        states, first = {}, 0
+        for name, one in explorers.items():
+            positions = {
+                member: jnp.asarray(first + i, jnp.int32)
+                for i, member in enumerate(one.members(name))
+            }
+            states[name] = ExplorerState(positions, steps.init_state(one, params))
+            first += len(positions)
         return EV3State(
             ev3_round=jnp.zeros([], jnp.int32),
+            ev3_calls=jnp.zeros([], jnp.int32),
             ev3_key=trees.own(jax.random.key_data(_typed_key(key))),
-            explorers={
-                name: ExplorerState(
-                    position=jnp.asarray(position, jnp.int32),
-                    opt_state=explore.init_state(one.tx, params),
-                )
-                for position, (name, one) in enumerate(explorers.items())
+            explorers=states,
+            combined={
+                name: jnp.asarray(first + i, jnp.int32) for i, name in enumerate(more)
             },
+            trajectory=()
+            if plan.one_step
+            else trajectory.init(explorers, plan, params),
             stable=jax.tree.map(trees.own, params),
-            memory=rule.init(len(explorers)),
-            record=record.empty(history_length, len(explorers) + 2),
+            memory=rule.init(len(names) + len(more)),
+            record=record.empty(history_length, len(names) + len(more) + 2),
         )
 
     def update_fn(
@@ -179,71 +245,299 @@ def ev3(
                 "tx.update(grads, state, params)."
             )
         _check_call(state, params, explorers, history_length)
-        assess_key, rule_key = _round_keys(state, key_impl, axis_name)
-        proposals = explore.propose(
-            explorers,
-            updates,
-            {name: one.opt_state for name, one in state.explorers.items()},
-            params,
-            loss_fn,
-            extra_args,
-            axis_name,
-        )
-        candidates = [optax.apply_updates(params, u) for u in proposals.updates]
-        candidates += [params, state.stable]
+        assess_key, rule_key, loss_key = _keys(state, key_impl, axis_name)
+        call = steps.Call(updates, loss_fn, extra_args, loss_key, axis_name)
         assess_one = named.bind(assess_fn, "assess_fn", extra_args, {"key": assess_key})
-        scores = assess.score(assess_one, candidates, assess_mode)
-        seen = evidence.gather(
-            scores,
-            jnp.append(proposals.finite, jnp.ones([2], bool)),
-            jnp.append(proposals.uphill, jnp.zeros([2], bool)),
-            axis_name,
-        )
-        decision, memory = rule.decide(seen, state.memory, rule_key)
-        # A round without any valid proposal decides nothing and teaches nothing.
-        explored = seen.valid[: len(explorers)].any()
-        adopted = jnp.where(explored, decision.adopted, rules.fallback(seen))
-        significant = explored & decision.significant
-        chosen = _choose(adopted, proposals.updates, params, state.stable)
-        visible = optax.apply_updates(params, chosen)
-        return chosen, EV3State(
-            ev3_round=jnp.asarray(optax.safe_increment(state.ev3_round)),
-            ev3_key=state.ev3_key,
-            explorers={
-                name: ExplorerState(one.position, proposals.opt_states[name])
-                for name, one in state.explorers.items()
-            },
-            stable=trees.where(significant, visible, state.stable),
-            memory=trees.where(explored, memory, state.memory),
-            record=trees.where(
-                explored, record.append(state.record, decision, seen), state.record
-            ),
-        )
+        judge = _Judge(rule, rule_key, assess_one, assess_mode, axis_name)
+        walk = _one_step if plan.one_step else _trajectories
+        update, state = walk(explorers, plan, state, params, call, judge)
+        calls = jnp.asarray(optax.safe_increment(state.ev3_calls))
+        return update, state._replace(ev3_calls=calls)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _choose(adopted, proposed, params, stable):
-    """The update that makes the adopted candidate visible."""
+class _Judge(NamedTuple):
+    """Assess and adapt: how scores are made and what decides."""
 
-    def stay():
-        # Zeros, whatever p, that are sharded as p is: zeros_like is not in a branch.
-        return jax.tree.map(lambda p: ((p != p) & (p == p)).astype(p.dtype), params)
-
-    def back():
-        return jax.tree.map(lambda s, p: s - p, stable, params)
-
-    moves = [lambda update=update: update for update in proposed]
-    return lax.switch(adopted, [*moves, stay, back])
+    rule: rules.Rule
+    key: jax.Array
+    assess_one: Callable[[optax.Params], Any]
+    mode: str
+    axis_name: Any
 
 
-def _round_keys(state, key_impl, axis_name):
-    """Keys of this round for the assessment (each device its own) and the rule."""
+def _one_step(explorers, plan, state, params, call, judge):
+    """A round of one step of all explorers from the same parameters."""
+    del plan
+    opt_states = {name: one.opt_state for name, one in state.explorers.items()}
+    proposed = steps.propose(explorers, opt_states, params, call)
+    moves = [
+        trees.Batch(step.update, explorers[name].size)
+        for name, step in proposed.items()
+    ]
+    candidates = [trees.Batch(_apply(params, move), move.size) for move in moves] + [
+        trees.Batch(params),
+        trees.Batch(state.stable),
+    ]
+    scores = assess.score(judge.assess_one, candidates, judge.mode)
+    seen = evidence.gather(
+        scores,
+        _flags([step.finite for step in proposed.values()], True),
+        _flags([step.uphill for step in proposed.values()], False),
+        judge.axis_name,
+    )
+    moves.append(trees.Batch(lambda: trees.zeros_like(params)))
+    moves.append(trees.Batch(lambda: _minus(state.stable, params)))
+    adopted, significant, state = _adapt(judge, seen, state, jnp.ones([], jnp.int32))
+    update = trees.pick(adopted, moves)
+    visible = optax.apply_updates(params, update)
+    return update, state._replace(
+        explorers={
+            name: one._replace(opt_state=proposed[name].opt_state)
+            for name, one in state.explorers.items()
+        },
+        stable=trees.where(significant, visible, state.stable),
+    )
+
+
+def _trajectories(explorers, plan, state, params, call, judge):
+    """One step of the branches; at the end of a round, assess and adapt as well."""
+    opt_states = {name: one.opt_state for name, one in state.explorers.items()}
+    update, opt_states, walked = trajectory.advance(
+        explorers, plan, state.trajectory, opt_states, params, call, state.ev3_calls
+    )
+    state = state._replace(trajectory=walked, explorers=_with(state, opt_states))
+
+    def finish(carry):
+        return _finish(explorers, plan, *carry, params, judge)
+
+    turns = walked.alive.shape[0] if plan.gradients == "turns" else 1
+    done = walked.step >= turns * walked.length
+    return trees.once(done, finish, (update, state))
+
+
+def _finish(explorers, plan, update, state, params, judge):
+    """The end of a round: adopt a candidate, and start the next round."""
+    walked = state.trajectory
+    candidates, scores, valid = _assess_round(
+        explorers, plan, update, state, params, judge
+    )
+    more = len(state.combined)
+    climbs = jnp.append(walked.climbs > 0, jnp.zeros([more + 2], bool))
+    seen = evidence.gather(scores, valid, climbs, judge.axis_name)
+    adopted, significant, state = _adapt(judge, seen, state, walked.length)
+    # Adopting the lead branch takes the step that it made, without rounding.
+    keep = trees.Batch(lambda: update)
+    moves = [
+        trees.Batch(lambda b=b: _minus(b.tree, params, b.size), b.size)
+        for b in candidates
+    ]
+    same = (adopted == walked.lead) & (plan.gradients != "turns")
+    update = trees.pick(jnp.where(same, len(valid), adopted), [*moves, keep])
+    visible = optax.apply_updates(params, update)
+    opt_states = {name: one.opt_state for name, one in state.explorers.items()}
+    opt_states, walked = trajectory.restart(
+        explorers, plan, walked, opt_states, visible, adopted, significant, seen
+    )
+    return update, state._replace(
+        explorers=_with(state, opt_states),
+        trajectory=walked,
+        stable=trees.where(significant, visible, state.stable),
+    )
+
+
+def _assess_round(explorers, plan, update, state, params, judge):
+    """All candidates, their scores, and which of them are finite."""
+    walked = state.trajectory
+    alive = walked.alive > 0
+    ends = [trees.Batch(walked.ends[k], one.size) for k, one in explorers.items()]
+    valid = [alive]
+    for one in plan.combinations:
+        if isinstance(one, combinations.TrajectoryAverage):
+            ends += [
+                trees.Batch(combinations.like(mean, walked.ends[k]), explorers[k].size)
+                for k, mean in ((k, walked.means[k]) for k in explorers)
+            ]
+            valid.append(alive)
+    count = sum(map(trees.count, ends))
+    others = []
+    for one in plan.combinations:
+        if isinstance(one, combinations.ExponentialAverage):
+            others.append(trees.Batch(combinations.like(walked.average, params)))
+    fixed = [trees.Batch(walked.start), trees.Batch(state.stable)]
+    scores = assess.score(judge.assess_one, [*ends, *others, *fixed], judge.mode)
+    valid += [jnp.ones([len(others)], bool)]
+    soups = [x for x in plan.combinations if isinstance(x, combinations.GreedySoup)]
+    for one in soups:
+        seen = evidence.gather(
+            jax.tree.map(lambda x: x[:count], scores),
+            jnp.concatenate(valid)[:count],
+            jnp.zeros([count], bool),
+            judge.axis_name,
+        )
+        mix, ok, mixed = _soup(one, ends, seen, judge)
+        at = count + len(others)
+        scores = {
+            k: jnp.concatenate([x[:at], mixed[k], x[at:]]) for k, x in scores.items()
+        }
+        others.append(trees.Batch(mix))
+        valid.append(ok[None])
+    valid.append(jnp.ones([2], bool))
+    return [*ends, *others, *fixed], scores, jnp.concatenate(valid)
+
+
+def _soup(one, ends, seen, judge):
+    """The greedy soup of the ends, whether there is one, and its scores."""
+    objective = evidence.single_objective(seen)
+    means = jnp.where(seen.valid, evidence.estimate(seen, objective).mean, -jnp.inf)
+
+    def scores_of(params):
+        return assess.score(judge.assess_one, [trees.Batch(params)], judge.mode)
+
+    def score(params):
+        true = jnp.ones([1], bool)
+        alone = evidence.gather(scores_of(params), true, ~true, judge.axis_name)
+        mean = evidence.estimate(alone, objective).mean
+        return jnp.where(alone.valid, mean, -jnp.inf)[0]
+
+    mix, ok = combinations.soup(
+        one.size, lambda index: trees.pick(index, ends), means, score
+    )
+    return mix, ok, scores_of(mix)
+
+
+def _adapt(judge, seen, state, length):
+    """The decision, and the state with what the rule remembers and what is recorded."""
+    decision, memory = judge.rule.decide(seen, state.memory, judge.key)
+    # A round without any valid proposal decides nothing and teaches nothing.
+    explored = seen.valid[:-2].any()
+    adopted = jnp.where(explored, decision.adopted, rules.fallback(seen))
+    appended = record.append(state.record, decision, seen, length)
+    return (
+        adopted,
+        explored & decision.significant,
+        state._replace(
+            ev3_round=jnp.asarray(optax.safe_increment(state.ev3_round)),
+            memory=trees.where(explored, memory, state.memory),
+            record=trees.where(explored, appended, state.record),
+        ),
+    )
+
+
+def _with(state, opt_states):
+    return {
+        name: one._replace(opt_state=opt_states[name])
+        for name, one in state.explorers.items()
+    }
+
+
+def _flags(found, rest):
+    """One flag for each explorer, and the same for current and stable."""
+    return jnp.concatenate([*map(jnp.atleast_1d, found), jnp.full([2], rest)])
+
+
+def _apply(params, move):
+    """Params after an update, or after each of several updates."""
+    if move.size is None:
+        return optax.apply_updates(params, move.tree)
+    return jax.vmap(lambda update: optax.apply_updates(params, update))(move.tree)
+
+
+def _minus(target, params, size=None):
+    """The update that leads to the target, or to each of several targets."""
+    del size  # Leading axes of the target are broadcast over.
+
+    def one(t, p):
+        return jnp.asarray(
+            t - jnp.reshape(p, (1,) * (t.ndim - p.ndim) + p.shape), p.dtype
+        )
+
+    return jax.tree.map(one, target, params)
+
+
+def _keys(state, key_impl, axis_name):
+    """Keys of the assessment and the rule (of this round) and of losses (this call).
+
+    Under an axis every device has its own for the assessment and the losses.
+    """
     key = jax.random.wrap_key_data(state.ev3_key, impl=key_impl)
     assess_key, rule_key = jax.random.split(jax.random.fold_in(key, state.ev3_round))
+    # Rounds count from the front, calls from the back: no key is used twice.
+    loss_key = jax.random.fold_in(key, -1 - state.ev3_calls)
     if axis_name is not None:
-        assess_key = jax.random.fold_in(assess_key, lax.axis_index(axis_name))
-    return assess_key, rule_key
+        device = lax.axis_index(axis_name)
+        assess_key = jax.random.fold_in(assess_key, device)
+        loss_key = jax.random.fold_in(loss_key, device)
+    return assess_key, rule_key, loss_key
+
+
+def _plan(
+    length,
+    growth,
+    longest,
+    gradients,
+    restart,
+    restart_state,
+    combine,
+    own_losses,
+    loss,
+):
+    """Checks the arguments that say how trajectories go on."""
+    length = _static_int(length, "trajectory_length")
+    growth = _static_float(growth, "trajectory_growth")
+    if longest is not None:
+        longest = _static_int(longest, "max_trajectory_length")
+        if longest < length:
+            raise ValueError(
+                f"max_trajectory_length must be at least trajectory_length, {length}, "
+                f"got {longest}."
+            )
+    default = "shared" if loss is None else "own"
+    chosen = {
+        "gradients": (
+            default if gradients is None else gradients,
+            trajectory.GRADIENTS,
+        ),
+        "restart": (restart, trajectory.RESTARTS),
+        "restart_state": (restart_state, trajectory.RESTART_STATES),
+    }
+    for name, (value, choices) in chosen.items():
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
+    gradients = chosen["gradients"][0]
+    if gradients == "own" and loss is None and not own_losses:
+        raise ValueError(
+            'gradients="own" needs a loss_fn: branches differentiate it at their own '
+            "parameters."
+        )
+    if gradients == "turns" and restart != "always":
+        raise ValueError(
+            f'gradients="turns" lets all branches start from the same place, which '
+            f'needs restart="always", got {restart!r}.'
+        )
+    return trajectory.Plan(
+        length=length,
+        growth=growth,
+        longest=_LONGEST if longest is None else longest,
+        gradients=gradients,
+        restart=restart,
+        restart_state=restart_state,
+        combinations=combine,
+    )
+
+
+def _combined_names(kinds, explorers):
+    """Names of the combined candidates, in their order."""
+    averages, others, soups = [], [], []
+    for one in kinds:
+        if isinstance(one, combinations.TrajectoryAverage):
+            averages = [f"average({name})" for name in explorers]
+        elif isinstance(one, combinations.ExponentialAverage):
+            others.append("exponential_average")
+        else:
+            soups.append("greedy_soup")
+    return [*averages, *others, *soups]
 
 
 def _typed_key(key: Any) -> jax.Array:
@@ -265,6 +559,20 @@ def _check_key(key: Any) -> Any:
         if jnp.ndim(key) == 0 or raw:
             return None
     raise TypeError(f"key must be an integer seed or a single PRNG key, got {key!r}.")
+
+
+def _static_float(value: Any, name: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name} must be a Python float, got {value!r} of type "
+            f"{type(value).__name__}. Inside optax.inject_hyperparams, list it among "
+            f"the static_args."
+        ) from error
+    if not 1 <= number < float("inf"):
+        raise ValueError(f"{name} must be at least 1 and finite, got {number}.")
+    return number
 
 
 def _static_int(value: Any, name: str) -> int:
@@ -297,16 +605,19 @@ def _check_call(state, params, explorers, history_length):
             f"the library tx.init(params) as the target."
         )
     rows, columns = state.record.mean.shape[-2:]
+    expected = (
+        sum(one.size or 1 for one in explorers.values()) + len(state.combined) + 2
+    )
     if set(state.explorers) != set(explorers):
         raise ValueError(
             f"the state belongs to the {len(state.explorers)} explorers "
             f"{sorted(state.explorers)}, this transformation has {len(explorers)}: "
             f"{sorted(explorers)}."
         )
-    if (rows, columns) != (history_length, len(explorers) + 2):
+    if (rows, columns) != (history_length, expected):
         raise ValueError(
             f"the state remembers {rows} rounds of {columns} candidates, this "
-            f"transformation {history_length} of {len(explorers) + 2}."
+            f"transformation {history_length} of {expected}."
         )
 
 

@@ -1,20 +1,18 @@
-"""Explore: explorers, and the parameter updates that they propose."""
+"""Explore: the explorers, and how many of them are made at once."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax import lax
 
-from optax_ev3._src import memory_bound, named, trees
+from optax_ev3._src import named
 
 # Names of the two candidates that are always there.
 CURRENT, STABLE = "current", "stable"
-
-# What optax's optimizers ask for beyond the gradient; all follow from a loss.
-_FROM_LOSS = ("value", "grad", "value_fn", "grad_fn", "obj_fn")
 
 
 class Explorer(NamedTuple):
@@ -24,48 +22,73 @@ class Explorer(NamedTuple):
       tx: The inner optimizer.
       loss_fn: What it differentiates in place of the caller's gradients, or None.
       name: How it is called in summaries, or None for a name by its position.
+      merge_fn: How auxiliary outputs of the loss become part of the parameters.
+      grid: For a :func:`sweep`, G numbers by name; None for a single explorer.
+      factory: For a sweep, makes the optimizer from one number of each name.
     """
 
     tx: optax.GradientTransformation
     loss_fn: Callable[..., Any] | None = None
     name: str | None = None
+    merge_fn: Callable[[Any, Any], Any] | None = None
+    grid: Mapping[str, tuple[float, ...]] | None = None
+    factory: Callable[..., optax.GradientTransformation] | None = None
 
+    @property
+    def size(self) -> int | None:
+        """How many explorers a sweep holds; None for a single one."""
+        return None if self.grid is None else len(next(iter(self.grid.values())))
 
-class Proposals(NamedTuple):
-    """What the explorers of a round propose.
+    def members(self, name: str) -> list[str]:
+        """Names of all explorers that this one, called ``name``, stands for."""
+        if self.grid is None:
+            return [name]
+        rows = zip(*self.grid.values(), strict=True)
+        labels = [
+            ", ".join(f"{k}={v:.6g}" for k, v in zip(self.grid, row, strict=True))
+            for row in rows
+        ]
+        return [f"{name}({label})" for label in labels]
 
-    Attributes:
-      updates: One tree for each explorer, with the structure and dtypes of params.
-      opt_states: By name, the inner states; unchanged where the update is not finite.
-      finite: ``[K]`` bool, whether each update is finite.
-      uphill: ``[K]`` bool, whether each update raises the loss to first order.
-    """
+    def each(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """``fn(tx, *args)``; for a sweep, of every member, its args stacked."""
+        if self.grid is None or self.factory is None:
+            return fn(self.tx, *args)
+        factory = self.factory
 
-    updates: list[optax.Updates]
-    opt_states: dict[str, Any]
-    finite: jax.Array
-    uphill: jax.Array
+        def one(numbers, *args):
+            return fn(factory(**numbers), *args)
+
+        return jax.vmap(one)({k: jnp.asarray(v) for k, v in self.grid.items()}, *args)
 
 
 def explorer(
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformation | Explorer,
     loss_fn: Callable[..., Any] | None = None,
     name: str | None = None,
+    *,
+    merge_fn: Callable[[Any, Any], Any] | None = None,
 ) -> Explorer:
     """An inner optimizer with a loss or a name of its own.
 
     Args:
-      tx: Any optax transformation.
-      loss_fn: ``loss_fn(params, **named)`` -> real scalar. The explorer then takes
-        the gradient of this loss, and not the caller's; its named arguments come
-        from the extra arguments of ``update``. Default: the caller's gradients.
+      tx: Any optax transformation, or a :func:`sweep`.
+      loss_fn: ``loss_fn(params, **named)`` -> real scalar, or ``(scalar, aux)`` where
+        there is a ``merge_fn``. The explorer then takes the gradient of this loss, and
+        not the caller's; its named arguments come from the extra arguments of
+        ``update``, and ``key`` is a PRNG key of the call, the same for all explorers.
+        Default: the caller's gradients.
       name: How the explorer is called in :func:`optax_ev3.summary`.
+      merge_fn: ``merge_fn(params, aux)`` -> params that contain what the loss computed
+        on the side, such as BatchNorm statistics; applied after each step. For a step
+        with the caller's gradients, ``aux`` is the extra argument ``aux`` of
+        ``update``.
 
     Returns:
       An explorer, for the ``inner`` argument of :func:`optax_ev3.ev3`.
 
     Raises:
-      TypeError: If ``tx`` is no transformation, or ``loss_fn`` not callable.
+      TypeError: If ``tx`` is no transformation, or a function not callable.
 
     Examples:
       >>> import optax, optax_ev3
@@ -74,16 +97,144 @@ def explorer(
       'sgd'
     """
     what = "an explorer" if name is None else f"explorer {name!r}"
-    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", 0))):
+    made = tx if isinstance(tx, Explorer) else Explorer(tx)
+    inner = made.tx
+    is_transformation = callable(getattr(inner, "init", None)) and callable(
+        getattr(inner, "update", None)
+    )
+    if not is_transformation:
         raise TypeError(
             f"{what} must be an optax.GradientTransformation, such as "
-            f"optax.adam(1e-3), got {tx!r} of type {type(tx).__name__}."
+            f"optax.adam(1e-3), got {inner!r} of type {type(inner).__name__}."
         )
     if loss_fn is not None:
         named.check_callback(loss_fn, f"loss_fn of {what}")
+    if merge_fn is not None and not callable(merge_fn):
+        raise TypeError(f"merge_fn of {what} must be callable, got {merge_fn!r}.")
     if name is not None and not isinstance(name, str):
         raise TypeError(f"the name of an explorer must be a string, got {name!r}.")
-    return Explorer(tx, loss_fn, name)
+    changes = {"loss_fn": loss_fn, "name": name, "merge_fn": merge_fn}
+    return made._replace(**{k: v for k, v in changes.items() if v is not None})
+
+
+def product(
+    optimizers: Sequence[Any] | Mapping[str, Any],
+    losses: Sequence[Callable[..., Any]] | Mapping[str, Callable[..., Any]],
+) -> list[Explorer]:
+    """The paper's grid: every loss with every optimizer.
+
+    Args:
+      optimizers: Optax transformations or explorers, a sequence or a mapping from
+        names.
+      losses: Loss functions, a sequence or a mapping from names, see
+        :func:`explorer`. Without names they are called as the functions are.
+
+    Returns:
+      Explorers, the first loss with all optimizers, then the second, for the ``inner``
+      argument of :func:`optax_ev3.ev3`. They are called OPTIMIZER(LOSS).
+
+    Raises:
+      TypeError: If an optimizer is no transformation or a loss not callable.
+      ValueError: If there are no optimizers or no losses.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_ev3
+      >>> def l1(w):
+      ...     return jnp.abs(w)
+      >>> def l2(w):
+      ...     return w**2
+      >>> grid = optax_ev3.product({"sgd": optax.sgd(0.1)}, [l1, l2])
+      >>> [one.name for one in grid]
+      ['sgd(l1)', 'sgd(l2)']
+
+    References:
+      Ding et al., `EV3: Ever Evolving Evaluator
+      <https://arxiv.org/abs/2310.18893>`_, 2023.
+    """
+    inner = collect(optimizers)
+    if not isinstance(losses, Mapping):
+        names = [getattr(f, "__name__", "loss") for f in losses]
+        numbered = len(set(names)) < len(names) or "<lambda>" in names
+        keys = [f"loss_{i}" for i in range(len(names))] if numbered else names
+        losses = dict(zip(keys, losses, strict=True))
+    if not losses:
+        raise ValueError("product needs at least one loss, got none.")
+    return [
+        explorer(one, loss, f"{name}({label})")
+        for label, loss in losses.items()
+        for name, one in inner.items()
+    ]
+
+
+def sweep(
+    factory: Callable[..., optax.GradientTransformation], **grid: Sequence[float]
+) -> Explorer:
+    """Explorers of one structure that differ in numbers, batched into one.
+
+    All combinations of the numbers are explored. They are computed together by
+    ``jax.vmap``, so that compile time does not grow with their number; their updates
+    and states take the memory of as many copies.
+
+    Args:
+      factory: Makes an optax transformation from one number of each name, as
+        keywords. It is called under ``jax.vmap``: the numbers are traced float32
+        scalars.
+      **grid: By name, the numbers, a sequence of floats.
+
+    Returns:
+      An explorer for the ``inner`` argument of :func:`optax_ev3.ev3`, that counts as
+      many. They are called NAME(learning_rate=0.001), where NAME is the key in
+      ``inner``, or else the name of the factory.
+
+    Raises:
+      TypeError: If ``factory`` does not make optax transformations.
+      ValueError: If a grid is empty, or the states of two members differ in structure
+        or shapes.
+
+    Examples:
+      >>> import optax, optax_ev3
+      >>> adams = optax_ev3.sweep(optax.adam, learning_rate=[1e-4, 1e-3], b1=[0.9])
+      >>> adams.members("adam")
+      ['adam(learning_rate=0.0001, b1=0.9)', 'adam(learning_rate=0.001, b1=0.9)']
+    """
+    if not callable(factory):
+        raise TypeError(f"sweep needs a factory of optimizers, got {factory!r}.")
+    if not grid:
+        raise ValueError("sweep needs numbers, such as learning_rate=[1e-3, 1e-2].")
+    for name, values in grid.items():
+        if np.ndim(values) != 1 or len(values) == 0:
+            raise ValueError(
+                f"sweep needs a sequence of numbers for {name}, got {values!r}."
+            )
+    rows = list(itertools.product(*(np.asarray(v).tolist() for v in grid.values())))
+    columns = dict(zip(grid, zip(*rows, strict=True), strict=True))
+    first, *others = [
+        _abstract_state(factory, dict(zip(grid, row, strict=True))) for row in rows
+    ]
+    for row, other in zip(rows[1:], others, strict=True):
+        if other != first:
+            raise ValueError(
+                f"the members of a sweep must have states of one structure: that of "
+                f"{dict(zip(grid, row, strict=True))} is {other}, that of "
+                f"{dict(zip(grid, rows[0], strict=True))} is {first}."
+            )
+    name = getattr(factory, "__name__", None)
+    example = factory(**dict(zip(grid, rows[0], strict=True)))
+    return Explorer(
+        example,
+        name=None if name == "<lambda>" else name,
+        grid=columns,
+        factory=factory,
+    )
+
+
+def _abstract_state(factory, numbers):
+    """Structure, shapes and dtypes of the state for parameters of two shapes."""
+    made = explorer(factory(**numbers)).tx
+    probe = {"w": jnp.zeros([3, 4]), "b": jnp.zeros([4])}
+    state = jax.eval_shape(made.init, probe)
+    leaves = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
+    return jax.tree.structure(state), leaves
 
 
 def collect(inner: Sequence[Any] | Mapping[str, Any]) -> dict[str, Explorer]:
@@ -120,203 +271,5 @@ def collect(inner: Sequence[Any] | Mapping[str, Any]) -> dict[str, Explorer]:
 
 def _as_explorer(value: Any, name: str | None) -> Explorer:
     if isinstance(value, Explorer):
-        return explorer(value.tx, value.loss_fn, value.name if name is None else name)
+        return explorer(value, name=name)
     return explorer(value, name=name)
-
-
-def init_state(tx: optax.GradientTransformation, params: optax.Params) -> Any:
-    """The inner optimizer's state as arrays that we own, none weakly typed."""
-    return jax.tree.map(trees.own, tx.init(params))
-
-
-def propose(
-    explorers: Mapping[str, Explorer],
-    grads: optax.Updates,
-    opt_states: Mapping[str, Any],
-    params: optax.Params,
-    loss_fn: Callable[..., Any] | None,
-    extra_args: Mapping[str, Any],
-    axis_name: Any = None,
-) -> Proposals:
-    """One step of every explorer from the same parameters.
-
-    Args:
-      explorers: By name.
-      grads: The caller's gradients, shared by all explorers without a loss.
-      opt_states: The inner states, by name.
-      params: Where all explorers start.
-      loss_fn: Feeds inner optimizers that ask for more than a gradient, or None.
-      extra_args: The extra arguments of ``update``.
-      axis_name: Mapped axis over which losses and own gradients are averaged.
-
-    Returns:
-      The proposals, in the order of ``explorers``.
-    """
-    updates, new_states, finite, uphill = [], {}, [], []
-    for name, one in explorers.items():
-        loss = _loss_of(one, name, loss_fn, extra_args, axis_name)
-        given = grads if one.loss_fn is None else _gradient(loss, params)
-        old = opt_states[name]
-        step = _inner_update(one, name, old, params, loss, extra_args)
-        update, new = step(given)
-        update = _like_params(update, params, name)
-        ok, climbs = _examine(update, given)
-        if memory_bound.is_memory_bound(step, given):
-            # Kept until the check is done, the new state would need memory of its
-            # own; computed again, it is written in the place of the old one.
-            new = step(trees.where(ok, given, jax.tree.map(jnp.zeros_like, given)))[1]
-        updates.append(update)
-        new_states[name] = _hold(ok, new, old, name)
-        finite.append(ok)
-        uphill.append(climbs)
-    return Proposals(updates, new_states, jnp.stack(finite), jnp.stack(uphill))
-
-
-def _examine(update: optax.Updates, grads: optax.Updates) -> tuple[Any, Any]:
-    """Whether an update is finite, and whether it raises the loss to first order."""
-
-    def check():
-        return _all_finite(update)
-
-    alike = jax.tree.structure(update) == jax.tree.structure(grads)
-    if not (alike and _shapes(update) == _shapes(grads)):
-        # Some optimizers take gradients of another form, such as one for each example.
-        return check(), jnp.asarray(False)
-
-    def slope(u, g):
-        wide = jnp.promote_types(u.dtype, jnp.float32)
-        return jnp.real(jnp.conj(g.astype(wide)) * u.astype(wide)).sum()
-
-    total = sum(jax.tree.leaves(jax.tree.map(slope, update, grads)), jnp.zeros([]))
-    # A sum is finite only where all its terms are: mostly one pass answers both.
-    return lax.cond(jnp.isfinite(total), lambda: jnp.asarray(True), check), total > 0
-
-
-def _all_finite(tree):
-    checks = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
-    return jnp.stack(checks).all() if checks else jnp.asarray(True)
-
-
-def _loss_of(one, name, loss_fn, extra_args, axis_name):
-    """The explorer's loss as a function of the parameters alone, or None."""
-    fn, role = loss_fn, "loss_fn"
-    if one.loss_fn is not None:
-        fn, role = one.loss_fn, f"loss_fn of explorer {name!r}"
-    if fn is None:
-        return None
-    bound = named.bind(fn, role, extra_args)
-
-    def loss(params):
-        value = bound(_averaging(params, axis_name))
-        shape, dtype = jnp.shape(value), jnp.result_type(value)
-        if shape != () or not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"{role} must return a real scalar, got shape {shape} of {dtype}."
-            )
-        return value if axis_name is None else lax.pmean(value, axis_name)
-
-    return loss
-
-
-def _averaging(params, axis_name):
-    """``params``, whose gradients are averaged over the axis.
-
-    Line searches differentiate the loss themselves. Without this their slopes would
-    differ between devices, and so would the number of their steps.
-    """
-    if axis_name is None:
-        return params
-
-    @jax.custom_vjp
-    def identity(tree):
-        return tree
-
-    identity.defvjp(
-        lambda tree: (tree, None), lambda _, grads: (lax.pmean(grads, axis_name),)
-    )
-    return identity(params)
-
-
-def _gradient(loss, params):
-    # Complex gradients point uphill after conjugation, optax's convention.
-    return jax.tree.map(jnp.conj, jax.grad(loss)(params))
-
-
-def _inner_update(one, name, opt_state, params, loss, extra_args):
-    """The inner optimizer as a function of gradients, given what else it can take."""
-    names, takes_any = named.accepted(one.tx.update, 3)
-    opt_state = trees.unpack(opt_state, trees.key_impls(one.tx.init, params))
-
-    def offer(grads):
-        if loss is None:
-            return dict(extra_args)
-        supplied = {
-            "value": loss(params),
-            "grad": grads,
-            "value_fn": loss,
-            "grad_fn": lambda p, *_: _gradient(loss, p),
-            "obj_fn": loss,
-        }
-        # A loss of one's own overrides what the caller says of another loss.
-        both = (extra_args, supplied) if one.loss_fn else (supplied, extra_args)
-        return {**both[0], **both[1]}
-
-    def call(grads, extras):
-        updates, new_state = one.tx.update(grads, opt_state, params, **extras)
-        return updates, jax.tree.map(trees.raw, new_state)
-
-    def explained(grads, extras):
-        try:
-            return call(grads, extras)
-        except (TypeError, ValueError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(
-                f"explorer {name!r} cannot be updated: {error} Extra arguments that it "
-                f"was given: {sorted(extras) or 'none'}. With ev3(..., loss_fn=...) "
-                f"explorers get {', '.join(_FROM_LOSS)}."
-            ) from error
-
-    def step(grads):
-        offered = offer(grads)
-        if not takes_any:
-            return explained(grads, {k: offered[k] for k in names & offered.keys()})
-        try:
-            return call(grads, offered)
-        except (TypeError, ValueError):
-            # Line searches reject what nobody consumes, instead of ignoring it.
-            wanted = {*names, "value", "grad", "value_fn"}
-            if "value_fn" in offered:
-                wanted |= named.accepted(offered["value_fn"], 1)[0]
-            return explained(grads, {k: offered[k] for k in wanted & offered.keys()})
-
-    return step
-
-
-def _like_params(update, params, name):
-    """The update with the dtypes of the parameters; raises if it does not fit them."""
-    got, expected = jax.tree.structure(update), jax.tree.structure(params)
-    what = "structure"
-    if got == expected:
-        got, expected = _shapes(update), _shapes(params)
-        what = "shapes"
-    if got != expected:
-        raise ValueError(
-            f"explorer {name!r} returned updates of {what} {got}, expected {expected}: "
-            f"gradients and updates must be like the parameters."
-        )
-    return jax.tree.map(lambda u, p: jnp.asarray(u, jnp.result_type(p)), update, params)
-
-
-def _shapes(tree):
-    return [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
-
-
-def _hold(ok, new, old, name):
-    """The new inner state where the update is finite, with the old one's types."""
-    if jax.tree.structure(new) != jax.tree.structure(old):
-        raise ValueError(
-            f"explorer {name!r} changed the structure of its state from "
-            f"{jax.tree.structure(old)} to {jax.tree.structure(new)}."
-        )
-
-    return trees.where(ok, new, old)

@@ -26,6 +26,7 @@ class Record(NamedTuple):
       mean: ``[H, C]`` float32, mean scores; zero where not valid.
       stderr: ``[H, C]`` float32, their standard errors; zero where not valid.
       valid: ``[H, C]`` int32, 1 where update and scores were finite.
+      length: ``[H]`` int32, calls of ``update`` in each branch of the round.
       adoptions: ``[C]`` int32, how often each candidate was adopted, over all rounds.
     """
 
@@ -35,6 +36,7 @@ class Record(NamedTuple):
     mean: jax.Array
     stderr: jax.Array
     valid: jax.Array
+    length: jax.Array
     adoptions: jax.Array
 
 
@@ -47,11 +49,14 @@ def empty(length: int, candidates: int) -> Record:
         mean=jnp.zeros([length, candidates], jnp.float32),
         stderr=jnp.zeros([length, candidates], jnp.float32),
         valid=jnp.zeros([length, candidates], jnp.int32),
+        length=jnp.zeros([length], jnp.int32),
         adoptions=jnp.zeros([candidates], jnp.int32),
     )
 
 
-def append(record: Record, decision: Decision, seen: Evidence) -> Record:
+def append(
+    record: Record, decision: Decision, seen: Evidence, length: jax.Array
+) -> Record:
     """The record with one more round, which takes the place of the oldest."""
     row = record.rounds % record.adopted.shape[0]
     mean, stderr = estimate(seen, single_objective(seen))
@@ -68,6 +73,7 @@ def append(record: Record, decision: Decision, seen: Evidence) -> Record:
         mean=record.mean.at[row].set(clean(mean)),
         stderr=record.stderr.at[row].set(clean(stderr)),
         valid=record.valid.at[row].set(seen.valid.astype(jnp.int32)),
+        length=record.length.at[row].set(length),
         adoptions=record.adoptions.at[decision.adopted].add(1),
     )
 
@@ -103,9 +109,11 @@ def summary(state: Any) -> dict[str, jax.Array]:
       state: As for :func:`stable_params`.
 
     Returns:
-      Scalars by name. NAME runs over the explorers, ``current`` and ``stable``:
+      Scalars by name. NAME runs over the explorers, what they are combined to,
+      ``current`` and ``stable``:
 
-      - ``ev3/round``: calls of ``update`` so far;
+      - ``ev3/calls``: calls of ``update`` so far;
+      - ``ev3/round``: rounds that have ended, as many where each has one step;
       - ``ev3/skipped``: rounds among them in which no explorer's update and scores
         were finite; they leave everything else as it was;
       - ``ev3/adopted``: index of the candidate adopted in the last recorded round;
@@ -124,6 +132,7 @@ def summary(state: Any) -> dict[str, jax.Array]:
       >>> _, state = tx.update(2 * w, tx.init(w), w)
       >>> for name, value in optax_ev3.summary(state).items():
       ...     print(f"{name} {value:.2f}")
+      ev3/calls 1.00
       ev3/round 1.00
       ev3/skipped 0.00
       ev3/adopted 0.00
@@ -145,6 +154,7 @@ def summary(state: Any) -> dict[str, jax.Array]:
     share = record.adoptions / jnp.maximum(record.rounds, 1)
     positions = _positions(state)
     return {
+        "ev3/calls": state.ev3_calls,
         "ev3/round": state.ev3_round,
         "ev3/skipped": state.ev3_round - record.rounds,
         "ev3/adopted": adopted,
@@ -170,6 +180,7 @@ def history(state: Any) -> dict[str, np.ndarray]:
       - ``candidates`` ``[C]``: the names of the candidates, in their order;
       - ``adopted`` ``[R]``: index of the adopted candidate;
       - ``significant`` ``[R]`` bool: whether it became stable;
+      - ``length`` ``[R]``: calls of ``update`` in each branch of the round;
       - ``mean``, ``stderr`` ``[R, C]``: scores and their errors, NaN where not finite.
 
     Raises:
@@ -204,6 +215,7 @@ def history(state: Any) -> dict[str, np.ndarray]:
         "candidates": np.array(sorted(positions, key=lambda name: positions[name])),
         "adopted": record.adopted[rows],
         "significant": record.significant[rows] > 0,
+        "length": record.length[rows],
         "mean": np.where(valid, record.mean[rows], np.nan),
         "stderr": np.where(valid, record.stderr[rows], np.nan),
     }
@@ -211,9 +223,11 @@ def history(state: Any) -> dict[str, np.ndarray]:
 
 def _positions(state: Any) -> dict[str, Any]:
     """Index of every candidate by its name."""
-    explorers = {name: one.position for name, one in state.explorers.items()}
-    count = len(explorers)
-    return {**explorers, explore.CURRENT: count, explore.STABLE: count + 1}
+    named = dict(state.combined)
+    for one in state.explorers.values():
+        named.update(one.positions)
+    count = len(named)
+    return {**named, explore.CURRENT: count, explore.STABLE: count + 1}
 
 
 def _find(tree: Any) -> Any:

@@ -1,10 +1,64 @@
 """Trees of arrays: what the state may hold, and choices between trees."""
 
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+
+class Batch(NamedTuple):
+    """One tree, or several of one structure with their leaves stacked.
+
+    Attributes:
+      tree: The tree; with a leading axis where there are several.
+      size: How many there are, None for a single tree that is not stacked.
+    """
+
+    tree: Any
+    size: int | None = None
+
+
+def count(batch: Batch) -> int:
+    """How many trees a batch holds."""
+    return 1 if batch.size is None else batch.size
+
+
+def pick(index: Any, batches: Sequence[Batch]) -> Any:
+    """The tree with this index, counted over all batches; the others are not read.
+
+    The tree of a batch may be a function without arguments that makes it.
+    """
+    sizes = [count(batch) for batch in batches]
+    firsts = [sum(sizes[:i]) for i in range(len(sizes))]
+    which = jnp.asarray([i for i, size in enumerate(sizes) for _ in range(size)])
+
+    def take(batch, first):
+        tree = batch.tree() if callable(batch.tree) else batch.tree
+        if batch.size is None:
+            return tree
+        return jax.tree.map(lambda leaf: leaf[index - first], tree)
+
+    branches = [
+        functools.partial(take, batch, first)
+        for batch, first in zip(batches, firsts, strict=True)
+    ]
+    return lax.switch(which[index], branches)
+
+
+def once(condition: Any, fn: Callable[[Any], Any], tree: Any) -> Any:
+    """``fn(tree)`` where the condition holds, else ``tree``, which stays in place.
+
+    ``lax.cond`` would copy the whole tree in either case; a loop carries it.
+    """
+    carry = (jnp.asarray(condition), tree)
+    return lax.while_loop(
+        lambda carry: carry[0],
+        lambda carry: (jnp.zeros_like(carry[0]), fn(carry[1])),
+        carry,
+    )[1]
 
 
 def where(condition: Any, new: Any, old: Any) -> Any:
@@ -12,6 +66,11 @@ def where(condition: Any, new: Any, old: Any) -> Any:
     return jax.tree.map(
         lambda n, o: jnp.where(condition, jnp.asarray(n, o.dtype), o), new, old
     )
+
+
+def zeros_like(tree: Any) -> Any:
+    """Zeros with the sharding of the tree, also in a branch of ``lax.switch``."""
+    return jax.tree.map(lambda x: ((x != x) & (x == x)).astype(x.dtype), tree)
 
 
 def own(leaf: Any) -> jax.Array:

@@ -1,0 +1,325 @@
+"""Steps: what an explorer's inner optimizer does to parameters, checked."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optax_ev3._src import memory_bound, named, trees
+from optax_ev3._src.explore import Explorer
+
+# What optax's optimizers ask for beyond the gradient; all follow from a loss.
+_FROM_LOSS = ("value", "grad", "value_fn", "grad_fn", "obj_fn")
+
+
+class Call(NamedTuple):
+    """What one call of ``update`` gives to all steps.
+
+    Attributes:
+      grads: The caller's gradients.
+      loss_fn: The loss of explorers that have none of their own, or None.
+      extra_args: The extra arguments of ``update``.
+      key: PRNG key of the call, for losses that name it.
+      axis_name: Mapped axis over which losses and own gradients are averaged, or None.
+    """
+
+    grads: optax.Updates
+    loss_fn: Callable[..., Any] | None
+    extra_args: Mapping[str, Any]
+    key: jax.Array
+    axis_name: Any = None
+
+
+class Step(NamedTuple):
+    """One step of an explorer.
+
+    Attributes:
+      update: A tree like params, which may hold what is not finite.
+      opt_state: The inner state; the old one where the update is not finite.
+      finite: ``[]`` bool, whether the update is finite.
+      uphill: ``[]`` bool, whether the update raises the loss to first order.
+    """
+
+    update: optax.Updates
+    opt_state: Any
+    finite: jax.Array
+    uphill: jax.Array
+
+
+class Loss(NamedTuple):
+    """An explorer's loss as functions of the parameters alone.
+
+    Attributes:
+      value: params -> ``[]``.
+      gradient: params -> gradients, and what else the loss returns (None if nothing).
+    """
+
+    value: Callable[[optax.Params], jax.Array]
+    gradient: Callable[[optax.Params], tuple[optax.Updates, Any]]
+
+
+def init_state(one: Explorer, params: optax.Params) -> Any:
+    """The inner optimizer's state as arrays that we own, none weakly typed."""
+    return one.each(lambda tx: jax.tree.map(trees.own, tx.init(params)))
+
+
+def propose(
+    explorers: Mapping[str, Explorer],
+    opt_states: Mapping[str, Any],
+    params: optax.Params,
+    call: Call,
+) -> dict[str, Step]:
+    """One step of every explorer from the same parameters; those of a sweep stacked."""
+    steps = {}
+    for name, one in explorers.items():
+        loss = loss_of(one, name, call)
+        given, aux = call.grads, call.extra_args.get("aux")
+        if one.loss_fn is not None and loss is not None:
+            given, aux = loss.gradient(params)
+
+        def step(tx, state, one=one, name=name, given=given, aux=aux, loss=loss):
+            merge = merge_of(one, name, aux)
+            return advance(tx, one, name, given, state, params, merge, loss, call)
+
+        steps[name] = one.each(step, opt_states[name])
+    return steps
+
+
+def advance(
+    tx: optax.GradientTransformation,
+    one: Explorer,
+    name: str,
+    grads: optax.Updates,
+    opt_state: Any,
+    params: optax.Params,
+    merge: Callable[[optax.Params], optax.Params] | None,
+    loss: Loss | None,
+    call: Call,
+    alive: Any = True,
+) -> Step:
+    """One step of one inner optimizer.
+
+    Args:
+      tx: The inner optimizer: that of ``one``, or of one member of a sweep.
+      one: The explorer.
+      name: Its name.
+      grads: Gradients at ``params``, or what stands for them.
+      opt_state: State of the inner optimizer.
+      params: Where the step starts.
+      merge: Maps the parameters after the step to those with auxiliary outputs merged.
+      loss: The loss of the explorer, for optimizers that need more than a gradient.
+      call: What the caller gave.
+      alive: ``[]`` bool; if it is false the step counts as not finite.
+
+    Returns:
+      The step.
+    """
+    inner = _inner_update(tx, one, name, opt_state, params, loss, call.extra_args)
+    update, new = inner(grads)
+    update = _like_params(update, params, name)
+    if merge is not None:
+        update = _merged(update, params, merge)
+    ok, uphill = _examine(update, grads)
+    ok &= alive
+    if memory_bound.is_memory_bound(inner, grads):
+        # Kept until the check is done, the new state would need memory of its own;
+        # computed again, it is written in the place of the old one.
+        new = inner(trees.where(ok, grads, jax.tree.map(jnp.zeros_like, grads)))[1]
+    return Step(update, _hold(ok, new, opt_state, name), ok, uphill)
+
+
+def merge_of(one: Explorer, name: str, aux: Any) -> Callable[[Any], Any] | None:
+    """How auxiliary outputs become part of the parameters, or None."""
+    if one.merge_fn is None:
+        return None
+    if aux is None:
+        raise TypeError(
+            f"explorer {name!r} has a merge_fn, but takes the caller's gradients: pass "
+            f"what the caller's loss computed on the side as "
+            f"tx.update(grads, state, params, aux=...)."
+        )
+    merge_fn = one.merge_fn
+    return lambda params: merge_fn(params, aux)
+
+
+def _merged(update, params, merge):
+    """The update that leads to the merged parameters."""
+    moved = optax.apply_updates(params, update)
+    merged = merge(moved)
+    if jax.tree.structure(merged) != jax.tree.structure(params):
+        raise ValueError(
+            f"merge_fn must return parameters of structure "
+            f"{jax.tree.structure(params)}, got {jax.tree.structure(merged)}."
+        )
+
+    def change(new, old, u, p):
+        return u if new is old else jnp.asarray(new - p, jnp.result_type(p))
+
+    return jax.tree.map(change, merged, moved, update, params)
+
+
+def _examine(update: optax.Updates, grads: optax.Updates) -> tuple[Any, Any]:
+    """Whether an update is finite, and whether it raises the loss to first order."""
+
+    def check():
+        return _all_finite(update)
+
+    alike = jax.tree.structure(update) == jax.tree.structure(grads)
+    if not (alike and _shapes(update) == _shapes(grads)):
+        # Some optimizers take gradients of another form, such as one for each example.
+        return check(), jnp.asarray(False)
+
+    def slope(u, g):
+        wide = jnp.promote_types(u.dtype, jnp.float32)
+        return jnp.real(jnp.conj(g.astype(wide)) * u.astype(wide)).sum()
+
+    total = sum(jax.tree.leaves(jax.tree.map(slope, update, grads)), jnp.zeros([]))
+    # A sum is finite only where all its terms are: mostly one pass answers both.
+    return lax.cond(jnp.isfinite(total), lambda: jnp.asarray(True), check), total > 0
+
+
+def _all_finite(tree):
+    checks = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
+    return jnp.stack(checks).all() if checks else jnp.asarray(True)
+
+
+def loss_of(one: Explorer, name: str, call: Call) -> Loss | None:
+    """The explorer's loss, or None where it has none."""
+    fn, role = call.loss_fn, "loss_fn"
+    if one.loss_fn is not None:
+        fn, role = one.loss_fn, f"loss_fn of explorer {name!r}"
+    if fn is None:
+        return None
+    bound = named.bind(fn, role, call.extra_args, {"key": call.key})
+
+    def with_aux(params):
+        value, aux = bound(_averaging(params, call.axis_name)), None
+        if one.merge_fn is not None:
+            if not (isinstance(value, tuple) and len(value) == 2):
+                raise TypeError(
+                    f"{role} must return (scalar, aux), since explorer {name!r} has a "
+                    f"merge_fn; got {type(value).__name__}."
+                )
+            value, aux = value
+        elif isinstance(value, tuple):
+            raise TypeError(
+                f"{role} returned {len(value)} values, and explorer {name!r} has no "
+                f"merge_fn that says what becomes of auxiliary outputs."
+            )
+        shape, dtype = jnp.shape(value), jnp.result_type(value)
+        if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{role} must return a real scalar, got shape {shape} of {dtype}."
+            )
+        if call.axis_name is not None:
+            value, aux = lax.pmean((value, aux), call.axis_name)
+        return value, aux
+
+    def gradient(params):
+        grads, aux = jax.grad(with_aux, has_aux=True)(params)
+        # Complex gradients point uphill after conjugation, optax's convention.
+        return jax.tree.map(jnp.conj, grads), aux
+
+    return Loss(lambda params: with_aux(params)[0], gradient)
+
+
+def _averaging(params, axis_name):
+    """``params``, whose gradients are averaged over the axis.
+
+    Line searches differentiate the loss themselves. Without this their slopes would
+    differ between devices, and so would the number of their steps.
+    """
+    if axis_name is None:
+        return params
+
+    @jax.custom_vjp
+    def identity(tree):
+        return tree
+
+    identity.defvjp(
+        lambda tree: (tree, None), lambda _, grads: (lax.pmean(grads, axis_name),)
+    )
+    return identity(params)
+
+
+def _inner_update(tx, one, name, opt_state, params, loss, extra_args):
+    """The inner optimizer as a function of gradients, given what else it can take."""
+    names, takes_any = named.accepted(tx.update, 3)
+    opt_state = trees.unpack(opt_state, trees.key_impls(tx.init, params))
+
+    def offer(grads):
+        if loss is None:
+            return dict(extra_args)
+        supplied = {
+            "value": loss.value(params),
+            "grad": grads,
+            "value_fn": loss.value,
+            "grad_fn": lambda p, *_: loss.gradient(p)[0],
+            "obj_fn": loss.value,
+        }
+        # A loss of one's own overrides what the caller says of another loss.
+        both = (extra_args, supplied) if one.loss_fn else (supplied, extra_args)
+        return {**both[0], **both[1]}
+
+    def call(grads, extras):
+        updates, new_state = tx.update(grads, opt_state, params, **extras)
+        return updates, jax.tree.map(trees.raw, new_state)
+
+    def explained(grads, extras):
+        try:
+            return call(grads, extras)
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(
+                f"explorer {name!r} cannot be updated: {error} Extra arguments that it "
+                f"was given: {sorted(extras) or 'none'}. With ev3(..., loss_fn=...) "
+                f"explorers get {', '.join(_FROM_LOSS)}."
+            ) from error
+
+    def step(grads):
+        offered = offer(grads)
+        if not takes_any:
+            return explained(grads, {k: offered[k] for k in names & offered.keys()})
+        try:
+            return call(grads, offered)
+        except (TypeError, ValueError):
+            # Line searches reject what nobody consumes, instead of ignoring it.
+            wanted = {*names, "value", "grad", "value_fn"}
+            if "value_fn" in offered:
+                wanted |= named.accepted(offered["value_fn"], 1)[0]
+            return explained(grads, {k: offered[k] for k in wanted & offered.keys()})
+
+    return step
+
+
+def _like_params(update, params, name):
+    """The update with the dtypes of the parameters; raises if it does not fit them."""
+    got, expected = jax.tree.structure(update), jax.tree.structure(params)
+    what = "structure"
+    if got == expected:
+        got, expected = _shapes(update), _shapes(params)
+        what = "shapes"
+    if got != expected:
+        raise ValueError(
+            f"explorer {name!r} returned updates of {what} {got}, expected {expected}: "
+            f"gradients and updates must be like the parameters."
+        )
+    return jax.tree.map(lambda u, p: jnp.asarray(u, jnp.result_type(p)), update, params)
+
+
+def _shapes(tree):
+    return [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def _hold(ok, new, old, name):
+    """The new inner state where the update is finite, with the old one's types."""
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        raise ValueError(
+            f"explorer {name!r} changed the structure of its state from "
+            f"{jax.tree.structure(old)} to {jax.tree.structure(new)}."
+        )
+
+    return trees.where(ok, new, old)
