@@ -98,6 +98,10 @@ BAD_ARGUMENTS = {
         lambda: ev3([SGD], metric, trajectory_length=0),
         (ValueError, "trajectory_length", "at least 1", "0"),
     ),
+    "trajectory_length above 1": (
+        lambda: ev3([SGD], metric, trajectory_length=2),
+        (ValueError, "trajectory_length", "must be 1 in this version", "2"),
+    ),
     "trajectory_length a float": (
         lambda: ev3([SGD], metric, trajectory_length=1.0),
         (TypeError, "trajectory_length", "integer", "1.0", "float", "static_args"),
