@@ -21,6 +21,7 @@ from helpers import (
 )
 
 import optax_ev3
+from optax_ev3 import adapt
 
 # Orbax and its dependencies warn of their own deprecations.
 pytestmark = [
@@ -182,7 +183,9 @@ def test_another_length_of_history():
     w = {"w": jnp.ones([3])}
     state = transformation("greedy", history_length=4).init(w)
     other = transformation("greedy", history_length=5)
-    with pytest.raises(ValueError, match=r"remembers 4 rounds.* 5 of"):
+    with pytest.raises(
+        ValueError, match=r"does not belong.*record.*int32\[4\], expected int32\[5\]"
+    ):
         other.update(w, state, w, batch=weights())
 
 
@@ -193,3 +196,25 @@ def test_restored_without_its_structure():
         tx.update(w, state, w, batch=weights())
     fixed = flax.serialization.from_state_dict(tx.init(w), state)
     assert isinstance(fixed, optax_ev3.EV3State)
+
+
+@pytest.mark.parametrize(
+    "other, where",
+    [
+        (lambda: (ev3_of(), {"w": jnp.ones([4])}), r"\['w'\].*float32\[4\]"),
+        (lambda: (ev3_of(optax.sgd(0.1)), {"w": jnp.ones([3])}), r"count.*nothing"),
+        (lambda: (ev3_of(rule=adapt.greedy()), {"w": jnp.ones([3])}), "memory"),
+        (lambda: (ev3_of(trajectory_length=2), {"w": jnp.ones([3])}), "trajectory"),
+    ],
+)
+def test_state_of_another_transformation_or_other_parameters(other, where):
+    tx, w = ev3_of(), {"w": jnp.ones([3])}
+    other_tx, other_w = other()
+    state = other_tx.init(other_w)
+    with pytest.raises(ValueError, match=f"does not belong.*{where}"):
+        tx.update(w, state, w)
+
+
+def ev3_of(inner=None, rule=None, **kwargs):
+    inner = {"one": optax.adam(0.1) if inner is None else inner}
+    return optax_ev3.ev3(inner, lambda p: -(p["w"] ** 2), adapt=rule, **kwargs)

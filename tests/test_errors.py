@@ -98,9 +98,90 @@ BAD_ARGUMENTS = {
         lambda: ev3([SGD], metric, trajectory_length=0),
         (ValueError, "trajectory_length", "at least 1", "0"),
     ),
-    "trajectory_length above 1": (
-        lambda: ev3([SGD], metric, trajectory_length=2),
-        (ValueError, "trajectory_length", "must be 1 in this version", "2"),
+    "own gradients without a loss": (
+        lambda: ev3([SGD], metric, gradients="own"),
+        (ValueError, 'gradients="own"', "loss_fn"),
+    ),
+    "gradients": (
+        lambda: ev3([SGD], metric, gradients="all"),
+        (ValueError, "gradients", "'own', 'shared', 'turns'", "'all'"),
+    ),
+    "restart": (
+        lambda: ev3([SGD], metric, restart="sometimes"),
+        (ValueError, "restart", "'always', 'significant', 'never'", "'sometimes'"),
+    ),
+    "restart_state": (
+        lambda: ev3([SGD], metric, restart_state="old"),
+        (ValueError, "restart_state", "'keep', 'new', 'copy'", "'old'"),
+    ),
+    "turns that go on": (
+        lambda: ev3([SGD], metric, gradients="turns", restart="never"),
+        (ValueError, 'gradients="turns"', 'restart="always"', "'never'"),
+    ),
+    "growth below 1": (
+        lambda: ev3([SGD], metric, trajectory_growth=0.9),
+        (ValueError, "trajectory_growth", "at least 1", "0.9"),
+    ),
+    "growth a string": (
+        lambda: ev3([SGD], metric, trajectory_growth="fast"),
+        (TypeError, "trajectory_growth", "float", "'fast'"),
+    ),
+    "growth to less": (
+        lambda: ev3([SGD], metric, trajectory_length=5, max_trajectory_length=4),
+        (ValueError, "max_trajectory_length", "at least trajectory_length, 5", "4"),
+    ),
+    "soup of too many": (
+        lambda: ev3([SGD], metric, combine=[optax_ev3.combine.greedy_soup(2)]),
+        (ValueError, "greedy_soup(size=2)", "more ends than the 1"),
+    ),
+    "combine no sequence": (
+        lambda: ev3([SGD], metric, combine=optax_ev3.combine.trajectory_average()),
+        (TypeError, "combine must be a sequence"),
+    ),
+    "combine of something else": (
+        lambda: ev3([SGD], metric, combine=["average"]),
+        (TypeError, "optax_ev3.combine", "'average'"),
+    ),
+    "combine twice the same": (
+        lambda: ev3(
+            [SGD], metric, combine=[optax_ev3.combine.trajectory_average()] * 2
+        ),
+        (ValueError, "more than one TrajectoryAverage"),
+    ),
+    "decay": (
+        lambda: optax_ev3.combine.exponential_average(1.0),
+        (ValueError, "decay", "between 0 and 1", "1.0"),
+    ),
+    "soup of one": (
+        lambda: optax_ev3.combine.greedy_soup(1),
+        (ValueError, "size", "at least 2", "1"),
+    ),
+    "sweep of structures": (
+        lambda: optax_ev3.sweep(
+            lambda momentum: optax.sgd(0.1, momentum=momentum or None),
+            momentum=[0.9, 0.0],
+        ),
+        (ValueError, "states of one structure", "'momentum': 0.0"),
+    ),
+    "sweep of nothing": (
+        lambda: optax_ev3.sweep(optax.adam),
+        (ValueError, "learning_rate=[1e-3, 1e-2]"),
+    ),
+    "sweep of one number": (
+        lambda: optax_ev3.sweep(optax.adam, learning_rate=0.1),
+        (ValueError, "sequence of numbers for learning_rate", "0.1"),
+    ),
+    "sweep without a factory": (
+        lambda: optax_ev3.sweep(SGD, learning_rate=[0.1]),
+        (TypeError, "factory"),
+    ),
+    "product without losses": (
+        lambda: optax_ev3.product([SGD], []),
+        (ValueError, "at least one loss"),
+    ),
+    "merge_fn no function": (
+        lambda: optax_ev3.explorer(SGD, merge_fn=3),
+        (TypeError, "merge_fn", "callable", "3"),
     ),
     "trajectory_length a float": (
         lambda: ev3([SGD], metric, trajectory_length=1.0),
@@ -444,7 +525,7 @@ def test_round_of_bad_gradients_changes_nothing(rule, where, bad):
     assert_identical(figures, before)
     # Training goes on as if the round had not been, apart from the counter.
     after, after_state = update(
-        gradients(w), skipped._replace(ev3_round=state.ev3_round), w, batch=good
+        gradients(w), skipped._replace(**counters), w, batch=good
     )
     expected, expected_state = update(gradients(w), state, w, batch=good)
     assert_identical((after, after_state), (expected, expected_state))

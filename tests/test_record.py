@@ -115,6 +115,7 @@ def test_history_before_the_first_round():
         "round": (0,),
         "adopted": (0,),
         "significant": (0,),
+        "length": (0,),
         "mean": (0, len(NAMES)),
         "stderr": (0, len(NAMES)),
     }
@@ -127,6 +128,7 @@ def test_summary_of_the_last_round_and_shares_of_all(length, calls):
     rounds, adopted = len(past["adopted"]), past["adopted"][-1]
     shares = np.bincount(past["adopted"], minlength=len(NAMES)) / rounds
     expected = {
+        "ev3/calls": calls,
         "ev3/round": calls,
         "ev3/skipped": calls - rounds,
         "ev3/adopted": adopted,
@@ -144,7 +146,10 @@ def test_summary_of_the_last_round_and_shares_of_all(length, calls):
 
 def test_summary_before_the_first_round():
     figures = summary(states(3)[0])
-    counts = [f"ev3/{name}" for name in ("round", "skipped", "adopted", "significant")]
+    counts = [
+        f"ev3/{name}"
+        for name in ("calls", "round", "skipped", "adopted", "significant")
+    ]
     counts += [f"ev3/share/{name}" for name in NAMES]
     assert [float(figures[name]) for name in counts] == [0] * len(counts)
     scores = ["ev3/score", *(f"ev3/score/{name}" for name in NAMES)]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.tree_util import keystr, tree_leaves_with_path
 
 from optax_ev3._src import adapt as rules
 from optax_ev3._src import (
@@ -244,7 +245,7 @@ def ev3(
                 "ev3 needs the current value of the parameters: pass them as "
                 "tx.update(grads, state, params)."
             )
-        _check_call(state, params, explorers, history_length)
+        _check_call(state, params, explorers, init_fn)
         assess_key, rule_key, loss_key = _keys(state, key_impl, axis_name)
         call = steps.Call(updates, loss_fn, extra_args, loss_key, axis_name)
         assess_one = named.bind(assess_fn, "assess_fn", extra_args, {"key": assess_key})
@@ -591,7 +592,7 @@ def _static_int(value: Any, name: str) -> int:
     return number
 
 
-def _check_call(state, params, explorers, history_length):
+def _check_call(state, params, explorers, init_fn):
     """Raises unless ``update`` was given whole params and a state of its own."""
     if any(map(_is_hole, jax.tree.leaves(params, is_leaf=_is_hole))):
         raise ValueError(
@@ -604,21 +605,27 @@ def _check_call(state, params, explorers, history_length):
             f"{type(state).__name__}. To restore a checkpoint with its structure, give "
             f"the library tx.init(params) as the target."
         )
-    rows, columns = state.record.mean.shape[-2:]
-    expected = (
-        sum(one.size or 1 for one in explorers.values()) + len(state.combined) + 2
-    )
     if set(state.explorers) != set(explorers):
         raise ValueError(
             f"the state belongs to the {len(state.explorers)} explorers "
             f"{sorted(state.explorers)}, this transformation has {len(explorers)}: "
             f"{sorted(explorers)}."
         )
-    if (rows, columns) != (history_length, expected):
+    want, got = (
+        {keystr(path): _spec(leaf) for path, leaf in tree_leaves_with_path(tree)}
+        for tree in (jax.eval_shape(init_fn, params), state)
+    )
+    if want != got:
+        path = next(k for k in [*want, *got] if want.get(k) != got.get(k))
         raise ValueError(
-            f"the state remembers {rows} rounds of {columns} candidates, this "
-            f"transformation {history_length} of {expected}."
+            f"the state does not belong to this transformation and these parameters: "
+            f"at {path} it has {got.get(path, 'nothing')}, expected "
+            f"{want.get(path, 'nothing')}."
         )
+
+
+def _spec(leaf):
+    return f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
 
 
 def _is_hole(node):

@@ -109,8 +109,8 @@ def summary(state: Any) -> dict[str, jax.Array]:
       state: As for :func:`stable_params`.
 
     Returns:
-      Scalars by name. NAME runs over the explorers, what they are combined to,
-      ``current`` and ``stable``:
+      Scalars by name, where NAME stands for each candidate, the explorers and the
+      combined ones, ``current`` and ``stable``.
 
       - ``ev3/calls``: calls of ``update`` so far;
       - ``ev3/round``: rounds that have ended, as many where each has one step;
@@ -185,7 +185,8 @@ def history(state: Any) -> dict[str, np.ndarray]:
 
     Raises:
       TypeError: If ``state`` is traced.
-      ValueError: If ``state`` holds no state of ev3, or more than one.
+      ValueError: If ``state`` holds no state of ev3, or more than one, or is that of
+        several runs under ``vmap``.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_ev3

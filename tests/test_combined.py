@@ -1,0 +1,321 @@
+"""Sweeps, products, losses with auxiliary outputs, and combined candidates."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import always, assert_close, assert_identical
+from test_trajectory import alone, data, loss, run, score, start
+
+import optax_ev3
+from optax_ev3 import adapt, combine
+
+RATES = [0.001, 0.01, 0.1]
+
+
+def candidates(state):
+    return optax_ev3.history(state)["candidates"].tolist()
+
+
+@pytest.mark.parametrize("length", [1, 4])
+@pytest.mark.parametrize("own", [True, False])
+def test_sweep_equals_explorers_one_by_one(length, own):
+    kwargs = {
+        "trajectory_length": length,
+        "loss_fn": loss if own else None,
+        "adapt": adapt.lower_bound(),
+    }
+    swept = {
+        "sgd": optax.sgd(0.1),
+        "adam": optax_ev3.sweep(optax.adam, learning_rate=RATES),
+    }
+    single = {"sgd": optax.sgd(0.1)} | {
+        f"adam(learning_rate={rate})": optax.adam(rate) for rate in RATES
+    }
+    w, state = run(optax_ev3.ev3(swept, score, **kwargs), 12)[-1]
+    expected, other = run(optax_ev3.ev3(single, score, **kwargs), 12)[-1]
+    assert candidates(state) == candidates(other)
+    assert candidates(state)[1] == "adam(learning_rate=0.001)"
+    assert_close(w, expected, 1e-4, 1e-5)
+    assert_close(state.record, other.record, 1e-4, 1e-5)
+    assert_close(optax_ev3.summary(state), optax_ev3.summary(other), 1e-4, 1e-5)
+    for i, rate in enumerate(RATES):
+        mine = jax.tree.map(lambda x, i=i: x[i], state.explorers["adam"].opt_state)
+        theirs = other.explorers[f"adam(learning_rate={rate})"].opt_state
+        assert_close(mine, theirs, 1e-4, 1e-5)
+
+
+def test_sweep_runs_over_all_combinations():
+    one = optax_ev3.sweep(optax.sgd, learning_rate=[0.1, 0.2], momentum=[0.5, 0.9])
+    assert one.members("sgd") == [
+        "sgd(learning_rate=0.1, momentum=0.5)",
+        "sgd(learning_rate=0.1, momentum=0.9)",
+        "sgd(learning_rate=0.2, momentum=0.5)",
+        "sgd(learning_rate=0.2, momentum=0.9)",
+    ]
+
+
+def test_sweep_with_a_loss_and_a_name_of_its_own():
+    def other(params, batch):
+        return 10 * loss(params, batch)
+
+    swept = optax_ev3.sweep(optax.sgd, learning_rate=[0.01])
+    inner = [optax_ev3.explorer(swept, other, "ten"), optax.sgd(0.1)]
+    tx = optax_ev3.ev3(inner, score, trajectory_length=3, adapt=always(0))
+    w, state = run(tx, 3)[-1]
+    assert candidates(state)[0] == "ten(learning_rate=0.01)"
+    assert_close(w, alone(optax.sgd(0.1), 3, start())[0], 1e-4, 1e-5)
+
+
+def test_product_is_every_loss_with_every_optimizer():
+    def robust(params, batch):
+        x, y = batch
+        return jnp.abs(jnp.tanh(x @ params["w"]) @ params["v"] - y).mean()
+
+    optimizers = {"sgd": optax.sgd(0.1), "adam": optax.adam(0.01)}
+    grid = optax_ev3.product(optimizers, {"l2": loss, "l1": robust})
+    names = ["sgd(l2)", "adam(l2)", "sgd(l1)", "adam(l1)"]
+    assert [one.name for one in grid] == names
+    tx = optax_ev3.ev3(grid, score, trajectory_length=2, restart="never")
+    w = start()
+    _, state = run(tx, 2, w)[-1]
+    for name, fn in [("sgd(l2)", loss), ("sgd(l1)", robust)]:
+        expected = w
+        for call in range(2):
+            grads = jax.grad(fn)(expected, data(call))
+            expected = jax.tree.map(lambda p, g: p - 0.1 * g, expected, grads)
+        assert_close(state.trajectory.ends[name], expected, 1e-4, 1e-5)
+
+
+def test_names_of_losses_in_a_product():
+    named = optax_ev3.product([optax.sgd(0.1)], [loss])
+    assert [one.name for one in named] == ["explorer_0(loss)"]
+    lambdas = optax_ev3.product({"s": optax.sgd(0.1)}, [lambda w: w, lambda w: w])
+    assert [one.name for one in lambdas] == ["s(loss_0)", "s(loss_1)"]
+
+
+# Auxiliary outputs: a running mean of the inputs, kept in the tree of parameters.
+
+
+def with_mean():
+    return {**start(), "mean": jnp.zeros([3])}
+
+
+def loss_aux(params, batch):
+    weights = {k: params[k] for k in ("w", "v")}
+    mean = 0.9 * params["mean"] + 0.1 * batch[0].mean(0)
+    return loss(weights, batch), jax.lax.stop_gradient(mean)
+
+
+def merge(params, aux):
+    return {**params, "mean": aux}
+
+
+def score_only(params, held):
+    return score({k: params[k] for k in ("w", "v")}, held)
+
+
+# Rounds of one step take the caller's gradients, and aux with them.
+@pytest.mark.parametrize("length, gives_aux", [(1, True), (3, True), (3, False)])
+def test_auxiliary_outputs_are_merged(length, gives_aux):
+    inner = {
+        "lead": optax_ev3.explorer(optax.sgd(0.1), merge_fn=merge),
+        "own": optax_ev3.explorer(optax.adam(0.01), loss_aux, merge_fn=merge),
+    }
+    tx = optax_ev3.ev3(
+        inner, score_only, loss_fn=loss_aux, trajectory_length=length, adapt=always(0)
+    )
+    w = with_mean()
+    state = tx.init(w)
+    expected = np.zeros(3)
+    for call in range(4):
+        batch = data(call)
+        (_, aux), grads = jax.value_and_grad(loss_aux, has_aux=True)(w, batch)
+        extras = {"aux": aux} if gives_aux else {}
+        updates, state = tx.update(
+            grads, state, w, batch=batch, held=data(1000 + call), **extras
+        )
+        w = optax.apply_updates(w, updates)
+        expected = 0.9 * expected + 0.1 * np.asarray(batch[0]).mean(0)
+        np.testing.assert_allclose(w["mean"], expected, rtol=1e-5, atol=1e-6)
+    weights, _ = alone(optax.sgd(0.1), 4, start())
+    assert_close({k: w[k] for k in weights}, weights, 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "loss_fn, merge_fn, kind, message",
+    [
+        (loss_aux, None, TypeError, "no merge_fn"),
+        (loss, merge, TypeError, r"must return \(scalar, aux\)"),
+        (loss_aux, lambda p, aux: p["w"], ValueError, "merge_fn must return"),
+        (lambda p, batch: p["v"], None, TypeError, r"real scalar, got shape \(4,\)"),
+    ],
+)
+@pytest.mark.parametrize("length", [1, 2])
+def test_losses_that_do_not_fit(loss_fn, merge_fn, kind, message, length):
+    w = with_mean()
+    one = optax_ev3.explorer(optax.sgd(0.1), loss_fn, merge_fn=merge_fn)
+    tx = optax_ev3.ev3([one], score_only, trajectory_length=length)
+    with pytest.raises(kind, match=message):
+        jax.eval_shape(tx.update, w, tx.init(w), w, batch=data(0), held=data(1))
+
+
+def test_merge_needs_what_the_callers_loss_computed():
+    w = with_mean()
+    one = optax_ev3.explorer(optax.sgd(0.1), merge_fn=merge)
+    tx = optax_ev3.ev3([one], score_only)
+    with pytest.raises(TypeError, match=r"aux=\.\.\."):
+        jax.eval_shape(tx.update, w, tx.init(w), w, held=data(1))
+
+
+def test_losses_get_a_key_of_the_call_the_same_for_all():
+    def noisy(params, batch, key):
+        return loss(params, batch) + jax.random.normal(key) * params["v"].sum()
+
+    inner = {"a": optax.sgd(0.1), "b": optax.sgd(0.1)}
+    made = {k: optax_ev3.explorer(one, noisy) for k, one in inner.items()}
+    tx = optax_ev3.ev3(made, score, trajectory_length=4)
+    seen = run(tx, 3)
+    for _, state in seen:
+        ends = state.trajectory.ends
+        assert_close(ends["a"], ends["b"], 1e-5, 1e-6)
+    means = [float(s.trajectory.ends["a"]["v"].mean()) for _, s in seen]
+    steps = np.diff([0.3, *means])
+    plain = [
+        float(s.trajectory.ends["a"]["v"].mean())
+        for _, s in run(
+            optax_ev3.ev3(
+                {"a": optax_ev3.explorer(optax.sgd(0.1), loss)},
+                score,
+                trajectory_length=4,
+            ),
+            3,
+        )
+    ]
+    noise = steps - np.diff([0.3, *plain])
+    assert np.abs(np.diff(noise)).min() > 1e-3  # Another one in each call.
+
+
+# Combined candidates.
+
+
+def test_trajectory_average_is_the_mean_of_the_parameters_after_each_step():
+    tx = optax_ev3.ev3(
+        {"a": optax.adam(0.05), "b": optax.sgd(0.2)},
+        score,
+        loss_fn=loss,
+        trajectory_length=5,
+        combine=[combine.trajectory_average()],
+        adapt=always(3),
+    )
+    visible, state = run(tx, 5)[-1]
+    path = [alone(optax.sgd(0.2), n, start())[0] for n in range(1, 6)]
+    mean = jax.tree.map(lambda *x: np.mean(np.stack(x), 0), *path)
+    assert_close(visible, mean, 1e-4, 1e-5)
+    names = ["a", "b", "average(a)", "average(b)", "current", "stable"]
+    assert candidates(state) == names
+    assert int(state.trajectory.lead) == 1  # The explorer whose average it is.
+
+
+def test_exponential_average_of_the_visible_parameters():
+    tx = optax_ev3.ev3(
+        {"a": optax.sgd(0.2)},
+        score,
+        combine=[combine.exponential_average(0.5)],
+        adapt=always(0),
+    )
+    average = start()
+    for t, (visible, state) in enumerate(run(tx, 12)):
+        past = min(0.5, (1 + t) / (10 + t))
+        average = jax.tree.map(
+            lambda a, v, p=past: p * a + (1 - p) * v, average, visible
+        )
+        assert_close(state.trajectory.average, average, 1e-4, 1e-5)
+        assert candidates(state) == ["a", "exponential_average", "current", "stable"]
+
+
+def greedy_soup(ends, size, held):
+    """Recipe 1 of Wortsman et al., by hand."""
+    means = [float(score(end, held).mean()) for end in ends]
+    order = np.argsort([-m for m in means], kind="stable")
+    chosen = [ends[order[0]]]
+    best = means[order[0]]
+    for i in order[1:size]:
+        mix = jax.tree.map(lambda *x: np.mean(np.stack(x), 0), *chosen, ends[i])
+        value = float(score(mix, held).mean())
+        if value >= best:
+            chosen.append(ends[i])
+            best = value
+    return jax.tree.map(lambda *x: np.mean(np.stack(x), 0), *chosen), len(chosen)
+
+
+def biased(by, leaf):
+    """The loss, pulled to one side."""
+
+    def fn(params, batch):
+        return loss(params, batch) + by * params[leaf].sum()
+
+    return fn
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_greedy_soup_of_the_ends(size):
+    losses = [biased(0.3, "v"), biased(-0.3, "v"), biased(0.1, "w"), biased(-0.1, "w")]
+    tx = optax_ev3.ev3(
+        optax_ev3.product({"sgd": optax.sgd(0.1)}, losses),
+        score,
+        trajectory_length=6,
+        combine=[combine.greedy_soup(size)],
+        adapt=always(4),
+    )
+    visible, state = run(tx, 6)[-1]
+    ends = []
+    for fn in losses:
+        end = start()
+        for call in range(6):
+            grads = jax.grad(fn)(end, data(call))
+            end = jax.tree.map(lambda p, g: p - 0.1 * g, end, grads)
+        ends.append(end)
+    mix, count = greedy_soup(ends, size, data(1005))
+    assert_close(visible, mix, 1e-4, 1e-5)
+    assert 1 < count <= size
+    past = optax_ev3.history(state)
+    assert candidates(state)[4] == "greedy_soup"
+    expected = float(score(mix, data(1005)).mean())
+    np.testing.assert_allclose(past["mean"][0, 4], expected, rtol=1e-4)
+
+
+def test_branches_go_on_from_an_adopted_average_with_their_own_states():
+    tx = optax_ev3.ev3(
+        {"a": optax.adam(0.05), "b": optax.sgd(0.2)},
+        score,
+        loss_fn=loss,
+        trajectory_length=3,
+        combine=[combine.trajectory_average()],
+        adapt=always(2),
+    )
+    visible, state = run(tx, 3)[-1]
+    for end in state.trajectory.ends.values():
+        assert_identical(end, visible)
+    assert_close(
+        state.explorers["a"].opt_state, alone(optax.adam(0.05), 3, start())[1], 1e-4
+    )
+
+
+def test_average_that_stays_visible_while_runs_go_on():
+    tx = optax_ev3.ev3(
+        {"a": optax.adam(0.05), "b": optax.sgd(0.2)},
+        score,
+        loss_fn=loss,
+        trajectory_length=3,
+        restart="never",
+        combine=[combine.trajectory_average()],
+        adapt=always(3),
+    )
+    seen = run(tx, 5)
+    assert_identical(seen[3][0], seen[2][0])
+    assert_identical(seen[4][0], seen[2][0])
+    for name, one in {"a": optax.adam(0.05), "b": optax.sgd(0.2)}.items():
+        end, _ = alone(one, 5, start())
+        assert_close(seen[4][1].trajectory.ends[name], end, 1e-4, 1e-5)

@@ -1,0 +1,411 @@
+"""Trajectories against the optimizers alone, and against the round in plain Python."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import always, assert_close, assert_identical, assert_same_types, x64
+
+import optax_ev3
+from optax_ev3 import adapt
+
+INNER = {
+    "adam": lambda: optax.adam(0.03),
+    "sgd": lambda: optax.sgd(0.05, momentum=0.9),
+    "clipped": lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.rmsprop(0.02)),
+}
+
+
+def inner():
+    return {name: make() for name, make in INNER.items()}
+
+
+def data(step, dtype=jnp.float32):
+    rng = np.random.default_rng(step)
+    x = rng.normal(size=(16, 3))
+    y = np.tanh(x @ [1.0, -2.0, 0.5]) + 0.1 * rng.normal(size=16)
+    return jnp.asarray(x, dtype), jnp.asarray(y, dtype)
+
+
+def start(dtype=jnp.float32):
+    w = np.random.default_rng(9).normal(size=(3, 4)) * 0.5
+    return {"w": jnp.asarray(w, dtype), "v": jnp.full([4], 0.3, dtype)}
+
+
+def score(params, held):
+    x, y = held
+    return -((jnp.tanh(x @ params["w"]) @ params["v"] - y) ** 2)
+
+
+def loss(params, batch):
+    return -score(params, batch).mean()
+
+
+def run(tx, calls, w=None, loss_fn=loss, first=0, state=None):
+    """Visible parameters after each call, the states, and the last ones."""
+    w = start() if w is None else w
+    state = tx.init(w) if state is None else state
+
+    @jax.jit
+    def step(w, state, batch, held):
+        grads = jax.grad(loss_fn)(w, batch)
+        updates, state = tx.update(grads, state, w, batch=batch, held=held)
+        return optax.apply_updates(w, updates), state
+
+    dtype = w["w"].dtype
+    seen = []
+    for call in range(first, first + calls):
+        w, state = step(w, state, data(call, dtype), data(1000 + call, dtype))
+        seen.append((w, state))
+    assert step._cache_size() == 1
+    return seen
+
+
+def alone(tx, calls, w, first=0, state=None):
+    """An optimizer on the same batches."""
+    state = tx.init(w) if state is None else state
+    for call in range(first, first + calls):
+        grads = jax.grad(loss)(w, data(call, w["w"].dtype))
+        updates, state = tx.update(grads, state, w)
+        w = optax.apply_updates(w, updates)
+    return w, state
+
+
+@pytest.mark.parametrize("wide", [True, False], ids=["float64", "float32"])
+@pytest.mark.parametrize("length", [1, 5, 40])
+def test_branches_that_never_restart_are_independent_runs(length, wide):
+    with x64(wide):
+        dtype = jnp.float64 if wide else jnp.float32
+        w = start(dtype)
+        tx = optax_ev3.ev3(
+            inner(), score, loss_fn=loss, trajectory_length=length, restart="never"
+        )
+        _, state = run(tx, 40, w)[-1]
+        leaders = set(optax_ev3.history(state)["adopted"].tolist())
+        assert length == 40 or len(leaders) > 1  # The lead did change.
+        for name, make in INNER.items():
+            end, inner_state = alone(make(), 40, w)
+            found = state.explorers[name].opt_state
+            tolerance = 1e-10 if wide else 1e-4
+            assert_close(state.trajectory.ends[name], end, tolerance, tolerance)
+            assert_close(found, inner_state, tolerance, tolerance)
+
+
+def paper_round(opts, opt_states, w, stable, first, length):
+    """The round of the paper in plain Python: propose, optimize, decide."""
+    held = data(1000 + first + length - 1)
+    ends, states = [], []
+    for name, tx in opts.items():
+        end, new = alone(tx, length, w, first, opt_states[name])
+        ends.append(end)
+        states.append(new)
+    candidates = [*ends, w, stable]
+    values = np.stack([np.asarray(score(c, held), np.float64) for c in candidates])
+    mean = values.mean(1)
+    stderr = values.std(1, ddof=1) / np.sqrt(values.shape[1])
+    chosen = int(np.argmax((mean - 0.5 * stderr)[: len(ends)]))
+    finalists = [chosen, len(ends), len(ends) + 1]
+    lower = mean - 1.96 * stderr
+    adopted = finalists[int(np.argmax(lower[finalists]))]
+    significant = bool(lower[adopted] > mean[-1] + 1.96 * stderr[-1])
+    return candidates, mean, adopted, significant, dict(zip(opts, states, strict=True))
+
+
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_equals_the_papers_round_in_plain_python(length):
+    opts = inner()
+    tx = optax_ev3.ev3(
+        opts,
+        score,
+        loss_fn=loss,
+        trajectory_length=length,
+        gradients="own",
+        restart="always",
+        restart_state="keep",
+        adapt=adapt.lower_bound(0.5, 1.96),
+    )
+    rounds = 6
+    seen = run(tx, rounds * length)
+    past = optax_ev3.history(seen[-1][1])
+    w = stable = start()
+    opt_states = {name: one.init(w) for name, one in opts.items()}
+    for number in range(rounds):
+        candidates, mean, adopted, significant, opt_states = paper_round(
+            opts, opt_states, w, stable, number * length, length
+        )
+        w = candidates[adopted]
+        stable = w if significant else stable
+        visible, state = seen[(number + 1) * length - 1]
+        assert past["adopted"][number] == adopted
+        assert past["significant"][number] == significant
+        np.testing.assert_allclose(past["mean"][number], mean, rtol=1e-4, atol=1e-5)
+        assert_close(visible, w, 1e-4, 1e-5)
+        assert_close(optax_ev3.stable_params(state), stable, 1e-4, 1e-5)
+    assert len(set(past["adopted"].tolist())) > 1
+
+
+def test_visible_parameters_follow_the_lead_branch():
+    tx = optax_ev3.ev3(
+        inner(), score, loss_fn=loss, trajectory_length=4, adapt=always(1)
+    )
+    seen = run(tx, 8)
+    # The first explorer leads the first round, the adopted one the second.
+    for call, name in [(1, "adam"), (2, "adam"), (5, "sgd"), (6, "sgd")]:
+        visible, state = seen[call]
+        assert_close(visible, state.trajectory.ends[name], 1e-6, 1e-7)
+    assert int(seen[-1][1].ev3_round) == 2
+    assert int(seen[-1][1].ev3_calls) == 8
+
+
+def test_shared_gradients_are_the_callers():
+    tx = optax_ev3.ev3(inner(), score, trajectory_length=6, adapt=always(0))
+    w = start()
+    _, state = run(tx, 5, w)[-1]
+    ends = dict.fromkeys(INNER, w)
+    states = {name: make().init(w) for name, make in INNER.items()}
+    for call in range(5):
+        grads = jax.grad(loss)(ends["adam"], data(call))  # At the lead branch.
+        for name, make in INNER.items():
+            u, states[name] = make().update(grads, states[name], ends[name])
+            ends[name] = optax.apply_updates(ends[name], u)
+    for name in INNER:
+        assert_close(state.trajectory.ends[name], ends[name], 1e-4, 1e-5)
+
+
+def test_turns_run_one_branch_after_the_other():
+    length = 3
+    tx = optax_ev3.ev3(
+        inner(), score, trajectory_length=length, gradients="turns", adapt=always(1)
+    )
+    w = start()
+    seen = run(tx, 9)
+    for turn, (name, make) in enumerate(INNER.items()):
+        end, opt_state = alone(make(), length, w, first=turn * length)
+        state = seen[turn * length + length - 1][1]
+        found = seen[min(turn * length + length, 8)][1].trajectory.ends[name]
+        if turn < 2:
+            # Back to the round's start, for the next branch.
+            assert_close(seen[turn * length + length - 1][0], w, 1e-5, 1e-6)
+            assert_close(found, end, 1e-4, 1e-5)
+        assert_close(state.explorers[name].opt_state, opt_state, 1e-4, 1e-5)
+        if name == "sgd":
+            adopted = end
+    visible, state = seen[-1]
+    assert_close(visible, adopted, 1e-4, 1e-5)
+    assert int(state.ev3_round) == 1
+    for end in state.trajectory.ends.values():
+        assert_identical(end, visible)
+
+
+def by_length(lengths):
+    """Calls at which rounds end."""
+    return list(itertools.accumulate(lengths))
+
+
+def significant_in(rounds):
+    """A rule that adopts explorer 0 and finds it significant in the given rounds."""
+
+    def decide(evidence, memory, key):
+        del evidence, key
+        hit = jnp.isin(memory, jnp.asarray(rounds))
+        return adapt.Decision(jnp.int32(0), hit), memory + 1
+
+    return adapt.Rule(lambda explorers: jnp.zeros([], jnp.int32), decide)
+
+
+def test_length_grows_without_improvement_and_goes_back():
+    tx = optax_ev3.ev3(
+        inner(),
+        score,
+        trajectory_length=2,
+        trajectory_growth=1.6,
+        max_trajectory_length=6,
+        adapt=significant_in([4]),
+    )
+    # 2, 3.2, 5.12, 8.192 and 13.1 rounded, at most 6, until round 4 is significant.
+    lengths = [2, 3, 5, 6, 6, 2, 3]
+    seen = run(tx, sum(lengths))
+    past = optax_ev3.history(seen[-1][1])
+    assert past["length"].tolist() == lengths
+    ends = by_length(lengths)
+    for call, (_, state) in enumerate(seen, start=1):
+        assert int(state.ev3_round) == sum(end <= call for end in ends)
+
+
+@pytest.mark.parametrize("restart", ["always", "significant", "never"])
+def test_which_branches_restart(restart):
+    inner = {"good": optax.sgd(0.05), "near": optax.sgd(0.0499), "bad": optax.sgd(-0.3)}
+    tx = optax_ev3.ev3(
+        inner,
+        score,
+        loss_fn=loss,
+        trajectory_length=5,
+        restart=restart,
+        adapt=always(0),
+    )
+    visible, state = run(tx, 5)[-1]
+    end = {k: alone(tx, 5, start())[0] for k, tx in inner.items()}
+    expected = {
+        "always": {"good": visible, "near": visible, "bad": visible},
+        "significant": {"good": visible, "near": end["near"], "bad": visible},
+        "never": {"good": visible, "near": end["near"], "bad": end["bad"]},
+    }[restart]
+    for name, where in expected.items():
+        assert_close(state.trajectory.ends[name], where, 1e-5, 1e-6)
+    far = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), end["near"], visible)
+    assert max(jax.tree.leaves(far)) > 1e-5  # The near one can be told from the good.
+
+
+@pytest.mark.parametrize("policy", ["keep", "new", "copy"])
+def test_inner_states_of_branches_that_restart(policy):
+    inner = {
+        "winner": optax.adam(0.03),
+        "alike": optax.adam(0.01),
+        "other": optax.sgd(0.05, momentum=0.9),
+        "swept": optax_ev3.sweep(optax.adam, learning_rate=[0.1, 0.2]),
+    }
+    tx = optax_ev3.ev3(
+        inner,
+        score,
+        loss_fn=loss,
+        trajectory_length=4,
+        restart_state=policy,
+        adapt=always(0),
+    )
+    visible, state = run(tx, 4)[-1]
+    found = {name: one.opt_state for name, one in state.explorers.items()}
+    winner = alone(inner["winner"], 4, start())[1]
+    alike = alone(inner["alike"], 4, start())[1]
+    other = alone(inner["other"], 4, start())[1]
+    assert_close(found["winner"], winner, 1e-4, 1e-5)
+    if policy == "keep":
+        assert_close(found["alike"], alike, 1e-4, 1e-5)
+        assert_close(found["other"], other, 1e-4, 1e-5)
+    elif policy == "new":
+        assert_close(found["alike"], inner["alike"].init(visible))
+        assert_close(found["other"], inner["other"].init(visible))
+        zeros = jax.tree.map(jnp.zeros_like, found["swept"])
+        assert_identical(found["swept"], zeros)
+    else:
+        assert_identical(found["alike"], found["winner"])
+        assert_close(found["other"], other, 1e-4, 1e-5)
+        for member in range(2):
+            one = jax.tree.map(lambda x, i=member: x[i], found["swept"])
+            assert_identical(one, found["winner"])
+
+
+@pytest.mark.parametrize("gradients", ["own", "shared"])
+def test_branch_that_becomes_non_finite_is_out_until_its_restart(gradients):
+    def poison(updates, state, params=None):
+        del params
+        bad = (state == 1) | (state == 6)
+        return jax.tree.map(lambda u: jnp.where(bad, jnp.nan, -0.05 * u), updates), (
+            state + 1
+        )
+
+    bad = optax.GradientTransformation(lambda params: jnp.zeros([], jnp.int32), poison)
+    both = {"good": optax.sgd(0.05), "bad": bad}
+    kwargs = {"loss_fn": loss, "gradients": gradients, "adapt": adapt.greedy()}
+    tx = optax_ev3.ev3(both, score, trajectory_length=4, **kwargs)
+    seen = run(tx, 8)
+    alive = [s.trajectory.alive.tolist() for _, s in seen]
+    assert alive[:3] == [[1, 1], [1, 0], [1, 0]]
+    state = seen[2][1]
+    # Its inner state and its parameters are those before the bad step.
+    assert int(state.explorers["bad"].opt_state) == 1
+    assert_identical(state.trajectory.ends["bad"], seen[0][1].trajectory.ends["bad"])
+    end, _ = alone(both["good"], 3, start())
+    assert_close(state.trajectory.ends["good"], end, 1e-4, 1e-5)
+    past = optax_ev3.history(seen[3][1])
+    assert np.isnan(past["mean"][0, 1]) and np.isfinite(past["mean"][0, 0])
+    # Alive again after the restart, from the visible parameters.
+    assert alive[3] == [1, 1]
+    assert_identical(seen[3][1].trajectory.ends["bad"], seen[3][0])
+
+
+def test_lead_that_becomes_non_finite_stands_still():
+    def poison(updates, state, params=None):
+        del params
+        return jax.tree.map(lambda u: u * jnp.nan, updates), state
+
+    bad = optax.GradientTransformation(lambda params: (), poison)
+    tx = optax_ev3.ev3(
+        {"bad": bad, "good": optax.sgd(0.05)}, score, trajectory_length=3
+    )
+    seen = run(tx, 6)
+    assert_identical(seen[1][0], start())
+    past = optax_ev3.history(seen[-1][1])
+    assert past["adopted"].tolist()[0] == 1
+
+
+def test_saved_and_restored_in_the_middle_of_a_round():
+    tx = optax_ev3.ev3(inner(), score, loss_fn=loss, trajectory_length=5)
+    whole = run(tx, 13)[-1]
+    w, state = run(tx, 7)[-1]
+    packed = jax.tree.map(np.asarray, (w, state))
+    w, state = jax.tree.map(jnp.asarray, packed)
+    assert_identical(run(tx, 6, w, first=7, state=state)[-1], whole)
+
+
+@pytest.mark.parametrize("gradients", ["own", "shared", "turns"])
+@pytest.mark.parametrize("mode", ["unroll", "vmap", "map"])
+def test_types_are_stable_under_scan_and_vmap(gradients, mode):
+    tx = optax_ev3.ev3(
+        {**inner(), "swept": optax_ev3.sweep(optax.adam, learning_rate=[0.1, 0.2])},
+        score,
+        loss_fn=loss,
+        trajectory_length=2,
+        gradients=gradients,
+        assess_mode=mode,
+        combine=[
+            optax_ev3.combine.trajectory_average(),
+            optax_ev3.combine.exponential_average(),
+            optax_ev3.combine.greedy_soup(3),
+        ],
+    )
+
+    def step(carry, number):
+        del number
+        w, state = carry
+        grads = jax.grad(loss)(w, data(0))
+        updates, state = tx.update(grads, state, w, batch=data(0), held=data(1))
+        return (optax.apply_updates(w, updates), state), None
+
+    def train(scale):
+        w = jax.tree.map(lambda x: x * scale, start())
+        carry = w, tx.init(w)
+        return jax.lax.scan(step, carry, jnp.arange(11))[0]
+
+    scales = jnp.array([1.0, 0.5])
+    many = jax.jit(jax.vmap(train))(scales)
+    for i, scale in enumerate(scales):
+        one = jax.jit(train)(scale)
+        picked = jax.tree.map(lambda x, i=i: x[i], many)
+        assert_same_types(picked, one)
+        if mode == "unroll":
+            assert_close(picked[1].trajectory.step, one[1].trajectory.step)
+
+
+def test_dtypes_of_parameters_are_kept():
+    w = jax.tree.map(lambda x: x.astype(jnp.bfloat16), start())
+    tx = optax_ev3.ev3(
+        inner(),
+        lambda p, held: score(p, held).astype(jnp.float32),
+        loss_fn=loss,
+        trajectory_length=2,
+        combine=[optax_ev3.combine.trajectory_average()],
+    )
+    state = tx.init(w)
+
+    def step(w, state):
+        grads = jax.grad(loss)(w, data(0, jnp.bfloat16))
+        extras = {"batch": data(0, jnp.bfloat16), "held": data(1, jnp.bfloat16)}
+        updates, new = tx.update(grads, state, w, **extras)
+        return updates, new
+
+    updates, new = jax.jit(step)(w, state)
+    assert_same_types(updates, w)
+    assert_same_types(new, state)
