@@ -1,6 +1,6 @@
 """What EV3 costs beyond the sum of its parts.
 
-    python benchmarks/overhead.py [--quick] [--json PATH] [--parts steps,updates,rounds]
+    python benchmarks/overhead.py [--quick] [--json PATH] [--parts LIST]
 
 steps: one jitted EV3 step over a step written by hand that does the same work and
   nothing more, as one would write it (ratio) and tuned for memory traffic (over_tuned);
@@ -9,6 +9,11 @@ updates: the assessments taken away, K inner updates with all of EV3's bookkeepi
   the K updates alone; beside them the least that safety costs, written by hand: check
   the updates, hold the states, select one update, keep stable.
 rounds: milliseconds a round in a small setting, beside one Adam step.
+trajectories: a training step with trajectories of 20, averaged over whole rounds, over
+  what its parts cost (K jitted training steps one by one, or one gradient and K
+  updates, and a 20th of K + 2 assessments), and over one Adam step.
+sweeps: compile seconds and the compiler's peak memory of a sweep over 64 learning
+  rates, over those of 2.
 
 Programs that are compared run in turn within every repeat, in changing order, and each
 ratio is taken within a repeat: load from outside hits both sides of it alike. Tables
@@ -35,7 +40,7 @@ from jax import lax
 
 import optax_ev3
 
-PARTS = ("steps", "updates", "rounds")
+PARTS = ("steps", "updates", "rounds", "trajectories", "sweeps")
 MODES = ("unroll", "vmap", "map")
 BY_HAND, TUNED = "by hand", "by hand, tuned"
 TARGETS = {"steps": 1.05, "updates": 1.25}
@@ -55,6 +60,8 @@ class Settings(NamedTuple):
     image: tuple[int, int, int] = (16, 16, 3)
     channels: tuple[int, ...] = (16, 32, 64)
     rounds: int = 100
+    trajectory: int = 20
+    swept: tuple[int, int] = (2, 64)
 
 
 QUICK = Settings(
@@ -66,6 +73,8 @@ QUICK = Settings(
     image=(4, 4, 1),
     channels=(4,),
     rounds=5,
+    trajectory=3,
+    swept=(2, 4),
 )
 
 
@@ -493,6 +502,138 @@ def measure_rounds(settings: Settings):
     ]
 
 
+def measure_trajectories(problem: Problem, count: int, settings: Settings):
+    """Rounds of many calls; every runner makes as many training steps of a branch."""
+    inner = inner_optimizers(count)
+    length = settings.trajectory
+    batch = problem.batches[0]
+
+    def training_step(tx):
+        def step(params, state, train, held_out):
+            del held_out
+            grads = jax.grad(problem.loss_fn)(params, train)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        return step, tx.init(problem.params)
+
+    def shared_step():
+        def step(params, states, train, held_out):
+            del held_out
+            grads = jax.grad(problem.loss_fn)(params[0], train)
+            pairs = [
+                tx.update(grads, state, end)
+                for tx, state, end in zip(inner, states, params, strict=True)
+            ]
+            ends = [
+                optax.apply_updates(end, update)
+                for end, (update, _) in zip(params, pairs, strict=True)
+            ]
+            return ends, [state for _, state in pairs]
+
+        states = [tx.init(problem.params) for tx in inner]
+        return step, states
+
+    def trajectory_step(gradients):
+        tx = optax_ev3.ev3(
+            inner,
+            lambda params, held_out: problem.score_fn(params, held_out),
+            loss_fn=lambda params, train: problem.loss_fn(params, train),
+            trajectory_length=length,
+            gradients=gradients,
+        )
+
+        def step(params, state, train, held_out):
+            grads = jax.grad(problem.loss_fn)(params, train)
+            updates, state = tx.update(
+                grads, state, params, train=train, held_out=held_out
+            )
+            return optax.apply_updates(params, updates), state
+
+        return step, tx.init(problem.params)
+
+    def steps_runner(step, state, params):
+        call = compile_step(step, (0, 1), params, state, batch, batch).call
+        carry = [(jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, state))]
+
+        def run():
+            for i in range(length):
+                data = problem.batches[i % len(problem.batches)]
+                carry[0] = call(*carry[0], data, data)
+            return carry[0]
+
+        return run
+
+    many = [problem.params] * count
+    assess = jax.jit(lambda params, held_out: problem.score_fn(params, held_out).mean())
+    runners = {
+        "adam": steps_runner(*training_step(optax.adam(1e-3)), problem.params),
+        "ev3 shared": steps_runner(*trajectory_step("shared"), problem.params),
+        "ev3 own": steps_runner(*trajectory_step("own"), problem.params),
+        "shared by hand": steps_runner(*shared_step(), many),
+        "assessments": lambda: [assess(p, batch) for p in [*many, *many[:2]]],
+    }
+    for number, tx in enumerate(inner):
+        runners[f"alone {number}"] = steps_runner(*training_step(tx), problem.params)
+    seconds = race(runners, settings)
+    alone = sum(seconds[f"alone {number}"] for number in range(count))
+    parts = {
+        "ev3 shared": seconds["shared by hand"] + seconds["assessments"],
+        "ev3 own": alone + seconds["assessments"],
+    }
+    return [
+        {
+            "program": name,
+            "explorers": count,
+            "milliseconds": 1e3 * float(np.median(seconds[name])) / length,
+            "over_parts": float(np.median(seconds[name] / whole)),
+            "over_adam": float(np.median(seconds[name] / seconds["adam"])),
+        }
+        for name, whole in parts.items()
+    ]
+
+
+def measure_sweeps(problem: Problem, settings: Settings):
+    """A sweep over few and over many learning rates; nothing is run."""
+    rows = []
+    copy = sum(leaf.nbytes for leaf in jax.tree.leaves(problem.params))
+    for length in (1, settings.trajectory):
+        first = None
+        for count in settings.swept:
+            rates = np.geomspace(1e-5, 1e-1, count).tolist()
+            step, state = sweep_step(problem, rates, length)
+            batch = problem.batches[0]
+            compiled = compile_step(step, (0, 1), problem.params, state, batch, batch)
+            first = first or (compiled, count)
+            more = compiled.peak_bytes - first[0].peak_bytes
+            rows.append(
+                {
+                    "trajectory": length,
+                    "explorers": count,
+                    "compile_seconds": compiled.seconds,
+                    "ratio": compiled.seconds / first[0].seconds,
+                    "peak_mib": compiled.peak_bytes / 2**20,
+                    "copies_each": more / copy / max(1, count - first[1]),
+                }
+            )
+    return rows
+
+
+def sweep_step(problem: Problem, rates: Sequence[float], length: int):
+    tx = optax_ev3.ev3(
+        [optax_ev3.sweep(optax.adam, learning_rate=rates)],
+        lambda params, held_out: problem.score_fn(params, held_out),
+        trajectory_length=length,
+    )
+
+    def step(params, state, train, held_out):
+        grads = jax.grad(problem.loss_fn)(params, train)
+        updates, state = tx.update(grads, state, params, held_out=held_out)
+        return optax.apply_updates(params, updates), state
+
+    return step, tx.init(problem.params)
+
+
 def machine() -> dict[str, Any]:
     return {
         "platform": platform.platform(),
@@ -543,6 +684,16 @@ def measure(settings: Settings, parts: Sequence[str] = PARTS) -> dict[str, Any]:
         figures["rounds"] = measure_rounds(settings)
         title = "Milliseconds a round, digits, 2 optimizers, over a step of Adam"
         print_table(figures["rounds"], title)
+    if "trajectories" in parts:
+        rows = []
+        for count in settings.explorers[:2]:
+            rows += measure_trajectories(problems["mlp"], count, settings)
+        figures["trajectories"] = rows
+        length = settings.trajectory
+        print_table(rows, f"A step of a trajectory of {length}, MLP, over its parts")
+    if "sweeps" in parts:
+        figures["sweeps"] = measure_sweeps(problems["mlp"], settings)
+        print_table(figures["sweeps"], "Sweeps of Adam over learning rates, MLP")
     return figures
 
 

@@ -28,8 +28,8 @@ import optax_ev3
 from optax_ev3 import adapt
 from optax_ev3._src import evidence
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
-import _data
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from _digits import EIGHT, METRICS, load, train
 
 SEEDS = flags.DEFINE_integer("seeds", 10, "Runs of each method.", lower_bound=2)
 STEPS = flags.DEFINE_integer("steps", 300, "Training steps.", lower_bound=1)
@@ -43,68 +43,12 @@ HOSTILE = TWO | {
     "nan": optax.scale(float("nan")),
     "uphill sgd": optax.sgd(-0.1),
 }
-EIGHT = {
-    **{f"adam {rate:g}": optax.adam(rate) for rate in (1e-4, 3e-4, 1e-3, 3e-3)},
-    **{f"sgd {rate:g}": optax.sgd(rate) for rate in (0.01, 0.1, 0.5)},
-    "momentum 0.05": optax.sgd(0.05, momentum=0.9),
-}
 SETS = {"two": TWO, "two + 3 hostile": HOSTILE, "eight": EIGHT}
 RULES = {
     "confident": adapt.confident(),
     "greedy": adapt.greedy(),
     "lower_bound": adapt.lower_bound(),
 }
-
-
-def init(key):
-    he = jax.nn.initializers.he_normal()
-    shapes = list(itertools.pairwise((64, 128, 128, 10)))
-    keys = jax.random.split(key, len(shapes))
-    return [(he(k, s), jnp.zeros(s[1])) for k, s in zip(keys, shapes, strict=True)]
-
-
-def logits(params, x):
-    for w, b in params[:-1]:
-        x = jax.nn.relu(x @ w + b)
-    return x @ params[-1][0] + params[-1][1]
-
-
-def log_likelihood(params, batch):
-    x, y = batch
-    return -optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y)
-
-
-def correct(params, batch):
-    x, y = batch
-    return logits(params, x).argmax(-1) == y
-
-
-METRICS = {"log-likelihood": log_likelihood, "accuracy": correct}
-
-
-def train(make_tx, steps, seeds):
-    """Test accuracy and NLL ``[seeds]`` after training, and the final states."""
-    data = _data.load()
-
-    def one(seed):
-        tx = make_tx(seed)
-        params = init(jax.random.key(seed))
-
-        def step(carry, number):
-            params, state = carry
-            key = jax.random.fold_in(jax.random.key(seed), number)
-            batch = _data.sample(key, data.train)
-            grads = jax.grad(lambda p: -log_likelihood(p, batch).mean())(params)
-            updates, state = tx.update(grads, state, params)
-            return (optax.apply_updates(params, updates), state), None
-
-        start = (params, tx.init(params))
-        (params, state), _ = jax.lax.scan(step, start, jnp.arange(steps))
-        nll = -log_likelihood(params, data.test).mean()
-        return correct(params, data.test).mean(), nll, state
-
-    accuracy, nll, state = jax.jit(jax.vmap(one))(jnp.arange(seeds))
-    return np.asarray(accuracy), np.asarray(nll), state
 
 
 def digits(rules, steps, seeds):
@@ -114,7 +58,7 @@ def digits(rules, steps, seeds):
         tx = alone[name]
         accuracy, nll, _ = train(lambda _, tx=tx: tx, steps, seeds)
         yield f"{name} alone", accuracy, nll, ""
-    held_out = _data.load().held_out
+    held_out = load().held_out
     for metric, (rule, made), (label, inner) in itertools.product(
         METRICS, rules.items(), SETS.items()
     ):

@@ -42,6 +42,17 @@ def test_example_learns(name, tmp_path):
     assert float(shown["ev3/share/adam"]) + float(shown["ev3/share/sgd"]) > 0.5
 
 
+def test_example_with_trajectories_learns(tmp_path):
+    done = run("linen_batchnorm.py", "--steps=60", "--seed=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    before, after = map(float, re.findall(r"test accuracy ([\d.]+)", done.stdout))
+    assert before < 0.3
+    assert after > LEARNED
+    shown = dict(line.split() for line in done.stdout.splitlines() if "ev3/" in line)
+    assert (float(shown["ev3/calls"]), float(shown["ev3/round"])) == (60, 3)
+    assert "ev3/score/average(adam(noisy))" in shown
+
+
 @pytest.mark.slow
 def test_demo_draws_and_succeeds(tmp_path):
     args = ["--seeds=2", "--steps=60", f"--min_accuracy={LEARNED}"]

@@ -1,0 +1,119 @@
+"""What trajectories are worth: digits, eight explorers, against the best one alone.
+
+Scikit-learn's digits, MLP 64-128-128-10, batches of 128. The explorers are four rates
+of Adam, three of SGD and SGD with momentum; each is run alone, too, on the same seeds,
+parameters and batches, and the best is chosen in hindsight, by its mean on the test
+set. EV3 sees 300 held-out examples, 128 fresh draws in each assessment. All rows of one
+table take the same number of steps of each branch.
+
+Run it with `python benchmarks/trajectories.py`; it takes about half an hour on two
+cores. `--filter REGEX` runs the rows whose names match.
+"""
+
+import json
+import pathlib
+import re
+import sys
+
+import numpy as np
+from absl import app, flags, logging
+
+import optax_ev3
+from optax_ev3 import combine
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from _digits import EIGHT, load, log_likelihood, loss, train
+
+SEEDS = flags.DEFINE_integer("seeds", 10, "Runs of each method.", lower_bound=2)
+STEPS = flags.DEFINE_multi_integer("steps", [300, 1000], "Training steps.")
+FILTER = flags.DEFINE_string("filter", "", "Only EV3 rows that match.")
+JSON = flags.DEFINE_string("json", None, "Where to write the figures, too.")
+
+AVERAGES = [combine.trajectory_average(), combine.greedy_soup(4)]
+
+
+def variants():
+    """Settings of EV3 by name."""
+    own = {"loss_fn": loss, "gradients": "own"}
+    shared = {"gradients": "shared"}
+    yield "one step", {}
+    for length in (5, 20, 50):
+        for name, kwargs in {"own": own, "shared": shared}.items():
+            yield f"{name} {length}", {**kwargs, "trajectory_length": length}
+    for restart in ("significant", "never"):
+        yield (
+            f"own 20, restart {restart}",
+            {**own, "trajectory_length": 20, "restart": restart},
+        )
+        yield (
+            f"own 20, restart {restart}, averages",
+            {**own, "trajectory_length": 20, "restart": restart, "combine": AVERAGES},
+        )
+    for policy in ("new", "copy"):
+        for name, kwargs in {"own": own, "shared": shared}.items():
+            yield (
+                f"{name} 20, inner states {policy}",
+                {**kwargs, "trajectory_length": 20, "restart_state": policy},
+            )
+    for length in (20, 50):
+        for name, kwargs in {"own": own, "shared": shared}.items():
+            settings = {**kwargs, "trajectory_length": length, "combine": AVERAGES}
+            yield f"{name} {length}, averages", settings
+    yield (
+        "own 10, growing to 80",
+        {
+            **own,
+            "trajectory_length": 10,
+            "trajectory_growth": 1.5,
+            "max_trajectory_length": 80,
+        },
+    )
+
+
+def cells(accuracy, nll):
+    """Means with their standard errors, as text."""
+    out = []
+    for values in (accuracy, nll):
+        error = values.std(ddof=1) / np.sqrt(len(values))
+        out.append(f"{values.mean():.4f} ± {error:.4f}")
+    return out
+
+
+def run(steps, seeds, pattern):
+    """Rows of one table: name, test accuracies, test NLLs."""
+    singles = {}
+    for name, tx in EIGHT.items():
+        accuracy, nll, _ = train(lambda _, tx=tx: tx, steps, seeds)
+        singles[name] = accuracy, nll
+        yield f"{name} alone", accuracy, nll
+    for what, index, best in (("accuracy", 0, max), ("NLL", 1, min)):
+        name = best(singles, key=lambda name: singles[name][index].mean())
+        yield f"best {what} in hindsight: {name}", *singles[name]
+    assess_fn = optax_ev3.held_out(log_likelihood, load().held_out, 128)
+    for name, kwargs in variants():
+        if re.search(pattern, name):
+
+            def make_tx(seed, kwargs=kwargs):
+                return optax_ev3.ev3(EIGHT, assess_fn, key=seed, **kwargs)
+
+            accuracy, nll, _ = train(make_tx, steps, seeds)
+            yield f"EV3, {name}", accuracy, nll
+
+
+def main(_):
+    logging.set_verbosity(logging.WARNING)
+    figures = {}
+    for steps in STEPS.value:
+        print(f"\n{steps} steps, mean ± standard error over {SEEDS.value} seeds")
+        print(f"{'method':46}{'test accuracy':>18}{'test NLL':>18}")
+        for name, accuracy, nll in run(steps, SEEDS.value, FILTER.value):
+            one, two = cells(accuracy, nll)
+            print(f"{name:46}{one:>18}{two:>18}", flush=True)
+            row = {"accuracy": accuracy.tolist(), "nll": nll.tolist()}
+            figures[f"{steps} steps, {name}"] = row
+    if JSON.value:
+        pathlib.Path(JSON.value).write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    app.run(main)
