@@ -37,37 +37,21 @@ def variants():
     own = {"loss_fn": loss, "gradients": "own"}
     shared = {"gradients": "shared"}
     yield "one step", {}
-    for length in (5, 20, 50):
+    for length in (10, 20, 50):
         for name, kwargs in {"own": own, "shared": shared}.items():
             yield f"{name} {length}", {**kwargs, "trajectory_length": length}
+    own_20 = {**own, "trajectory_length": 20}
     for restart in ("significant", "never"):
-        yield (
-            f"own 20, restart {restart}",
-            {**own, "trajectory_length": 20, "restart": restart},
-        )
-        yield (
-            f"own 20, restart {restart}, averages",
-            {**own, "trajectory_length": 20, "restart": restart, "combine": AVERAGES},
-        )
+        yield f"own 20, restart {restart}", {**own_20, "restart": restart}
     for policy in ("new", "copy"):
-        for name, kwargs in {"own": own, "shared": shared}.items():
-            yield (
-                f"{name} 20, inner states {policy}",
-                {**kwargs, "trajectory_length": 20, "restart_state": policy},
-            )
-    for length in (20, 50):
-        for name, kwargs in {"own": own, "shared": shared}.items():
-            settings = {**kwargs, "trajectory_length": length, "combine": AVERAGES}
-            yield f"{name} {length}, averages", settings
-    yield (
-        "own 10, growing to 80",
-        {
-            **own,
-            "trajectory_length": 10,
-            "trajectory_growth": 1.5,
-            "max_trajectory_length": 80,
-        },
-    )
+        yield f"own 20, inner states {policy}", {**own_20, "restart_state": policy}
+    yield "own 20, averages", {**own_20, "combine": AVERAGES}
+    never = {**own_20, "restart": "never"}
+    yield "own 20, restart never, averages", {**never, "combine": AVERAGES}
+    ema = [combine.exponential_average()]
+    yield "own 20, exponential average", {**own_20, "combine": ema}
+    grows = {"trajectory_growth": 1.5, "max_trajectory_length": 80}
+    yield "own 10, growing to 80", {**own, "trajectory_length": 10, **grows}
 
 
 def cells(accuracy, nll):

@@ -268,17 +268,32 @@ class TestConfident:
         adopted, _ = self.run(rounds)
         assert np.mean(np.array(adopted) < 2) > 0.5
 
-    def test_tally_is_stouffers_sum(self):
+    @pytest.mark.parametrize("clip", [1.5, 0.2])
+    def test_tally_is_stouffers_sum(self, clip):
         seeds = range(4)
-        _, memory = self.run([draws([0.01, 0, 0, 0], seed=s) for s in seeds])
+        rule, memory = adapt.confident(clip=clip), None
+        for s in seeds:
+            _, _, memory = decide(rule, draws([0.01, 0, 0, 0], seed=s), memory)
         total = weight = 0.0
         for s in seeds:
             seen = gather(draws([0.01, 0, 0, 0], seed=s))
             z = float(evidence.compare(seen, "score", 2).z[0])
-            total = 0.95 * total + np.clip(z, -1.5, 1.5)
+            total = 0.95 * total + np.clip(z, -clip, clip)
             weight = 0.95**2 * weight + 1
         assert float(memory.current.total[0]) == pytest.approx(total, rel=1e-4)
         assert float(memory.current.weight[0]) == pytest.approx(weight, rel=1e-4)
+
+    @pytest.mark.parametrize("prior_rounds, decided", [(0.5, True), (1e4, False)])
+    def test_doubt_delays_the_choice(self, prior_rounds, decided):
+        """One of two explorers is better by two standard errors in each round."""
+        rule = adapt.confident(clip=5.0, prior_rounds=prior_rounds)
+        memory, adopted = None, []
+        for s in range(40):
+            values = draws([0.025, 0.0, 0, 0], seed=s)
+            choice, _, memory = decide(rule, values, memory, key=jax.random.key(s))
+            adopted.append(int(choice))
+        share = np.mean(np.array(adopted[10:]) == 0)
+        assert (share > 0.9) == decided
 
     @pytest.mark.parametrize("explorers", [1, 2, 8])
     def test_noise_seldom_replaces_stable(self, explorers):

@@ -175,6 +175,18 @@ BAD_ARGUMENTS = {
         lambda: optax_ev3.sweep(SGD, learning_rate=[0.1]),
         (TypeError, "factory"),
     ),
+    "sweep of equal numbers": (
+        lambda: ev3([optax_ev3.sweep(optax.sgd, learning_rate=[0.1, 0.1])], metric),
+        (ValueError, "different names", "sgd(learning_rate=0.1)"),
+    ),
+    "explorer called like an average": (
+        lambda: ev3(
+            {"a": SGD, "average(a)": SGD},
+            metric,
+            combine=[optax_ev3.combine.trajectory_average()],
+        ),
+        (ValueError, "different names", "average(a)"),
+    ),
     "product without losses": (
         lambda: optax_ev3.product([SGD], []),
         (ValueError, "at least one loss"),
@@ -221,6 +233,14 @@ BAD_ARGUMENTS = {
     "confident's confidence": (
         lambda: adapt.confident(0.5),
         (ValueError, "confidence", "above 0.5 and below 1", "0.5"),
+    ),
+    "confident's clip": (
+        lambda: adapt.confident(clip=0.0),
+        (ValueError, "clip", "above 0", "0.0"),
+    ),
+    "confident's doubt": (
+        lambda: adapt.confident(prior_rounds=-1.0),
+        (ValueError, "prior_rounds", "above 0", "-1.0"),
     ),
     "confidence NaN": (lambda: adapt.confident(float("nan")), (ValueError, "nan")),
     "select_alpha": (

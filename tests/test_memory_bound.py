@@ -50,3 +50,13 @@ def test_loops_over_scalars_do_not_count():
         return x * jax.lax.fori_loop(0, 3, lambda i, y: y + i, jnp.float32(1))
 
     assert is_memory_bound(fn, jnp.ones([2, 2]))
+
+
+def test_what_is_not_needed_does_not_count():
+    def fn(x):
+        unused = jnp.sin(x @ x)
+        del unused
+        return x + 1
+
+    assert is_memory_bound(fn, jnp.ones([2, 2]))
+    assert not is_memory_bound(lambda x: fn(x) + jnp.sin(x @ x), jnp.ones([2, 2]))

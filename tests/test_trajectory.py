@@ -350,6 +350,25 @@ def test_saved_and_restored_in_the_middle_of_a_round():
     assert_identical(run(tx, 6, w, first=7, state=state)[-1], whole)
 
 
+def test_donated_buffers():
+    everything = [
+        optax_ev3.combine.trajectory_average(),
+        optax_ev3.combine.exponential_average(),
+        optax_ev3.combine.greedy_soup(2),
+    ]
+    tx = optax_ev3.ev3(inner(), score, trajectory_length=2, combine=everything)
+
+    def step(w, state, batch):
+        updates, state = tx.update(jax.grad(loss)(w, batch), state, w, held=batch)
+        return optax.apply_updates(w, updates), state
+
+    kept, donated = ((start(), tx.init(start())) for _ in range(2))
+    for call in range(5):
+        kept = jax.jit(step)(*kept, data(call))
+        donated = jax.jit(step, donate_argnums=(0, 1))(*donated, data(call))
+    assert_identical(donated, kept)
+
+
 @pytest.mark.parametrize("gradients", ["own", "shared", "turns"])
 @pytest.mark.parametrize("mode", ["unroll", "vmap", "map"])
 def test_types_are_stable_under_scan_and_vmap(gradients, mode):

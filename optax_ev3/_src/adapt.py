@@ -157,8 +157,6 @@ def lower_bound(select_alpha: float = 0.5, decide_alpha: float = 1.96) -> Rule:
 
 # Of the default rule, chosen on digits with the tables of benchmarks/rules.py.
 _MEMORY = 0.95  # what an earlier round weighs, a round later: 20 rounds in all
-_LOUDEST = 1.5  # the most that one round says, in standard normal units
-_PRIOR = 10.0  # rounds' worth of doubt, before any evidence
 _AT_ONCE = 4.0  # z at which one round is enough to go back to stable
 
 
@@ -166,7 +164,7 @@ class Tally(NamedTuple):
     """Evidence that adds up over rounds, old rounds fading (Stouffer's method).
 
     Attributes:
-      total: Faded sum of z values, each cut to at most 1.5 either way.
+      total: Faded sum of z values, each cut at the same size either way.
       weight: Faded sum of the squared weights of the rounds that said anything.
     """
 
@@ -192,7 +190,9 @@ class ConfidentMemory(NamedTuple):
     noise: jax.Array
 
 
-def confident(confidence: float = 0.95) -> Rule:
+def confident(
+    confidence: float = 0.95, *, clip: float = 1.5, prior_rounds: float = 10.0
+) -> Rule:
     r"""The default: moves on unless shown to be worse, falls back when shown to be.
 
     All comparisons are paired, on the examples of the round, in standard normal
@@ -200,7 +200,10 @@ def confident(confidence: float = 0.95) -> Rule:
     \text{confidence}) / K`, one-sided (Bonferroni over the K explorers). Evidence
     against an explorer comes from this round alone, or adds up over rounds
     (Stouffer's sum of z values over the root of the sum of squared weights, old
-    rounds fading by 0.95, each cut to 1.5 and ten rounds' worth of doubt added).
+    rounds fading by 0.95, each cut to ``clip``, with ``prior_rounds`` rounds' worth of
+    doubt added). Rounds of one step say little each, and short-sighted things: the
+    defaults are patient. For trajectories of many steps, ``ev3`` uses
+    ``clip=10, prior_rounds=1``.
 
     1. *Who may be adopted.* An explorer shown by this round to be worse than
        ``current`` may not. Among the others those are passed over, as long as any
@@ -231,12 +234,15 @@ def confident(confidence: float = 0.95) -> Rule:
 
     Args:
       confidence: Of each comparison, one-sided, before the correction.
+      clip: The most that one round says, in standard normal units.
+      prior_rounds: Rounds' worth of doubt, before any evidence.
 
     Returns:
       A rule that takes one objective.
 
     Raises:
-      ValueError: If ``confidence`` is not between 0.5 and 1.
+      ValueError: If ``confidence`` is not between 0.5 and 1, or if ``clip`` or
+        ``prior_rounds`` is not above 0.
 
     Examples:
       >>> import optax, optax_ev3
@@ -252,6 +258,15 @@ def confident(confidence: float = 0.95) -> Rule:
       <https://doi.org/10.1093/biomet/25.3-4.285>`_, 1933.
     """
     alpha = _alpha(confidence)
+    for name, value in {"clip": clip, "prior_rounds": prior_rounds}.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be above 0 and finite, got {value}.")
+
+    def add(tally, z):
+        return _add(tally, z, clip)
+
+    def z_of(tally):
+        return tally.total / jnp.sqrt(tally.weight + prior_rounds)
 
     def init(explorers: int) -> ConfidentMemory:
         def tally(*shape):
@@ -280,25 +295,25 @@ def confident(confidence: float = 0.95) -> Rule:
         # What is not valid loses to all that is.
         z = jnp.where(valid[None, :], z.T, jnp.where(valid[:, None], CERTAIN, 0))
         z = jnp.where(valid[:, None] | ~valid[None, :], z, -CERTAIN)
-        pairs = _add(memory.pairs, z)
-        current = _add(
+        pairs = add(memory.pairs, z)
+        current = add(
             memory.current, jnp.where(valid, to_current.z[:explorers], -CERTAIN)
         )
 
         # Weak evidence gives way before the need of proof does: it comes last.
         alone = estimate(evidence, objective).stderr[explorers]
-        proven = _z(current) > critical
+        proven = z_of(current) > critical
         leaps = to_current.stderr[:explorers] > alone
         eligible = _narrow(valid, ~leaps | proven)
         eligible = _narrow(eligible, ~evidence.uphill[:explorers] | proven)
         eligible &= to_current.z[:explorers] >= -critical
-        eligible = _narrow(eligible, _z(current) >= -critical)
-        merit = jnp.mean(_z(pairs), axis=1, where=eligible[None, :])
+        eligible = _narrow(eligible, z_of(current) >= -critical)
+        merit = jnp.mean(z_of(pairs), axis=1, where=eligible[None, :])
         merit += jax.random.normal(key, merit.shape)
         chosen = _first(eligible, merit, explorers)
 
-        stable = _add(memory.stable, to_stable.z[chosen])
-        worse = (_z(stable) < -patient) | (to_stable.z[chosen] < -_AT_ONCE)
+        stable = add(memory.stable, to_stable.z[chosen])
+        worse = (z_of(stable) < -patient) | (to_stable.z[chosen] < -_AT_ONCE)
         adopted = jnp.where(worse, explorers + 1, chosen)
         adopted = jnp.where(evidence.valid[adopted], adopted, fallback(evidence))
         significant = to_stable.z[adopted] > _critical(alpha / (explorers + 1))
@@ -314,17 +329,13 @@ def confident(confidence: float = 0.95) -> Rule:
     return Rule(init, decide)
 
 
-def _add(tally: Tally, z: jax.Array) -> Tally:
+def _add(tally: Tally, z: jax.Array, clip: float) -> Tally:
     """The tally with one more round; a round that ties says nothing."""
-    z = jnp.clip(z, -_LOUDEST, _LOUDEST).astype(jnp.float32)
+    z = jnp.clip(z, -clip, clip).astype(jnp.float32)
     return Tally(
         total=_MEMORY * tally.total + z,
         weight=_MEMORY**2 * tally.weight + (z != 0),
     )
-
-
-def _z(tally: Tally) -> jax.Array:
-    return tally.total / jnp.sqrt(tally.weight + _PRIOR)
 
 
 def _narrow(mask: jax.Array, condition: jax.Array) -> jax.Array:

@@ -142,10 +142,24 @@ def check(combinations: Any, explorers: int) -> tuple[Combination, ...]:
     return tuple(combinations)
 
 
+def names(combinations: Sequence[Combination], explorers: Sequence[str]) -> list[str]:
+    """Names of the combined candidates, in their order."""
+    averages, others, soups = [], [], []
+    for one in combinations:
+        if isinstance(one, TrajectoryAverage):
+            averages = [f"average({name})" for name in explorers]
+        elif isinstance(one, ExponentialAverage):
+            others.append("exponential_average")
+        else:
+            soups.append("greedy_soup")
+    return [*averages, *others, *soups]
+
+
 def wide(tree: Any) -> Any:
     """The tree in float32 or wider, to add many small changes."""
 
     def widen(leaf):
+        leaf = jnp.asarray(leaf)
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             return leaf
         return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))

@@ -1,6 +1,5 @@
 """The composer: explore, assess and adapt as one optax transformation."""
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from optax_ev3._src import adapt as rules
 from optax_ev3._src import (
+    arguments,
     assess,
     evidence,
     explore,
@@ -22,9 +22,6 @@ from optax_ev3._src import (
     trees,
 )
 from optax_ev3._src import combine as combinations
-
-# Trajectories without a bound on their growth stop growing here, in calls.
-_LONGEST = 2**24
 
 
 class ExplorerState(NamedTuple):
@@ -131,7 +128,8 @@ def ev3(
         ``"copy"`` (the winner's, where its structure is the same, else kept).
       combine: More candidates at no gradient cost, see :mod:`optax_ev3.combine`.
       adapt: The rule, see :mod:`optax_ev3.adapt`; default
-        ``optax_ev3.adapt.confident()``.
+        ``optax_ev3.adapt.confident()``, with ``clip=10, prior_rounds=1`` unless rounds
+        have one step.
       assess_mode: How the C candidates are scored: ``"unroll"`` (C calls in one
         program), ``"vmap"`` (one call on stacked parameters) or ``"map"`` (a compiled
         loop, the quickest to compile).
@@ -184,7 +182,9 @@ def ev3(
     named.check_callback(assess_fn, "assess_fn")
     if loss_fn is not None:
         named.check_callback(loss_fn, "loss_fn")
-    plan = _plan(
+    if gradients is None:
+        gradients = "shared" if loss_fn is None else "own"
+    plan = arguments.plan(
         trajectory_length,
         trajectory_growth,
         max_trajectory_length,
@@ -192,22 +192,26 @@ def ev3(
         restart,
         restart_state,
         combinations.check(combine, len(names)),
-        all(one.loss_fn is not None for one in explorers.values()),
-        loss_fn,
+        loss_fn is None and any(one.loss_fn is None for one in explorers.values()),
     )
-    more = _combined_names(plan.combinations, names)
+    more = combinations.names(plan.combinations, names)
+    explore.check_names([*names, *more])
     if assess_mode not in assess.MODES:
         raise ValueError(
             f"assess_mode must be one of {assess.MODES}, got {assess_mode!r}."
         )
-    rule = rules.confident() if adapt is None else adapt
+    patient = rules.confident()
+    decisive = rules.confident(clip=10.0, prior_rounds=1.0)
+    rule = adapt
+    if rule is None:
+        rule = patient if plan.one_step else decisive
     if not isinstance(rule, rules.Rule):
         raise TypeError(
             "adapt must be a rule, such as optax_ev3.adapt.confident(), got "
             f"{adapt!r} of type {type(adapt).__name__}."
         )
-    history_length = _static_int(history_length, "history_length")
-    key_impl = _check_key(key)
+    history_length = arguments.static_int(history_length, "history_length")
+    key_impl = arguments.check_key(key)
 
     def init_fn(params: optax.Params) -> EV3State:
         states, first = {}, 0
@@ -221,7 +225,7 @@ def ev3(
         return EV3State(
             ev3_round=jnp.zeros([], jnp.int32),
             ev3_calls=jnp.zeros([], jnp.int32),
-            ev3_key=trees.own(jax.random.key_data(_typed_key(key))),
+            ev3_key=trees.own(jax.random.key_data(arguments.typed_key(key))),
             explorers=states,
             combined={
                 name: jnp.asarray(first + i, jnp.int32) for i, name in enumerate(more)
@@ -471,125 +475,6 @@ def _keys(state, key_impl, axis_name):
         assess_key = jax.random.fold_in(assess_key, device)
         loss_key = jax.random.fold_in(loss_key, device)
     return assess_key, rule_key, loss_key
-
-
-def _plan(
-    length,
-    growth,
-    longest,
-    gradients,
-    restart,
-    restart_state,
-    combine,
-    own_losses,
-    loss,
-):
-    """Checks the arguments that say how trajectories go on."""
-    length = _static_int(length, "trajectory_length")
-    growth = _static_float(growth, "trajectory_growth")
-    if longest is not None:
-        longest = _static_int(longest, "max_trajectory_length")
-        if longest < length:
-            raise ValueError(
-                f"max_trajectory_length must be at least trajectory_length, {length}, "
-                f"got {longest}."
-            )
-    default = "shared" if loss is None else "own"
-    chosen = {
-        "gradients": (
-            default if gradients is None else gradients,
-            trajectory.GRADIENTS,
-        ),
-        "restart": (restart, trajectory.RESTARTS),
-        "restart_state": (restart_state, trajectory.RESTART_STATES),
-    }
-    for name, (value, choices) in chosen.items():
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
-    gradients = chosen["gradients"][0]
-    if gradients == "own" and loss is None and not own_losses:
-        raise ValueError(
-            'gradients="own" needs a loss_fn: branches differentiate it at their own '
-            "parameters."
-        )
-    if gradients == "turns" and restart != "always":
-        raise ValueError(
-            f'gradients="turns" lets all branches start from the same place, which '
-            f'needs restart="always", got {restart!r}.'
-        )
-    return trajectory.Plan(
-        length=length,
-        growth=growth,
-        longest=_LONGEST if longest is None else longest,
-        gradients=gradients,
-        restart=restart,
-        restart_state=restart_state,
-        combinations=combine,
-    )
-
-
-def _combined_names(kinds, explorers):
-    """Names of the combined candidates, in their order."""
-    averages, others, soups = [], [], []
-    for one in kinds:
-        if isinstance(one, combinations.TrajectoryAverage):
-            averages = [f"average({name})" for name in explorers]
-        elif isinstance(one, combinations.ExponentialAverage):
-            others.append("exponential_average")
-        else:
-            soups.append("greedy_soup")
-    return [*averages, *others, *soups]
-
-
-def _typed_key(key: Any) -> jax.Array:
-    if trees.is_key(key):
-        return key
-    if jnp.ndim(key) == 1:
-        return jax.random.wrap_key_data(key)
-    return jax.random.key(key)
-
-
-def _check_key(key: Any) -> Any:
-    """The PRNG implementation of ``key``, None for the default."""
-    if trees.is_key(key) and key.ndim == 0:
-        return jax.random.key_impl(key)
-    is_integer = not isinstance(key, bool) and isinstance(key, int | jax.Array)
-    is_integer = is_integer or hasattr(key, "__index__")
-    if is_integer and jnp.issubdtype(jnp.result_type(key), jnp.integer):
-        raw = jnp.ndim(key) == 1 and jnp.result_type(key) == jnp.uint32
-        if jnp.ndim(key) == 0 or raw:
-            return None
-    raise TypeError(f"key must be an integer seed or a single PRNG key, got {key!r}.")
-
-
-def _static_float(value: Any, name: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"{name} must be a Python float, got {value!r} of type "
-            f"{type(value).__name__}. Inside optax.inject_hyperparams, list it among "
-            f"the static_args."
-        ) from error
-    if not 1 <= number < float("inf"):
-        raise ValueError(f"{name} must be at least 1 and finite, got {number}.")
-    return number
-
-
-def _static_int(value: Any, name: str) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError as error:
-        raise TypeError(
-            f"{name} must be a Python integer, got {value!r} of type "
-            f"{type(value).__name__}. Inside optax.inject_hyperparams, list it among "
-            f"the static_args."
-        ) from error
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {number}.")
-    return number
 
 
 def _check_call(state, params, explorers, init_fn):

@@ -256,7 +256,12 @@ def collect(inner: Sequence[Any] | Mapping[str, Any]) -> dict[str, Explorer]:
         )
     if not items:
         raise ValueError("inner must hold at least one explorer, got none.")
-    names = [name for name, _ in items]
+    check_names([name for name, _ in items])
+    return dict(items)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises unless candidates have different names, and none that is reserved."""
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(f"explorers must have different names, got twice: {repeated}.")
@@ -266,7 +271,6 @@ def collect(inner: Sequence[Any] | Mapping[str, Any]) -> dict[str, Explorer]:
             f"explorers cannot be named {reserved}: candidates that are always there "
             f"have these names."
         )
-    return dict(items)
 
 
 def _as_explorer(value: Any, name: str | None) -> Explorer:

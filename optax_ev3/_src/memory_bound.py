@@ -33,7 +33,7 @@ def is_memory_bound(fn: Callable[..., Any], *args: Any) -> bool:
 
 
 def _is_light(jaxpr: Any) -> bool:
-    for equation in jaxpr.eqns:
+    for equation in _needed(jaxpr):
         name = equation.primitive.name
         variables = (*equation.invars, *equation.outvars)
         if name in _CALLS:
@@ -43,3 +43,14 @@ def _is_light(jaxpr: Any) -> bool:
         elif name not in _LIGHT and any(v.aval.shape for v in variables):
             return False
     return True
+
+
+def _needed(jaxpr: Any) -> list[Any]:
+    """The equations that outputs or effects need: a compiler drops the others."""
+    live = set(map(id, jaxpr.outvars))
+    needed = []
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or live.intersection(map(id, equation.outvars)):
+            live.update(map(id, equation.invars))
+            needed.append(equation)
+    return needed

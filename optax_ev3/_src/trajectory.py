@@ -73,21 +73,22 @@ def init(explorers: Mapping[str, Explorer], plan: Plan, params: Any) -> Trajecto
     """All branches at ``params``."""
     total = sum(one.size or 1 for one in explorers.values())
     kinds = [type(one) for one in plan.combinations]
-    params = jax.tree.map(trees.own, params)
     ends = {name: _spread(params, one.size) for name, one in explorers.items()}
     averaged = combine.TrajectoryAverage in kinds
-    return Trajectory(
+    state = Trajectory(
         step=jnp.zeros([], jnp.int32),
         length=jnp.asarray(plan.length, jnp.int32),
         stalled=jnp.zeros([], jnp.int32),
         lead=jnp.zeros([], jnp.int32),
-        start=jax.tree.map(jnp.copy, params),
+        start=params,
         ends=ends,
         alive=jnp.ones([total], jnp.int32),
         climbs=jnp.zeros([total], jnp.int32),
         means={k: combine.wide(v) for k, v in ends.items()} if averaged else {},
         average=combine.wide(params) if combine.ExponentialAverage in kinds else (),
     )
+    # Buffers of their own, so that all can be donated.
+    return jax.tree.map(trees.own, state)
 
 
 def advance(
@@ -117,7 +118,7 @@ def advance(
     turns = plan.gradients == "turns"
     lead = state.step // state.length if turns else state.lead
     walk = _Walk(plan, lead, state.step % state.length, params, call)
-    moves, ends, means, new_states, alive, climbs = [], {}, {}, {}, [], []
+    visible, ends, means, new_states, alive, climbs = [], {}, {}, {}, [], []
     first = 0
     for name, one in explorers.items():
         size = one.size or 1
@@ -133,16 +134,18 @@ def advance(
         def go(tx, branch, one=one, name=name):
             return _go(tx, one, name, branch, walk)
 
-        update, branch, uphill = one.each(go, branch)
-        moves.append(trees.Batch(update, one.size))
+        branch, uphill = one.each(go, branch)
+        visible.append(trees.Batch(branch.end, one.size))
         new_states[name], ends[name] = branch.opt_state, branch.end
         if state.means:
             means[name] = branch.mean
         alive.append(jnp.reshape(branch.alive, [size]))
         climbs.append(state.climbs[rows] + jnp.reshape(uphill, [size]))
         first += size
-    still = trees.Batch(lambda: trees.zeros_like(params))
-    update = trees.pick(lead, [*moves, still])
+    # From the ends, not from the updates, which would all have to be kept for that.
+    # Without a lead branch the visible parameters stand still.
+    moved = trees.pick(lead, [*visible, trees.Batch(params)])
+    update = jax.tree.map(lambda end, p: end - p, moved, params)
     step = state.step + 1
     if turns:
         # The next branch starts where this one did.
@@ -187,13 +190,12 @@ class _Branch(NamedTuple):
 
 
 def _go(tx, one, name, branch, walk):
-    """Update, branch and +1 if uphill (-1 if downhill) of one step, if it is due."""
+    """The branch after a step, if it is due, and +1 if uphill, -1 if downhill."""
     if walk.plan.gradients != "turns":
         return _step(tx, one, name, branch, walk)
 
     def wait():
-        still = trees.zeros_like(walk.params)
-        return still, branch, jnp.zeros([], jnp.int32)
+        return branch, jnp.zeros([], jnp.int32)
 
     def run():
         return _step(tx, one, name, branch, walk)
@@ -211,10 +213,8 @@ def _step(tx, one, name, branch, walk):
     step = steps.advance(
         tx, one, name, grads, branch.opt_state, params, merge, loss, walk.call, alive
     )
-    update = jax.tree.map(
-        lambda u: jnp.where(step.finite, u, jnp.zeros_like(u)), step.update
-    )
-    end = optax.apply_updates(params, update)
+    end = optax.apply_updates(params, step.update)
+    end = trees.where(step.finite, end, params)
     mean = branch.mean
     if mean != ():
         mean = combine.move(mean, end, 1 / (walk.step + 1))
@@ -222,7 +222,7 @@ def _step(tx, one, name, branch, walk):
         step.opt_state, end, mean, step.finite.astype(jnp.int32), branch.index
     )
     climbed = jnp.where(step.finite, jnp.where(step.uphill, 1, -1), 0)
-    return update, moved, climbed.astype(jnp.int32)
+    return moved, climbed.astype(jnp.int32)
 
 
 def _gradients(one, loss, params, leads, walk):
@@ -367,7 +367,7 @@ def _spread(tree, size):
     """The tree, or as many copies of it stacked."""
     if size is None:
         return tree
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (size, *x.shape)), tree)
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (size, *jnp.shape(x))), tree)
 
 
 def _select(mask, new, old):
