@@ -389,6 +389,31 @@ def test_many_devices_decide_like_one(how, rule, scores, inner):
         w_many = optax.apply_updates(w_many, updates_many)
 
 
+@pytest.mark.parametrize("gradients", ["own", "shared", "turns"])
+def test_many_devices_walk_like_one(gradients):
+    kwargs = {
+        "loss_fn": loss,
+        "trajectory_length": 2,
+        "gradients": gradients,
+        "combine": [optax_ev3.combine.greedy_soup(2)],
+    }
+    one = transformation("greedy", **kwargs)
+    many = transformation("greedy", axis_name="i", **kwargs)
+    w, w_many = params(), params()
+    state, state_many = one.init(w), many.init(w)
+    alone = jax.jit(_alone_step(one))
+    specs = (P(), P(), P("i")), (P(), P())
+    mapped = jax.jit(_shard_map(_mapped_step(many), *specs))
+    for seed in range(5):
+        batch = weights(32, seed)
+        updates, state = alone(w, state, batch)
+        updates_many, state_many = mapped(w_many, state_many, batch)
+        assert_close(updates_many, updates, rtol=1e-4, atol=1e-5)
+        assert_close(state_many.record, state.record, rtol=1e-4, atol=1e-5)
+        w = optax.apply_updates(w, updates)
+        w_many = optax.apply_updates(w_many, updates_many)
+
+
 @pytest.mark.skipif(
     not hasattr(jax, "set_mesh"), reason="this release has no explicit sharding"
 )
