@@ -315,7 +315,8 @@ def _trajectories(explorers, plan, state, params, call, judge):
     state = state._replace(trajectory=walked, explorers=_with(state, opt_states))
 
     def finish(carry):
-        return _finish(explorers, plan, *carry, params, judge)
+        update, state = carry
+        return _finish(explorers, plan, update, state, params, judge)
 
     turns = walked.alive.shape[0] if plan.gradients == "turns" else 1
     done = walked.step >= turns * walked.length

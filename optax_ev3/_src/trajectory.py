@@ -129,7 +129,7 @@ def advance(
             opt_states[name], state.ends[name], mean, state.alive[rows], index
         )
         if one.size is None:
-            branch = branch._replace(alive=branch.alive[0], index=index[0])
+            branch = branch._replace(alive=branch.alive[0], number=index[0])
 
         def go(tx, branch, one=one, name=name):
             return _go(tx, one, name, branch, walk)
@@ -186,7 +186,7 @@ class _Branch(NamedTuple):
     end: optax.Params
     mean: Any
     alive: jax.Array
-    index: jax.Array
+    number: jax.Array
 
 
 def _go(tx, one, name, branch, walk):
@@ -200,11 +200,11 @@ def _go(tx, one, name, branch, walk):
     def run():
         return _step(tx, one, name, branch, walk)
 
-    return lax.cond(branch.index == walk.lead, run, wait)
+    return lax.cond(branch.number == walk.lead, run, wait)
 
 
 def _step(tx, one, name, branch, walk):
-    leads = branch.index == walk.lead
+    leads = branch.number == walk.lead
     params = trees.where(leads, walk.params, branch.end)
     loss = steps.loss_of(one, name, walk.call)
     grads, aux = _gradients(one, loss, params, leads, walk)
@@ -219,7 +219,7 @@ def _step(tx, one, name, branch, walk):
     if mean != ():
         mean = combine.move(mean, end, 1 / (walk.step + 1))
     moved = _Branch(
-        step.opt_state, end, mean, step.finite.astype(jnp.int32), branch.index
+        step.opt_state, end, mean, step.finite.astype(jnp.int32), branch.number
     )
     climbed = jnp.where(step.finite, jnp.where(step.uphill, 1, -1), 0)
     return moved, climbed.astype(jnp.int32)
