@@ -52,7 +52,13 @@ def test_quick_run_prints_tables_and_writes_all_figures(tmp_path):
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
     assert done.returncode == 0, done.stderr
-    for title in ("One step", "Nothing to assess", "Milliseconds a round"):
+    for title in (
+        "One step",
+        "Nothing to assess",
+        "Milliseconds a round",
+        "A step of a trajectory",
+        "Sweeps",
+    ):
         assert title in done.stdout
     figures = json.loads(path.read_text())
     assert {"platform", "cpus", "jax", "device"} <= set(figures["machine"])
@@ -155,3 +161,23 @@ def test_runners_take_turns(overhead):
     assert set(seconds) == set("abc")
     assert all(values.shape == (6,) for values in seconds.values())
     assert calls.count("a") == calls.count("b") == calls.count("c")
+
+
+@pytest.mark.slow
+def test_benchmark_of_trajectories_runs(tmp_path):
+    path = tmp_path / "figures.json"
+    script = SCRIPT.with_name("trajectories.py")
+    args = ["--seeds=2", "--steps=12", "--filter=^shared 10$", f"--json={path}"]
+    done = subprocess.run(
+        [sys.executable, str(script), *args],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())
+    for method in ("momentum 0.05 alone", "EV3, shared 10"):
+        accuracy = np.array(rows[f"12 steps, {method}"]["accuracy"])
+        assert accuracy.shape == (2,)
+        assert ((0 <= accuracy) & (accuracy <= 1)).all()

@@ -207,7 +207,7 @@ def _step(tx, one, name, branch, walk):
     leads = branch.number == walk.lead
     params = trees.where(leads, walk.params, branch.end)
     loss = steps.loss_of(one, name, walk.call)
-    grads, aux = _gradients(one, loss, params, leads, walk)
+    grads, aux = _gradients(one, loss, params, branch.end, leads, walk)
     merge = steps.merge_of(one, name, aux)
     alive = branch.alive > 0
     step = steps.advance(
@@ -225,7 +225,7 @@ def _step(tx, one, name, branch, walk):
     return moved, climbed.astype(jnp.int32)
 
 
-def _gradients(one, loss, params, leads, walk):
+def _gradients(one, loss, params, end, leads, walk):
     """Gradients of a branch, and what its loss returned beside its value."""
     given, aux = walk.call.grads, walk.call.extra_args.get("aux")
     if one.loss_fn is not None:
@@ -236,7 +236,8 @@ def _gradients(one, loss, params, leads, walk):
         return loss.gradient(params)
 
     def own():
-        grads, own_aux = loss.gradient(params)
+        # No lead branch: its parameters are those at its end.
+        grads, own_aux = loss.gradient(end)
         same = jax.tree.map(lambda o, g: jnp.asarray(o, g.dtype), grads, given)
         return same, None if one.merge_fn is None else own_aux
 
