@@ -285,7 +285,7 @@ def restart(
         against = evidence.compare(seen, objective, adopted)
         worse = against.z[:total] < -_WORSE
         fresh = worse | ~seen.valid[:total] | (index == lead)
-    ends, states = {}, {}
+    ends = {}
     first = 0
     for name, one in explorers.items():
         mask = fresh[first : first + (one.size or 1)]
