@@ -315,9 +315,13 @@ def test_branch_that_becomes_non_finite_is_out_until_its_restart(gradients):
     alive = [s.trajectory.alive.tolist() for _, s in seen]
     assert alive[:3] == [[1, 1], [1, 0], [1, 0]]
     state = seen[2][1]
-    # Its inner state and its parameters are those before the bad step.
-    assert int(state.explorers["bad"].opt_state) == 1
-    assert_identical(state.trajectory.ends["bad"], seen[0][1].trajectory.ends["bad"])
+    # It was made anew where the visible parameters were when it died.
+    state = seen[1][1]
+    assert int(state.explorers["bad"].opt_state) == 0
+    assert_identical(state.trajectory.ends["bad"], seen[0][0])
+    state = seen[2][1]
+    finite = [np.isfinite(x).all() for _, s in seen for x in jax.tree.leaves(s[:-1])]
+    assert all(finite)
     end, _ = alone(both["good"], 3, start())
     assert_close(state.trajectory.ends["good"], end, 1e-4, 1e-5)
     past = optax_ev3.history(seen[3][1])
@@ -325,6 +329,57 @@ def test_branch_that_becomes_non_finite_is_out_until_its_restart(gradients):
     # Alive again after the restart, from the visible parameters.
     assert alive[3] == [1, 1]
     assert_identical(seen[3][1].trajectory.ends["bad"], seen[3][0])
+
+
+def test_member_of_a_sweep_that_overflows_is_out_alone():
+    def factory(rate):
+        return optax.chain(optax.sgd(rate), optax.scale(100.0))
+
+    tx = optax_ev3.ev3(
+        [optax_ev3.sweep(factory, rate=[5e-4, 1e38, 1e-3])],
+        score,
+        loss_fn=loss,
+        trajectory_length=4,
+        combine=[optax_ev3.combine.trajectory_average()],
+    )
+    seen = run(tx, 4)
+    _, state = seen[2]
+    assert state.trajectory.alive.tolist() == [1, 0, 1]
+    for member, rate in ((0, 0.05), (2, 0.1)):
+        end, _ = alone(optax.sgd(rate), 3, start())
+        (ends,) = state.trajectory.ends.values()
+        found = jax.tree.map(lambda x, i=member: x[i], ends)
+        assert_close(found, end, 1e-4, 1e-5)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state[:-1]))
+    past = optax_ev3.history(seen[3][1])
+    assert np.isfinite(past["mean"][0]).tolist() == [1, 0, 1, 1, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("gradients", ["own", "shared", "turns"])
+def test_steps_without_finite_gradients_are_not_taken(gradients):
+    averages = [optax_ev3.combine.exponential_average()]
+    tx = optax_ev3.ev3(
+        {**inner(), "swept": optax_ev3.sweep(optax.adam, learning_rate=[0.1, 0.2])},
+        score,
+        loss_fn=loss,
+        gradients=gradients,
+        trajectory_length=4,
+        combine=averages,
+    )
+    w, state = run(tx, 2)[-1]
+    batch = jax.tree.map(lambda x: x.at[3].set(jnp.nan), data(2))
+    grads = jax.grad(loss)(w, batch)
+    update, new = jax.jit(tx.update)(grads, state, w, batch=batch, held=data(1002))
+    assert_identical(update, jax.tree.map(jnp.zeros_like, w))
+    assert_identical(new.explorers, state.explorers)
+    walked, before = new.trajectory, state.trajectory
+    assert_close(walked.average, before.average, 1e-2, 1e-2)
+    assert_identical(
+        walked._replace(step=before.step, average=before.average), before
+    )
+    # The others of the round count, and all branches are candidates at its end.
+    last = run(tx, 20, w, first=3, state=new)[-1][1]
+    assert np.isfinite(optax_ev3.history(last)["mean"]).all()
 
 
 def test_lead_that_becomes_non_finite_stands_still():

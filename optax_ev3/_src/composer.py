@@ -330,17 +330,13 @@ def _finish(explorers, plan, update, state, params, judge):
         explorers, plan, update, state, params, judge
     )
     more = len(state.combined)
-    climbs = jnp.append(walked.climbs > 0, jnp.zeros([more + 2], bool))
-    seen = evidence.gather(scores, valid, climbs, judge.axis_name)
+    uphill = jnp.append(walked.uphill > 0, jnp.zeros([more + 2], bool))
+    seen = evidence.gather(scores, valid, uphill, judge.axis_name)
     adopted, significant, state = _adapt(judge, seen, state, walked.length)
+    moved = trees.pick(adopted, candidates)
     # Adopting the lead branch takes the step that it made, without rounding.
-    keep = trees.Batch(lambda: update)
-    moves = [
-        trees.Batch(lambda b=b: _minus(b.tree, params, b.size), b.size)
-        for b in candidates
-    ]
     same = (adopted == walked.lead) & (plan.gradients != "turns")
-    update = trees.pick(jnp.where(same, len(valid), adopted), [*moves, keep])
+    update = trees.where(same, update, _minus(moved, params))
     visible = optax.apply_updates(params, update)
     opt_states = {name: one.opt_state for name, one in state.explorers.items()}
     opt_states, walked = trajectory.restart(
@@ -450,16 +446,9 @@ def _apply(params, move):
     return jax.vmap(lambda update: optax.apply_updates(params, update))(move.tree)
 
 
-def _minus(target, params, size=None):
-    """The update that leads to the target, or to each of several targets."""
-    del size  # Leading axes of the target are broadcast over.
-
-    def one(t, p):
-        return jnp.asarray(
-            t - jnp.reshape(p, (1,) * (t.ndim - p.ndim) + p.shape), p.dtype
-        )
-
-    return jax.tree.map(one, target, params)
+def _minus(target, params):
+    """The update that leads to the target."""
+    return jax.tree.map(lambda t, p: jnp.asarray(t - p, p.dtype), target, params)
 
 
 def _keys(state, key_impl, axis_name):

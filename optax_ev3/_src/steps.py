@@ -82,7 +82,7 @@ def propose(
 
         def step(tx, state, one=one, name=name, given=given, aux=aux, loss=loss):
             merge = merge_of(one, name, aux)
-            return advance(tx, one, name, given, state, params, merge, loss, call)
+            return _checked(tx, one, name, given, state, params, merge, loss, call)
 
         steps[name] = one.each(step, opt_states[name])
     return steps
@@ -98,9 +98,8 @@ def advance(
     merge: Callable[[optax.Params], optax.Params] | None,
     loss: Loss | None,
     call: Call,
-    alive: Any = True,
-) -> Step:
-    """One step of one inner optimizer.
+) -> tuple[optax.Updates, Any]:
+    """One step of one inner optimizer, as it comes.
 
     Args:
       tx: The inner optimizer: that of ``one``, or of one member of a sweep.
@@ -112,23 +111,31 @@ def advance(
       merge: Maps the parameters after the step to those with auxiliary outputs merged.
       loss: The loss of the explorer, for optimizers that need more than a gradient.
       call: What the caller gave.
-      alive: ``[]`` bool; if it is false the step counts as not finite.
 
     Returns:
-      The step.
+      The update, like params, and the inner state, like the one before.
     """
     inner = _inner_update(tx, one, name, opt_state, params, loss, call.extra_args)
     update, new = inner(grads)
     update = _like_params(update, params, name)
     if merge is not None:
         update = _merged(update, params, merge)
+    return update, _like_state(new, opt_state, name)
+
+
+def _checked(tx, one, name, grads, opt_state, params, merge, loss, call):
+    """One step of one inner optimizer, whose state is held if it is not finite."""
+
+    def step(grads):
+        return advance(tx, one, name, grads, opt_state, params, merge, loss, call)
+
+    update, new = step(grads)
     ok, uphill = _examine(update, grads)
-    ok &= alive
-    if memory_bound.is_memory_bound(inner, grads):
+    if memory_bound.is_memory_bound(step, grads):
         # Kept until the check is done, the new state would need memory of its own;
         # computed again, it is written in the place of the old one.
-        new = inner(trees.where(ok, grads, jax.tree.map(jnp.zeros_like, grads)))[1]
-    return Step(update, _hold(ok, new, opt_state, name), ok, uphill)
+        new = step(trees.where(ok, grads, jax.tree.map(jnp.zeros_like, grads)))[1]
+    return Step(update, trees.where(ok, new, opt_state), ok, uphill)
 
 
 def merge_of(one: Explorer, name: str, aux: Any) -> Callable[[Any], Any] | None:
@@ -163,27 +170,27 @@ def _merged(update, params, merge):
 
 def _examine(update: optax.Updates, grads: optax.Updates) -> tuple[Any, Any]:
     """Whether an update is finite, and whether it raises the loss to first order."""
+    total = slope(update, grads)
+    if total is None:
+        return trees.finite(update), jnp.asarray(False)
+    # A sum is finite only where all its terms are: mostly one pass answers both.
+    return trees.finite(update, total), total > 0
 
-    def check():
-        return _all_finite(update)
 
+def slope(update: optax.Updates, grads: optax.Updates) -> jax.Array | None:
+    """What an update adds to the loss, to first order; None if it cannot be told.
+
+    Some optimizers take gradients of another form, such as one for each example.
+    """
     alike = jax.tree.structure(update) == jax.tree.structure(grads)
     if not (alike and _shapes(update) == _shapes(grads)):
-        # Some optimizers take gradients of another form, such as one for each example.
-        return check(), jnp.asarray(False)
+        return None
 
-    def slope(u, g):
+    def product(u, g):
         wide = jnp.promote_types(u.dtype, jnp.float32)
         return jnp.real(jnp.conj(g.astype(wide)) * u.astype(wide)).sum()
 
-    total = sum(jax.tree.leaves(jax.tree.map(slope, update, grads)), jnp.zeros([]))
-    # A sum is finite only where all its terms are: mostly one pass answers both.
-    return lax.cond(jnp.isfinite(total), lambda: jnp.asarray(True), check), total > 0
-
-
-def _all_finite(tree):
-    checks = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
-    return jnp.stack(checks).all() if checks else jnp.asarray(True)
+    return sum(jax.tree.leaves(jax.tree.map(product, update, grads)), jnp.zeros([]))
 
 
 def loss_of(one: Explorer, name: str, call: Call) -> Loss | None:
@@ -314,12 +321,11 @@ def _shapes(tree):
     return [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def _hold(ok, new, old, name):
-    """The new inner state where the update is finite, with the old one's types."""
+def _like_state(new, old, name):
+    """The new inner state with the old one's types; raises if it does not fit it."""
     if jax.tree.structure(new) != jax.tree.structure(old):
         raise ValueError(
             f"explorer {name!r} changed the structure of its state from "
             f"{jax.tree.structure(old)} to {jax.tree.structure(new)}."
         )
-
-    return trees.where(ok, new, old)
+    return jax.tree.map(lambda n, o: jnp.asarray(n, o.dtype), new, old)

@@ -52,7 +52,8 @@ class Trajectory(NamedTuple):
       start: The parameters at the round's start.
       ends: By name, the parameters of the branches, those of a sweep stacked.
       alive: ``[K]`` int32, 0 where a branch became non-finite in this round.
-      climbs: ``[K]`` int32, steps of this round that went uphill less those downhill.
+      uphill: ``[K]`` int32, 1 where the way from the round's start raises the loss, to
+        first order at a branch's last step.
       means: By name, averages over the trajectories, or nothing.
       average: Exponential average of the visible parameters, or nothing.
     """
@@ -64,7 +65,7 @@ class Trajectory(NamedTuple):
     start: optax.Params
     ends: dict[str, optax.Params]
     alive: jax.Array
-    climbs: jax.Array
+    uphill: jax.Array
     means: dict[str, optax.Params]
     average: Any
 
@@ -83,7 +84,7 @@ def init(explorers: Mapping[str, Explorer], plan: Plan, params: Any) -> Trajecto
         start=params,
         ends=ends,
         alive=jnp.ones([total], jnp.int32),
-        climbs=jnp.zeros([total], jnp.int32),
+        uphill=jnp.zeros([total], jnp.int32),
         means={k: combine.wide(v) for k, v in ends.items()} if averaged else {},
         average=combine.wide(params) if combine.ExponentialAverage in kinds else (),
     )
@@ -117,56 +118,56 @@ def advance(
     """
     turns = plan.gradients == "turns"
     lead = state.step // state.length if turns else state.lead
-    walk = _Walk(plan, lead, state.step % state.length, params, call)
-    visible, ends, means, new_states, alive, climbs = [], {}, {}, {}, [], []
-    first = 0
+    step = state.step % state.length
+    last = step == state.length - 1
+    walk = _Walk(plan, lead, step, last, state.start, params, call)
+    branches, first = {}, 0
     for name, one in explorers.items():
-        size = one.size or 1
-        rows = slice(first, first + size)
-        index = jnp.arange(first, first + size, dtype=jnp.int32)
-        mean = state.means.get(name, ())
-        branch = _Branch(
-            opt_states[name], state.ends[name], mean, state.alive[rows], index
-        )
-        if one.size is None:
-            branch = branch._replace(alive=branch.alive[0], number=index[0])
+        branch = _branch(state, opt_states, name, one, first)
+        first += one.size or 1
 
         def go(tx, branch, one=one, name=name):
             return _go(tx, one, name, branch, walk)
 
-        branch, uphill = one.each(go, branch)
-        visible.append(trees.Batch(branch.end, one.size))
-        new_states[name], ends[name] = branch.opt_state, branch.end
-        if state.means:
-            means[name] = branch.mean
-        alive.append(jnp.reshape(branch.alive, [size]))
-        climbs.append(state.climbs[rows] + jnp.reshape(uphill, [size]))
-        first += size
-    # From the ends, not from the updates, which would all have to be kept for that.
-    # Without a lead branch the visible parameters stand still.
-    moved = trees.pick(lead, [*visible, trees.Batch(params)])
-    update = jax.tree.map(lambda end, p: end - p, moved, params)
-    step = state.step + 1
-    if turns:
-        # The next branch starts where this one did.
-        back = (step % state.length == 0) & (step < first * state.length)
-        update = trees.where(
-            back, jax.tree.map(lambda s, p: s - p, state.start, params), update
-        )
-    average = state.average
+        branches[name] = one.each(go, branch)
+    branches = _mended(explorers, branches, params)
+    walked = state._replace(
+        step=state.step + 1,
+        ends={name: branch.end for name, branch in branches.items()},
+        alive=_flat(branch.alive for branch in branches.values()),
+        uphill=_flat(branch.uphill for branch in branches.values()),
+        means={k: b.mean for k, b in branches.items()} if state.means else {},
+    )
+    update = _update(explorers, walked, walk)
     for one in plan.combinations:
         if isinstance(one, combine.ExponentialAverage):
             weight = combine.exponential_weight(one.decay, calls)
-            average = combine.move(average, optax.apply_updates(params, update), weight)
-    state = state._replace(
-        step=step,
-        ends=ends,
-        alive=jnp.concatenate(alive),
-        climbs=jnp.concatenate(climbs),
-        means=means,
-        average=average,
-    )
-    return update, new_states, state
+            visible = optax.apply_updates(params, update)
+            average = combine.move(state.average, visible, weight)
+            walked = walked._replace(average=average)
+    return update, {k: b.opt_state for k, b in branches.items()}, walked
+
+
+def _update(explorers, walked, walk):
+    """The update of the visible parameters, which follow the lead branch."""
+    ends = [trees.Batch(walked.ends[k], one.size) for k, one in explorers.items()]
+    total = walked.alive.shape[0]
+    # Without a lead branch that is alive they stand still.
+    alive = jnp.append(walked.alive, 0)[walk.lead] > 0
+    index = jnp.where(alive, walk.lead, total)
+    # From the ends, not from the updates, which would all have to be kept for that.
+    moved = trees.pick(index, [*ends, trees.Batch(walk.params)])
+    update = jax.tree.map(jnp.subtract, moved, walk.params)
+    if walk.plan.gradients == "turns":
+        # The next branch starts where this one did.
+        back = walk.last & (walked.step < total * walked.length)
+        home = jax.tree.map(jnp.subtract, walk.start, walk.params)
+        update = trees.where(back, home, update)
+    return update
+
+
+def _flat(flags):
+    return jnp.concatenate([jnp.atleast_1d(flag) for flag in flags])
 
 
 class _Walk(NamedTuple):
@@ -175,6 +176,8 @@ class _Walk(NamedTuple):
     plan: Plan
     lead: jax.Array
     step: jax.Array
+    last: jax.Array
+    start: optax.Params
     params: optax.Params
     call: steps.Call
 
@@ -186,46 +189,91 @@ class _Branch(NamedTuple):
     end: optax.Params
     mean: Any
     alive: jax.Array
+    uphill: jax.Array
     number: jax.Array
 
 
+def _branch(state, opt_states, name, one, first):
+    """The branch of an explorer, the first of whose numbers is given."""
+    rows = slice(first, first + one.size) if one.size else first
+    return _Branch(
+        opt_states[name],
+        state.ends[name],
+        state.means.get(name, ()),
+        state.alive[rows],
+        state.uphill[rows],
+        jnp.arange(state.alive.shape[0], dtype=jnp.int32)[rows],
+    )
+
+
 def _go(tx, one, name, branch, walk):
-    """The branch after a step, if it is due, and +1 if uphill, -1 if downhill."""
-    if walk.plan.gradients != "turns":
-        return _step(tx, one, name, branch, walk)
-
-    def wait():
-        return branch, jnp.zeros([], jnp.int32)
-
-    def run():
-        return _step(tx, one, name, branch, walk)
-
-    return lax.cond(branch.number == walk.lead, run, wait)
-
-
-def _step(tx, one, name, branch, walk):
+    """The branch after a step, if one is due and its gradients are finite."""
     leads = branch.number == walk.lead
-    params = trees.where(leads, walk.params, branch.end)
+    # Others may have changed the visible parameters: a projection, a weight decay.
+    end = trees.once(leads, lambda _: walk.params, branch.end)
     loss = steps.loss_of(one, name, walk.call)
-    grads, aux = _gradients(one, loss, params, branch.end, leads, walk)
+    grads, aux = _gradients(one, loss, end, leads, walk)
     merge = steps.merge_of(one, name, aux)
-    alive = branch.alive > 0
-    step = steps.advance(
-        tx, one, name, grads, branch.opt_state, params, merge, loss, walk.call, alive
-    )
-    end = optax.apply_updates(params, step.update)
-    end = trees.where(step.finite, end, params)
-    mean = branch.mean
-    if mean != ():
-        mean = combine.move(mean, end, 1 / (walk.step + 1))
-    moved = _Branch(
-        step.opt_state, end, mean, step.finite.astype(jnp.int32), branch.number
-    )
-    climbed = jnp.where(step.finite, jnp.where(step.uphill, 1, -1), 0)
-    return moved, climbed.astype(jnp.int32)
+
+    def step(moving):
+        opt_state, end, mean, _ = moving
+        update, opt_state = steps.advance(
+            tx, one, name, grads, opt_state, end, merge, loss, walk.call
+        )
+        end = optax.apply_updates(end, update)
+        if mean != ():
+            mean = combine.move(mean, end, 1 / (walk.step + 1))
+        uphill = lax.cond(walk.last, climbs, lambda _: branch.uphill, end)
+        return opt_state, end, mean, uphill
+
+    def climbs(end):
+        slope = steps.slope(jax.tree.map(jnp.subtract, end, walk.start), grads)
+        return jnp.asarray(False if slope is None else slope > 0, jnp.int32)
+
+    due = trees.finite(grads)
+    if walk.plan.gradients == "turns":
+        due &= leads
+    # Skipped as a whole, a step changes its inner state and its parameters in place:
+    # a choice between old and new ones would have to keep both.
+    moving = branch.opt_state, end, branch.mean, branch.uphill
+    opt_state, end, mean, uphill = trees.once(due, step, moving)
+    return branch._replace(opt_state=opt_state, end=end, mean=mean, uphill=uphill)
 
 
-def _gradients(one, loss, params, end, leads, walk):
+def _mended(explorers, branches, params):
+    """The branches; those that left the finite numbers are out, and made anew.
+
+    They go on from the visible parameters, unassessed: the state stays finite without
+    the earlier inner states, which are overwritten by then.
+    """
+    finite = {
+        name: trees.finite(branches[name].end, size=one.size)
+        for name, one in explorers.items()
+    }
+
+    def mend(moving):
+        mended = {}
+        for name, one in explorers.items():
+            end = _spread(params, one.size)
+            mean = combine.wide(end) if branches[name].mean != () else ()
+            fresh = steps.init_state(one, params), end, mean
+            mended[name] = _select(finite[name], moving[name], fresh)
+        return mended
+
+    moving = {k: (b.opt_state, b.end, b.mean) for k, b in branches.items()}
+    moving = trees.once(~_flat(finite.values()).all(), mend, moving)
+    return {
+        name: branch._replace(
+            opt_state=moving[name][0],
+            end=moving[name][1],
+            mean=moving[name][2],
+            alive=branch.alive * finite[name],
+        )
+        for name, branch in branches.items()
+    }
+
+
+def _gradients(one, loss, params, leads, walk):
     """Gradients of a branch, and what its loss returned beside its value."""
     given, aux = walk.call.grads, walk.call.extra_args.get("aux")
     if one.loss_fn is not None:
@@ -236,8 +284,7 @@ def _gradients(one, loss, params, end, leads, walk):
         return loss.gradient(params)
 
     def own():
-        # No lead branch: its parameters are those at its end.
-        grads, own_aux = loss.gradient(end)
+        grads, own_aux = loss.gradient(params)
         same = jax.tree.map(lambda o, g: jnp.asarray(o, g.dtype), grads, given)
         return same, None if one.merge_fn is None else own_aux
 
@@ -307,7 +354,7 @@ def restart(
         start=visible,
         ends=ends,
         alive=jnp.ones_like(state.alive),
-        climbs=jnp.zeros_like(state.climbs),
+        uphill=jnp.zeros_like(state.uphill),
     )
 
 

@@ -68,6 +68,36 @@ def where(condition: Any, new: Any, old: Any) -> Any:
     )
 
 
+def finite(tree: Any, total: Any = None, size: int | None = None) -> jax.Array:
+    """Whether all numbers in a tree are finite: ``[]`` bool.
+
+    Args:
+      tree: The tree.
+      total: ``[]``, a sum to which every number contributes, if there is one already.
+      size: How many trees are stacked; the answer is then ``[size]``, one for each.
+    """
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    each = jax.vmap if size else lambda fn: fn
+    if not leaves:
+        return jnp.ones(size or (), bool)
+
+    def add(leaves):
+        sums = [x.sum(dtype=jnp.promote_types(x.dtype, jnp.float32)) for x in leaves]
+        return sum(jnp.real(x) + jnp.imag(x) for x in sums)
+
+    def check(leaves):
+        return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
+
+    if total is None:
+        total = each(add)(leaves)
+    # Sums are quick, and finite only if all their terms are; but they may overflow.
+    return lax.cond(
+        jnp.isfinite(total).all(),
+        lambda: jnp.ones(total.shape, bool),
+        lambda: each(check)(leaves),
+    )
+
+
 def zeros_like(tree: Any) -> Any:
     """Zeros with the sharding of the tree, also in a branch of ``lax.switch``."""
     return jax.tree.map(lambda x: ((x != x) & (x == x)).astype(x.dtype), tree)
