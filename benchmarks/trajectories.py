@@ -16,13 +16,14 @@ import re
 import sys
 
 import numpy as np
+import optax
 from absl import app, flags, logging
 
 import optax_ev3
-from optax_ev3 import combine
+from optax_ev3 import adapt, combine
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from _digits import EIGHT, load, log_likelihood, loss, train
+from _digits import EIGHT, correct, load, log_likelihood, loss, train
 
 SEEDS = flags.DEFINE_integer("seeds", 10, "Runs of each method.", lower_bound=2)
 STEPS = flags.DEFINE_multi_integer("steps", [300, 1000], "Training steps.")
@@ -52,6 +53,18 @@ def variants():
     yield "own 20, exponential average", {**own_20, "combine": ema}
     grows = {"trajectory_growth": 1.5, "max_trajectory_length": 80}
     yield "own 10, growing to 80", {**own, "trajectory_length": 10, **grows}
+    # A coarse score, full of ties, and what the first place in the list is worth.
+    coarse = {**own_20, "metric_fn": correct}
+    yield "own 20, by accuracy", coarse
+    back = dict(reversed(EIGHT.items()))
+    yield "own 20, by accuracy, listed backwards", {**coarse, "inner": back}
+    yield "own 20, by accuracy, greedy", {**coarse, "adapt": adapt.greedy()}
+    paper = adapt.lower_bound()
+    yield "own 20, by accuracy, the paper's rule", {**coarse, "adapt": paper}
+    yield "own 20, greedy", {**own_20, "adapt": adapt.greedy()}
+    yield "own 20, the paper's rule", {**own_20, "adapt": paper}
+    hostile = {**EIGHT, "sgd 1000": optax.sgd(1000.0), "uphill": optax.sgd(-0.1)}
+    yield "own 20, two hostile ones more", {**own_20, "inner": hostile}
 
 
 def cells(accuracy, nll):
@@ -73,12 +86,14 @@ def run(steps, seeds, pattern):
     for what, index, best in (("accuracy", 0, max), ("NLL", 1, min)):
         name = best(singles, key=lambda name: singles[name][index].mean())
         yield f"best {what} in hindsight: {name}", *singles[name]
-    assess_fn = optax_ev3.held_out(log_likelihood, load().held_out, 128)
     for name, kwargs in variants():
         if re.search(pattern, name):
+            kwargs = {"inner": EIGHT, **kwargs}
+            metric_fn = kwargs.pop("metric_fn", log_likelihood)
+            kwargs["assess_fn"] = optax_ev3.held_out(metric_fn, load().held_out, 128)
 
             def make_tx(seed, kwargs=kwargs):
-                return optax_ev3.ev3(EIGHT, assess_fn, key=seed, **kwargs)
+                return optax_ev3.ev3(key=seed, **kwargs)
 
             accuracy, nll, _ = train(make_tx, steps, seeds)
             yield f"EV3, {name}", accuracy, nll

@@ -374,9 +374,7 @@ def test_steps_without_finite_gradients_are_not_taken(gradients):
     assert_identical(new.explorers, state.explorers)
     walked, before = new.trajectory, state.trajectory
     assert_close(walked.average, before.average, 1e-2, 1e-2)
-    assert_identical(
-        walked._replace(step=before.step, average=before.average), before
-    )
+    assert_identical(walked._replace(step=before.step, average=before.average), before)
     # The others of the round count, and all branches are candidates at its end.
     last = run(tx, 20, w, first=3, state=new)[-1][1]
     assert np.isfinite(optax_ev3.history(last)["mean"]).all()

@@ -90,6 +90,12 @@ def ev3(
     rule ``adapt`` decides which of these candidates becomes visible. Within a round
     the visible parameters follow the *lead* branch, that of the explorer adopted last.
 
+    What is not finite is never adopted. In rounds of one step an inner optimizer whose
+    update is not finite keeps its earlier state. In longer ones a branch does not take
+    a step whose gradients are not finite; where its parameters leave the finite numbers
+    all the same, it goes on from the visible ones with a new inner state, and is no
+    candidate in this round.
+
     Callbacks get, of the extra arguments of ``update``, just those that their
     signatures name, or all of them where they take ``**kwargs``. Inner optimizers
     that ask for ``value``, ``grad``, ``value_fn``, ``grad_fn`` or ``obj_fn`` get them
