@@ -132,7 +132,7 @@ def lower_bound(select_alpha: float = 0.5, decide_alpha: float = 1.96) -> Rule:
     def decide(evidence, memory, key):
         del key
         objective = single_objective(evidence)
-        if evidence.scores[objective].shape[1:] == (1,) and evidence.axis_name is None:
+        if evidence.scores[objective].shape[1:] == (1,):
             raise ValueError(
                 "adapt.lower_bound needs the scores of at least 2 examples for a "
                 "standard error, assess_fn returned shape (1,)."

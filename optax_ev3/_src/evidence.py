@@ -1,6 +1,6 @@
 """Evidence: what the scores of one round say, and how surely. No policy.
 
-Dimensions: ``C`` candidates, ``N`` examples.
+Dimensions: ``C`` candidates, ``N`` examples on all devices, ``B`` resamples.
 """
 
 from collections.abc import Mapping
@@ -9,11 +9,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+
+from optax_ev3._src import trees
 
 # What one exact comparison counts for, in standard normal units: beyond any
 # critical value in use, and finite, so that sums and products of it are too.
 CERTAIN = 30.0
+
+# z values of n coins that all fall alike, p = 2^-n, up to certainty. A table, since
+# in float32 the normal quantile of such a p is lost.
+_COINS = np.asarray(
+    [0.0, *(min(-NormalDist().inv_cdf(0.5**n), CERTAIN) for n in range(1, 661))],
+    np.float32,
+)
 
 
 class Estimate(NamedTuple):
@@ -44,62 +54,133 @@ class Comparison(NamedTuple):
     z: jax.Array
 
 
+class Resampled(NamedTuple):
+    """A figure, and how it varies where the examples are drawn again.
+
+    Attributes:
+      figure: ``[C]``, on the examples as they are.
+      resamples: ``[C, B]``, on B bootstrap samples, the same for all candidates.
+    """
+
+    figure: jax.Array
+    resamples: jax.Array
+
+
 class Evidence(NamedTuple):
     """The scores of all candidates of a round, seen on the same examples.
 
     Attributes:
-      scores: For each objective ``[C, N]``, or ``[C]`` where its figures are exact;
-        float32 or wider, higher is better. Rows of invalid candidates are zero.
+      scores: For each objective ``[C, N]``, or ``[C]`` where it is one figure; float32
+        or wider, higher is better. Rows of invalid candidates are zero.
       valid: ``[C]`` bool, false where the update or a score is not finite.
       uphill: ``[C]`` bool, true where the update raises the explorer's loss to first
         order.
-      axis_name: Mapped axis over which the examples are spread, or None.
+      resamples: For objectives that are a figure of all examples together ``[C, B]``:
+        that figure on B bootstrap samples. Other figures are exact.
+      binary: Names of the objectives whose scores are known to be 0 or 1.
+      seen: ``[N]`` bool, the examples that were looked at; None for all. The scores of
+        the others are zero.
     """
 
     scores: Mapping[str, jax.Array]
     valid: jax.Array
     uphill: jax.Array
-    axis_name: Any = None
+    resamples: Mapping[str, jax.Array] = {}
+    binary: frozenset[str] = frozenset()
+    seen: jax.Array | None = None
 
 
 def gather(
-    scores: Mapping[str, jax.Array],
+    scores: Mapping[str, jax.Array | Resampled],
     finite: jax.Array,
     uphill: jax.Array,
     axis_name: Any = None,
+    binary: frozenset[str] = frozenset(),
+    seen: jax.Array | None = None,
 ) -> Evidence:
     """Collects scores into evidence, and says which candidates are valid.
 
     Args:
-      scores: For each objective ``[C, N]`` or ``[C]``.
+      scores: For each objective ``[C, n]``, ``[C]``, or a figure with its resamples.
       finite: ``[C]`` bool, whether each candidate's update is finite.
       uphill: ``[C]`` bool, see :class:`Evidence`.
-      axis_name: Mapped axis over which the examples are spread, or None. A
-        candidate is valid where it is so on all devices.
+      axis_name: Mapped axis over whose D devices examples are spread, so that N = nD,
+        or None. All devices get the same evidence: the scores of all, in their order.
+        A candidate is valid where it is so on all.
+      binary: See :class:`Evidence`.
+      seen: ``[n]`` bool, see :class:`Evidence`.
 
     Returns:
       The evidence of the round.
     """
+    resamples = {k: v.resamples for k, v in scores.items() if isinstance(v, Resampled)}
+    plain = {k: v.figure if isinstance(v, Resampled) else v for k, v in scores.items()}
     valid = finite
-    for values in scores.values():
+    for values in [*plain.values(), *resamples.values()]:
         valid &= jnp.isfinite(values.reshape(values.shape[0], -1)).all(axis=1)
     if axis_name is not None:
         valid = lax.psum((~valid).astype(jnp.int32), axis_name) == 0
-    clean = {}
-    for name, values in scores.items():
+
+    def clean(values):
         mask = valid.reshape((-1,) + (1,) * (values.ndim - 1))
-        clean[name] = jnp.where(mask, values, 0)
-        if values.ndim == 1 and axis_name is not None:
-            clean[name] = lax.pmean(clean[name], axis_name)
-    return Evidence(clean, valid, uphill, axis_name)
+        values = jnp.where(mask, values, 0)
+        if axis_name is None:
+            return values
+        if values.ndim == 1:
+            return lax.pmean(values, axis_name)
+        return trees.unite(values, axis_name, axis=1)
+
+    plain = {name: clean(values) for name, values in plain.items()}
+    # Figures of all examples together are the same on all devices.
+    resamples = {k: jnp.where(valid[:, None], v, 0) for k, v in resamples.items()}
+    if seen is not None and axis_name is not None:
+        seen = trees.unite(seen, axis_name, axis=0)
+    return Evidence(plain, valid, uphill, resamples, binary, seen)
 
 
 def estimate(evidence: Evidence, objective: str) -> Estimate:
     """Mean and standard error of every candidate alone."""
     values = evidence.scores[objective]
     if values.ndim == 1:
-        return Estimate(values, jnp.zeros_like(values))
-    return Estimate(*_mean_and_stderr(values, evidence.axis_name)[:2])
+        spread = jnp.zeros_like(values)
+        if objective in evidence.resamples:
+            spread = evidence.resamples[objective].std(axis=1, ddof=1)
+        return Estimate(values, spread)
+    return Estimate(*_mean_and_stderr(values, evidence.seen)[:2])
+
+
+class Differences(NamedTuple):
+    """Every candidate less one reference, example by example.
+
+    Attributes:
+      values: ``[C, N]``; zero for examples that were not looked at, and where the
+        candidate or the reference is not valid.
+      seen: ``[1, N]``, 1 for examples that were looked at, else 0.
+      count: ``[]``, how many those are.
+    """
+
+    values: jax.Array
+    seen: jax.Array
+    count: jax.Array
+
+
+def differences(evidence: Evidence, objective: str, reference: Any) -> Differences:
+    """Scores of every candidate less those of one, ties within rounding made exact.
+
+    Args:
+      evidence: The scores of the round, one for each example.
+      objective: Which objective to compare.
+      reference: Index of the reference, a Python or traced integer.
+    """
+    values = evidence.scores[objective]
+    other = jnp.expand_dims(values[reference], 0)
+    largest = jnp.maximum(jnp.abs(values), jnp.abs(other))
+    rounding = 8 * jnp.finfo(values.dtype).eps * largest
+    difference = values - other
+    both = evidence.valid & evidence.valid[reference]
+    differs = both[:, None] & (jnp.abs(difference) > rounding)
+    seen, count = _seen(values, evidence.seen)
+    return Differences(jnp.where(differs, difference, 0) * seen, seen, count)
 
 
 def compare(
@@ -120,8 +201,10 @@ def compare(
     units of rounding are ties, so that candidates which are the same but for the order
     of operations are not told apart.
 
-    Exact figures are compared with ``noise``, :math:`z = D / noise`; without noise any
-    difference is certain.
+    Figures of all examples together are compared by the spread :math:`s^*` of their
+    differences over the bootstrap samples, :math:`z = D / s^*`, and the same limit for
+    B coins. Exact figures are compared with ``noise``, :math:`z = D / noise`; without
+    noise any difference is certain.
 
     Args:
       evidence: The scores of the round.
@@ -138,19 +221,35 @@ def compare(
       distributions <https://doi.org/10.1214/aoms/1177706083>`_, 1959.
     """
     values = evidence.scores[objective]
+    if values.ndim == 2:
+        found = differences(evidence, objective, reference)
+        mean, stderr, n = _mean_and_stderr(found.values, evidence.seen)
+        return Comparison(mean, stderr, _normal_units(mean, stderr, n))
     both = evidence.valid & evidence.valid[reference]
-    other = jnp.expand_dims(values[reference], 0)
-    difference = values - other
-    if values.ndim == 1:
-        gain = jnp.where(both, difference, 0)
+    gain = jnp.where(both, values - values[reference], 0)
+    if objective in evidence.resamples:
+        samples = evidence.resamples[objective]
+        spread = samples - samples[reference]
+        stderr = jnp.where(both, spread.std(axis=1, ddof=1), 0)
+        cap = coins(samples.shape[1])
+        z = gain / jnp.maximum(stderr, jnp.abs(gain) / cap)
+    else:
+        stderr = jnp.zeros_like(gain)
         z = gain / jnp.maximum(jnp.abs(gain) / CERTAIN, noise)
-        return Comparison(gain, jnp.zeros_like(gain), jnp.where(gain == 0, 0, z))
-    largest = jnp.maximum(jnp.abs(values), jnp.abs(other))
-    rounding = 8 * jnp.finfo(values.dtype).eps * largest
-    differs = both[:, None] & (jnp.abs(difference) > rounding)
-    difference = jnp.where(differs, difference, 0)
-    mean, stderr, n = _mean_and_stderr(difference, evidence.axis_name)
-    return Comparison(mean, stderr, _normal_units(mean, stderr, n))
+    return Comparison(gain, stderr, jnp.where(gain == 0, 0, z))
+
+
+def count(evidence: Evidence, objective: str) -> jax.Array:
+    """How many examples, or resamples, stand behind the scores: ``[]`` float.
+
+    Exact figures count as any number.
+    """
+    values = evidence.scores[objective]
+    if values.ndim == 2:
+        return _seen(values, evidence.seen)[1]
+    if objective in evidence.resamples:
+        return jnp.asarray(evidence.resamples[objective].shape[1], values.dtype)
+    return jnp.asarray(len(_COINS), values.dtype)
 
 
 def single_objective(evidence: Evidence) -> str:
@@ -168,36 +267,38 @@ def single_objective(evidence: Evidence) -> str:
     return next(iter(evidence.scores))
 
 
-def _mean_and_stderr(values: jax.Array, axis_name: Any):
-    """Over the last axis of ``[C, N]`` and ``axis_name``: ``[C]``, ``[C]``, N."""
-    n = values.shape[1]
-    total = values.sum(axis=1)
-    if axis_name is not None:
-        n = n * lax.psum(1, axis_name)
-        total = lax.psum(total, axis_name)
-    mean = total / n
-    centred = values - mean[:, None]
+def _seen(values: jax.Array, seen: jax.Array | None):
+    """Which of the N examples were looked at, 1 or 0, and how many."""
+    n = values.shape[-1]
+    if seen is None:
+        return jnp.ones([1, n], values.dtype), jnp.asarray(n, values.dtype)
+    return seen.astype(values.dtype)[None], seen.sum().astype(values.dtype)
+
+
+def _mean_and_stderr(values: jax.Array, seen: jax.Array | None):
+    """Over the examples of ``[C, N]``: ``[C]``, ``[C]``, and their number ``[]``."""
+    weight, n = _seen(values, seen)
+    mean = values.sum(axis=1) / n
+    centred = (values - mean[:, None]) * weight
     # Brought to at most one before they are squared: huge scores do not overflow.
     scale = jnp.abs(centred).max(axis=1)
-    if axis_name is not None:
-        scale = lax.pmax(scale, axis_name)
     scale = jnp.where(scale > 0, scale, 1)
     squares = jnp.square(centred / scale[:, None]).sum(axis=1)
-    if axis_name is not None:
-        squares = lax.psum(squares, axis_name)
-    return mean, scale * jnp.sqrt(squares / max(n - 1, 1) / n), n
+    return mean, scale * jnp.sqrt(squares / jnp.maximum(n - 1, 1) / n), n
 
 
-def _normal_units(mean: jax.Array, stderr: jax.Array, n: int) -> jax.Array:
+def _normal_units(mean: jax.Array, stderr: jax.Array, n: jax.Array) -> jax.Array:
     """The z value of a mean with its standard error, n examples; zero if n is 1."""
-    if n < 2:
-        return jnp.zeros_like(mean)
-    freedom = n - 1.0
-    cap = min(-NormalDist().inv_cdf(0.5 ** min(n, 1000)), CERTAIN)
+    freedom = jnp.maximum(n - 1, 1)
     # t beyond this is past the cap; dividing by its inverse times the mean at the
     # least keeps t finite where all differences are equal.
     floor = jnp.abs(mean) * 1e-6
     t = mean / jnp.where(mean == 0, 1, jnp.maximum(stderr, floor))
     z = jnp.sqrt(freedom * jnp.log1p(t * t / freedom))
     z = z * ((8 * freedom + 1) / (8 * freedom + 3))
-    return jnp.sign(mean) * jnp.minimum(z, cap)
+    return jnp.where(n < 2, 0, jnp.sign(mean) * jnp.minimum(z, coins(n)))
+
+
+def coins(n: Any) -> jax.Array:
+    """The z value of n coins that all fall alike."""
+    return jnp.asarray(_COINS)[jnp.clip(jnp.asarray(n, jnp.int32), 0, len(_COINS) - 1)]
