@@ -1,7 +1,7 @@
-"""Bounds: how surely a candidate is better than another, by several theories.
+r"""Bounds: how surely a candidate is better than another, by several theories.
 
 Dimensions: ``C`` candidates, ``N`` examples, ``B`` resamples. The difference of two
-scores on example i is :math:`D_i`, their mean :math:`\\bar D`, their standard deviation
+scores on example i is :math:`D_i`, their mean :math:`\bar D`, their standard deviation
 (ddof 1) :math:`s`.
 """
 
@@ -186,14 +186,14 @@ def hoeffding(low: float, high: float) -> Bound:
 
     def p_value(evidence, objective, reference):
         found = ev.differences(evidence, objective, reference)
-        mean = found.values.sum(axis=1) / found.count
-        p = 2 * jnp.exp(-2 * found.count * (mean / width) ** 2)
+        mean = found.values.sum(axis=1) / found.n
+        p = 2 * jnp.exp(-2 * found.n * (mean / width) ** 2)
         return jnp.where(mean > 0, jnp.minimum(p, 1), 1)
 
     def lower(evidence, objective, reference, alpha):
         found = ev.differences(evidence, objective, reference)
-        mean = found.values.sum(axis=1) / found.count
-        return mean - width * jnp.sqrt(jnp.log(2 / alpha) / (2 * found.count))
+        mean = found.values.sum(axis=1) / found.n
+        return mean - width * jnp.sqrt(jnp.log(2 / alpha) / (2 * found.n))
 
     return _valid(p_value, lower, (low, high))
 
@@ -269,7 +269,7 @@ def bootstrap(samples: int = 999, seed: int = 0) -> Bound:
         if evidence.scores[objective].ndim == 1:
             return ev.compare(evidence, objective, reference)[:2]
         found = ev.differences(evidence, objective, reference)
-        gain = found.values.sum(axis=1) / found.count
+        gain = found.values.sum(axis=1) / found.n
         return gain, _deviations(found, gain, samples, seed).std(axis=1, ddof=1)
 
     def p_value(evidence, objective, reference):
@@ -324,7 +324,7 @@ def normal_mixture(low: float, high: float, expected: int = 1000) -> Bound:
         found = ev.differences(evidence, objective, reference)
         usable = _within(evidence, objective, reference, (low, high))
         total = state["sum"] + jnp.where(usable, found.values.sum(axis=1), 0)
-        used = jnp.where(usable, found.count, 0)
+        used = jnp.where(usable, found.n, 0)
         return {
             "sum": total.astype(jnp.float32),
             "variance": (state["variance"] + variance * used).astype(jnp.float32),
@@ -335,7 +335,7 @@ def normal_mixture(low: float, high: float, expected: int = 1000) -> Bound:
 
     def lower(evidence, objective, reference, alpha):
         found = ev.differences(evidence, objective, reference)
-        v = variance * found.count
+        v = variance * found.n
         goal = jnp.log(1 / jnp.asarray(alpha))
 
         def excess(s):
@@ -343,7 +343,7 @@ def normal_mixture(low: float, high: float, expected: int = 1000) -> Bound:
 
         highest = jnp.sqrt(2 * (v + rho) * (goal + jnp.log1p(v / rho))) + 1
         s = _root(excess, jnp.zeros_like(v), highest)
-        return (found.values.sum(axis=1) - s) / found.count
+        return (found.values.sum(axis=1) - s) / found.n
 
     process = Process(init, add, log_e)
     return _valid(_from_process(process), lower, (low, high), process)
@@ -443,7 +443,7 @@ def best_rho(variance: float, alpha: float = 0.05) -> float:
 
 
 def bonferroni(p: jax.Array, tested: jax.Array) -> jax.Array:
-    """p values ``[C]`` times the number of those ``tested``, ``[C]`` bool."""
+    """P values ``[C]`` times the number of those ``tested``, ``[C]`` bool."""
     return jnp.where(tested, jnp.minimum(p * tested.sum(), 1), 1)
 
 
@@ -469,7 +469,7 @@ def max_t(
     samples: int = 999,
     seed: int = 0,
 ) -> jax.Array:
-    r"""p values corrected for all candidates tested, by what they have in common.
+    r"""P values corrected for all candidates tested, by what they have in common.
 
     The share of bootstrap samples whose :math:`\max_k (\bar D^*_k - \bar D_k) / e_k`,
     over the candidates tested, reaches :math:`\bar D_k / e_k`. Less strict than
@@ -521,7 +521,7 @@ def corrected(
     reference: Any,
     tested: jax.Array,
 ) -> jax.Array:
-    """p values ``[C]`` of a bound, corrected for the candidates tested."""
+    """P values ``[C]`` of a bound, corrected for the candidates tested."""
     if correction == "max_t":
         return max_t(evidence, objective, reference, tested)
     p = bound.p_value(evidence, objective, reference)

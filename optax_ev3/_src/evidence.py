@@ -156,12 +156,12 @@ class Differences(NamedTuple):
       values: ``[C, N]``; zero for examples that were not looked at, and where the
         candidate or the reference is not valid.
       seen: ``[1, N]``, 1 for examples that were looked at, else 0.
-      count: ``[]``, how many those are.
+      n: ``[]``, how many those are.
     """
 
     values: jax.Array
     seen: jax.Array
-    count: jax.Array
+    n: jax.Array
 
 
 def differences(evidence: Evidence, objective: str, reference: Any) -> Differences:
@@ -179,8 +179,8 @@ def differences(evidence: Evidence, objective: str, reference: Any) -> Differenc
     difference = values - other
     both = evidence.valid & evidence.valid[reference]
     differs = both[:, None] & (jnp.abs(difference) > rounding)
-    seen, count = _seen(values, evidence.seen)
-    return Differences(jnp.where(differs, difference, 0) * seen, seen, count)
+    seen, n = _seen(values, evidence.seen)
+    return Differences(jnp.where(differs, difference, 0) * seen, seen, n)
 
 
 def compare(
