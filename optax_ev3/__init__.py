@@ -3,6 +3,7 @@
 from optax_ev3 import adapt, combine, evidence
 from optax_ev3._src.composer import EV3State, ExplorerState, ev3
 from optax_ev3._src.explore import Explorer, explorer, product, sweep
+from optax_ev3._src.figures import host_metric
 from optax_ev3._src.held_out import held_out
 from optax_ev3._src.record import history, stable_params, summary
 
@@ -19,6 +20,7 @@ __all__ = [
     "explorer",
     "held_out",
     "history",
+    "host_metric",
     "product",
     "stable_params",
     "summary",

@@ -297,19 +297,19 @@ BAD_SCORES = {
     "nothing": (lambda w: None, (TypeError, "array of scores", "NoneType")),
     "Python number of an array": (
         _python_metric,
-        (TypeError, "cannot be traced", "jax.numpy", "pure_callback"),
+        (TypeError, "cannot be traced", "jax.numpy", "host_metric"),
     ),
     "NumPy": (
         lambda w: np.mean(np.asarray(w)),
-        (TypeError, "cannot be traced", "jax.numpy", "pure_callback"),
+        (TypeError, "cannot be traced", "jax.numpy", "host_metric"),
     ),
     "branch": (
         lambda w: metric(w) if w.sum() > 0 else -metric(w),
-        (TypeError, "cannot be traced", "pure_callback"),
+        (TypeError, "cannot be traced", "host_metric"),
     ),
     "boolean mask": (
         lambda w: metric(w)[w > 0],
-        (TypeError, "cannot be traced", "pure_callback"),
+        (TypeError, "cannot be traced", "host_metric"),
     ),
     "argument that nobody gave": (
         lambda w, labels: metric(w),

@@ -1,5 +1,6 @@
 """The composer: explore, assess and adapt as one optax transformation."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -257,9 +258,17 @@ def ev3(
             )
         _check_call(state, params, explorers, init_fn)
         assess_key, rule_key, loss_key = _keys(state, key_impl, axis_name)
+        resample_key, rule_key = jax.random.split(rule_key)
         call = steps.Call(updates, loss_fn, extra_args, loss_key, axis_name)
         assess_one = named.bind(assess_fn, "assess_fn", extra_args, {"key": assess_key})
-        judge = _Judge(rule, rule_key, assess_one, assess_mode, axis_name)
+        score = functools.partial(
+            assess.score,
+            assess_one,
+            mode=assess_mode,
+            key=resample_key,
+            axis_name=axis_name,
+        )
+        judge = _Judge(rule, rule_key, score, axis_name)
         walk = _one_step if plan.one_step else _trajectories
         update, state = walk(explorers, plan, state, params, call, judge)
         calls = jnp.asarray(optax.safe_increment(state.ev3_calls))
@@ -273,9 +282,14 @@ class _Judge(NamedTuple):
 
     rule: rules.Rule
     key: jax.Array
-    assess_one: Callable[[optax.Params], Any]
-    mode: str
+    score: Callable[[Sequence[trees.Batch]], assess.Scores]
     axis_name: Any
+
+    def gather(self, scores: assess.Scores, valid: Any, uphill: Any) -> Any:
+        """The evidence of the round."""
+        return evidence.gather(
+            scores.values, valid, uphill, self.axis_name, scores.binary
+        )
 
 
 def _one_step(explorers, plan, state, params, call, judge):
@@ -291,12 +305,10 @@ def _one_step(explorers, plan, state, params, call, judge):
         trees.Batch(params),
         trees.Batch(state.stable),
     ]
-    scores = assess.score(judge.assess_one, candidates, judge.mode)
-    seen = evidence.gather(
-        scores,
+    seen = judge.gather(
+        judge.score(candidates),
         _flags([step.finite for step in proposed.values()], True),
         _flags([step.uphill for step in proposed.values()], False),
-        judge.axis_name,
     )
     moves.append(trees.Batch(lambda: trees.zeros_like(params)))
     moves.append(trees.Batch(lambda: _minus(state.stable, params)))
@@ -337,7 +349,7 @@ def _finish(explorers, plan, update, state, params, judge):
     )
     more = len(state.combined)
     uphill = jnp.append(walked.uphill > 0, jnp.zeros([more + 2], bool))
-    seen = evidence.gather(scores, valid, uphill, judge.axis_name)
+    seen = judge.gather(scores, valid, uphill)
     adopted, significant, state = _adapt(judge, seen, state, walked.length)
     moved = trees.pick(adopted, candidates)
     # Adopting the lead branch takes the step that it made, without rounding.
@@ -374,21 +386,21 @@ def _assess_round(explorers, plan, update, state, params, judge):
         if isinstance(one, combinations.ExponentialAverage):
             others.append(trees.Batch(combinations.like(walked.average, params)))
     fixed = [trees.Batch(walked.start), trees.Batch(state.stable)]
-    scores = assess.score(judge.assess_one, [*ends, *others, *fixed], judge.mode)
+    scores = judge.score([*ends, *others, *fixed])
     valid += [jnp.ones([len(others)], bool)]
     soups = [x for x in plan.combinations if isinstance(x, combinations.GreedySoup)]
     for one in soups:
-        seen = evidence.gather(
-            jax.tree.map(lambda x: x[:count], scores),
-            jnp.concatenate(valid)[:count],
-            jnp.zeros([count], bool),
-            judge.axis_name,
-        )
+        first = scores._replace(values=jax.tree.map(lambda x: x[:count], scores.values))
+        flags = jnp.concatenate(valid)[:count]
+        seen = judge.gather(first, flags, jnp.zeros([count], bool))
         mix, ok, mixed = _soup(one, ends, seen, judge)
         at = count + len(others)
-        scores = {
-            k: jnp.concatenate([x[:at], mixed[k], x[at:]]) for k, x in scores.items()
-        }
+        values = jax.tree.map(
+            lambda x, new, at=at: jnp.concatenate([x[:at], new, x[at:]]),
+            scores.values,
+            mixed.values,
+        )
+        scores = scores._replace(values=values)
         others.append(trees.Batch(mix))
         valid.append(ok[None])
     valid.append(jnp.ones([2], bool))
@@ -401,11 +413,11 @@ def _soup(one, ends, seen, judge):
     means = jnp.where(seen.valid, evidence.estimate(seen, objective).mean, -jnp.inf)
 
     def scores_of(params):
-        return assess.score(judge.assess_one, [trees.Batch(params)], judge.mode)
+        return judge.score([trees.Batch(params)])
 
     def score(params):
         true = jnp.ones([1], bool)
-        alone = evidence.gather(scores_of(params), true, ~true, judge.axis_name)
+        alone = judge.gather(scores_of(params), true, ~true)
         mean = evidence.estimate(alone, objective).mean
         return jnp.where(alone.valid, mean, -jnp.inf)[0]
 

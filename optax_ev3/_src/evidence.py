@@ -3,6 +3,8 @@
 Dimensions: ``C`` candidates, ``N`` examples on all devices, ``B`` resamples.
 """
 
+import dataclasses
+import functools
 from collections.abc import Mapping
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -66,7 +68,13 @@ class Resampled(NamedTuple):
     resamples: jax.Array
 
 
-class Evidence(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["scores", "valid", "uphill", "resamples", "seen"],
+    meta_fields=["binary"],
+)
+@dataclasses.dataclass(frozen=True)
+class Evidence:
     """The scores of all candidates of a round, seen on the same examples.
 
     Attributes:
@@ -85,7 +93,7 @@ class Evidence(NamedTuple):
     scores: Mapping[str, jax.Array]
     valid: jax.Array
     uphill: jax.Array
-    resamples: Mapping[str, jax.Array] = {}
+    resamples: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
     binary: frozenset[str] = frozenset()
     seen: jax.Array | None = None
 

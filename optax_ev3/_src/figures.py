@@ -1,0 +1,202 @@
+"""Figures of all examples together, such as F-measures: no means of scores.
+
+Dimensions: ``C`` candidates, ``N`` examples on all devices, ``B`` resamples.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from optax_ev3._src import bounds, named, trees
+from optax_ev3._src.evidence import Resampled
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["outputs"],
+    meta_fields=["metric_fn", "samples", "on_host"],
+)
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """What an ``assess_fn`` returns where its metric is no mean over examples.
+
+    The metric is computed on all examples, and on B bootstrap samples of them, the
+    same for all candidates; their spread says how sure the figure is. Examples of all
+    devices are put together first.
+
+    Attributes:
+      metric_fn: ``metric_fn(outputs, weights)`` -> ``[]``, higher is better, with the
+        examples weighted by ``[N]`` float32: ones, or bootstrap counts. See
+        :mod:`optax_ev3.metrics` for some.
+      outputs: Tree of arrays ``[n, ...]``, such as predictions and labels.
+      samples: B; 0 for a figure that counts as exact.
+      on_host: Whether the metric is plain Python, called with NumPy arrays.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_ev3
+      >>> from optax_ev3 import metrics
+      >>> def assess_fn(w, x, y):
+      ...     return metrics.Figure(metrics.roc_auc, (x @ w, y))
+    """
+
+    metric_fn: Callable[[Any, Any], Any]
+    outputs: Any
+    samples: int = 200
+    on_host: bool = False
+
+
+def host_metric(
+    predict_fn: Callable[..., Any], metric_fn: Callable[..., Any], samples: int = 0
+) -> Callable[..., Any]:
+    """An ``assess_fn`` whose metric is Python or NumPy, not JAX.
+
+    Predictions are made on the device, for all candidates; then one call to the host
+    (``jax.pure_callback``) computes the metric of each. That works under ``jit`` and
+    ``scan``, and makes the device wait. What the metric raises ends the step, its
+    message included.
+
+    Args:
+      predict_fn: ``predict_fn(params, **named)`` -> tree of arrays ``[n, ...]``, all
+        that the metric needs: predictions, labels.
+      metric_fn: ``metric_fn(outputs)`` -> real number, higher is better; ``outputs``
+        are NumPy arrays. With ``samples``, ``metric_fn(outputs, weights)`` with
+        ``weights`` ``[n]`` float32.
+      samples: Bootstrap samples on which the metric is computed as well, so that its
+        spread is known; 0 for none. The metric is called ``samples + 1`` times for
+        each candidate.
+
+    Returns:
+      A function for the ``assess_fn`` argument of :func:`optax_ev3.ev3`.
+
+    Raises:
+      TypeError: If an argument is not callable as said.
+      ValueError: If ``samples`` is 1 or negative.
+
+    Examples:
+      >>> import jax.numpy as jnp, numpy as np, optax, optax_ev3
+      >>> def median_error(outputs):
+      ...     predicted, wanted = outputs
+      ...     return -np.median(np.abs(predicted - wanted))
+      >>> x = jnp.linspace(-1.0, 1.0, 64)
+      >>> assess_fn = optax_ev3.host_metric(lambda w: (w * x, 3 * x), median_error)
+      >>> tx = optax_ev3.ev3([optax.sgd(0.1)], assess_fn)
+      >>> w = jnp.zeros([])
+      >>> updates, state = tx.update(jnp.array(-2.0), tx.init(w), w)
+      >>> print(f"{optax.apply_updates(w, updates):.1f}")
+      0.2
+    """
+    named.check_callback(predict_fn, "predict_fn")
+    if not callable(metric_fn):
+        raise TypeError(f"metric_fn must be callable, got {metric_fn!r}.")
+    _check_samples(samples)
+
+    def assess_fn(params, *, key, **extra_args):
+        bound = named.bind(predict_fn, "predict_fn", extra_args, {"key": key})
+        return Figure(metric_fn, bound(params), samples, on_host=True)
+
+    return assess_fn
+
+
+def check(what: str, figure: Figure) -> None:
+    """Raises unless the figure, its outputs shapes and dtypes, can be computed."""
+    _check_samples(figure.samples)
+    leaves = jax.tree.leaves(figure.outputs)
+    shapes = [leaf.shape for leaf in leaves]
+    if (
+        not leaves
+        or any(len(s) == 0 for s in shapes)
+        or len({s[0] for s in shapes}) > 1
+    ):
+        raise ValueError(
+            f"the outputs of {what} must be arrays with one leading size, the number "
+            f"of examples, got shapes {shapes}."
+        )
+    if shapes[0][0] == 0:
+        raise ValueError(f"the outputs of {what} hold no example: shapes {shapes}.")
+    if figure.on_host:
+        return
+    weights = jax.ShapeDtypeStruct((shapes[0][0],), jnp.float32)
+    value = jax.eval_shape(figure.metric_fn, figure.outputs, weights)
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", type(value))
+    if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"the metric of {what} must return a real scalar, got shape {shape} of "
+            f"{dtype}."
+        )
+
+
+def compute(
+    figure: Figure, outputs: Any, key: jax.Array, axis_name: Any
+) -> jax.Array | Resampled:
+    """The figure of all candidates.
+
+    Args:
+      figure: What to compute; its outputs are not used.
+      outputs: Those of all candidates, ``[C, n, ...]``.
+      key: PRNG key of the bootstrap samples, the same on all devices.
+      axis_name: Mapped axis over which the examples are spread, or None.
+
+    Returns:
+      ``[C]`` float32, with ``[C, B]`` resamples if there are any.
+    """
+    if axis_name is not None:
+        outputs = jax.tree.map(lambda x: trees.unite(x, axis_name, 1), outputs)
+    candidates, n = jax.tree.leaves(outputs)[0].shape[:2]
+    weights = jnp.ones([1, n], jnp.float32)
+    if figure.samples:
+        counts = bounds.poisson(key, figure.samples, n)
+        weights = jnp.concatenate([weights, counts])
+    if figure.on_host:
+        shape = jax.ShapeDtypeStruct((candidates, len(weights)), jnp.float32)
+
+        def on_host(outputs, weights):
+            return _on_host(figure, outputs, weights, shape.shape)
+
+        values = jax.pure_callback(
+            on_host, shape, outputs, weights, vmap_method="sequential"
+        )
+    else:
+
+        def one(mine):
+            return jax.vmap(lambda w: figure.metric_fn(mine, w))(weights)
+
+        values = lax.map(one, outputs).astype(jnp.float32)
+    if not figure.samples:
+        return values[:, 0]
+    return Resampled(values[:, 0], values[:, 1:])
+
+
+def _on_host(figure, outputs, weights, shape):
+    outputs, weights = jax.tree.map(np.asarray, (outputs, weights))
+    values = np.empty(shape, np.float32)
+    for row in range(shape[0]):
+        mine = jax.tree.map(lambda x, row=row: x[row], outputs)
+        for column in range(shape[1]):
+            given = (mine, weights[column]) if figure.samples else (mine,)
+            values[row, column] = float(figure.metric_fn(*given))
+    return values
+
+
+def _check_samples(samples):
+    if isinstance(samples, bool) or not isinstance(samples, int):
+        raise TypeError(f"samples must be an integer, got {samples!r}.")
+    if samples == 1 or samples < 0:
+        raise ValueError(
+            f"samples must be 0, for none, or at least 2, for a spread; got {samples}."
+        )
+
+
+def is_figure(value: Any) -> bool:
+    """Whether an objective is a figure."""
+    return isinstance(value, Figure)
+
+
+def outputs_of(objectives: Mapping[str, Any]) -> dict[str, Any]:
+    """The objectives with the outputs in the place of figures."""
+    return {k: v.outputs if is_figure(v) else v for k, v in objectives.items()}
