@@ -312,15 +312,18 @@ def _one_step(explorers, plan, state, params, call, judge):
     )
     moves.append(trees.Batch(lambda: trees.zeros_like(params)))
     moves.append(trees.Batch(lambda: _minus(state.stable, params)))
-    adopted, significant, state = _adapt(judge, seen, state, jnp.ones([], jnp.int32))
-    update = trees.pick(adopted, moves)
-    visible = optax.apply_updates(params, update)
+    decision, state = _adapt(judge, seen, state, jnp.ones([], jnp.int32))
+    update = trees.pick(decision.adopted, moves)
+
+    def promote(_):
+        return optax.apply_updates(params, trees.pick(decision.promoted, moves))
+
     return update, state._replace(
         explorers={
             name: one._replace(opt_state=proposed[name].opt_state)
             for name, one in state.explorers.items()
         },
-        stable=trees.where(significant, visible, state.stable),
+        stable=trees.once(decision.significant, promote, state.stable),
     )
 
 
@@ -350,7 +353,8 @@ def _finish(explorers, plan, update, state, params, judge):
     more = len(state.combined)
     uphill = jnp.append(walked.uphill > 0, jnp.zeros([more + 2], bool))
     seen = judge.gather(scores, valid, uphill)
-    adopted, significant, state = _adapt(judge, seen, state, walked.length)
+    decision, state = _adapt(judge, seen, state, walked.length)
+    adopted = decision.adopted
     moved = trees.pick(adopted, candidates)
     # Adopting the lead branch takes the step that it made, without rounding.
     same = (adopted == walked.lead) & (plan.gradients != "turns")
@@ -358,12 +362,17 @@ def _finish(explorers, plan, update, state, params, judge):
     visible = optax.apply_updates(params, update)
     opt_states = {name: one.opt_state for name, one in state.explorers.items()}
     opt_states, walked = trajectory.restart(
-        explorers, plan, walked, opt_states, visible, adopted, significant, seen
+        explorers, plan, walked, opt_states, visible, decision, seen
     )
+
+    def promote(_):
+        promoted = trees.pick(decision.promoted, candidates)
+        return trees.where(decision.promoted == adopted, visible, promoted)
+
     return update, state._replace(
         explorers=_with(state, opt_states),
         trajectory=walked,
-        stable=trees.where(significant, visible, state.stable),
+        stable=trees.once(decision.significant, promote, state.stable),
     )
 
 
@@ -433,16 +442,14 @@ def _adapt(judge, seen, state, length):
     # A round without any valid proposal decides nothing and teaches nothing.
     explored = seen.valid[:-2].any()
     adopted = jnp.where(explored, decision.adopted, rules.fallback(seen))
+    promoted = adopted if decision.promoted is None else decision.promoted
     appended = record.append(state.record, decision, seen, length)
-    return (
-        adopted,
-        explored & decision.significant,
-        state._replace(
-            ev3_round=jnp.asarray(optax.safe_increment(state.ev3_round)),
-            memory=trees.where(explored, memory, state.memory),
-            record=trees.where(explored, appended, state.record),
-        ),
+    state = state._replace(
+        ev3_round=jnp.asarray(optax.safe_increment(state.ev3_round)),
+        memory=trees.where(explored, memory, state.memory),
+        record=trees.where(explored, appended, state.record),
     )
+    return rules.Decision(adopted, explored & decision.significant, promoted), state
 
 
 def _with(state, opt_states):

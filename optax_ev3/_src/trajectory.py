@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_ev3._src import combine, evidence, steps, trees
+from optax_ev3._src import adapt, combine, evidence, steps, trees
 from optax_ev3._src.explore import Explorer
 
 GRADIENTS = ("own", "shared", "turns")
@@ -297,8 +297,7 @@ def restart(
     state: Trajectory,
     opt_states: Mapping[str, Any],
     visible: optax.Params,
-    adopted: jax.Array,
-    significant: jax.Array,
+    decision: adapt.Decision,
     seen: evidence.Evidence,
 ) -> tuple[dict[str, Any], Trajectory]:
     """The next round: which branches start from the visible parameters.
@@ -309,13 +308,13 @@ def restart(
       state: Where the branches are.
       opt_states: The inner states, by name.
       visible: The adopted parameters.
-      adopted: ``[]`` int32, index of their candidate.
-      significant: ``[]`` bool, whether they became stable.
+      decision: What was decided.
       seen: The evidence of the round.
 
     Returns:
       The inner states, and where the branches are.
     """
+    adopted = decision.adopted
     total = state.alive.shape[0]
     index = jnp.arange(total, dtype=jnp.int32)
     # The average of a branch belongs to its explorer; other candidates to nobody.
@@ -343,7 +342,7 @@ def restart(
     states = _renew(
         explorers, plan, opt_states, visible, fresh & (index != owner), owner
     )
-    stalled = jnp.where(significant, 0, state.stalled + 1)
+    stalled = jnp.where(decision.significant, 0, state.stalled + 1)
     grown = plan.length * plan.growth ** stalled.astype(jnp.float32)
     length = jnp.minimum(jnp.round(grown), float(plan.longest)).astype(jnp.int32)
     return states, state._replace(
