@@ -1,6 +1,6 @@
 """EV3 (explore, assess, adapt) as one optax gradient transformation."""
 
-from optax_ev3 import adapt, combine, evidence
+from optax_ev3 import adapt, combine, evidence, metrics
 from optax_ev3._src.composer import EV3State, ExplorerState, ev3
 from optax_ev3._src.explore import Explorer, explorer, product, sweep
 from optax_ev3._src.held_out import held_out
@@ -19,6 +19,7 @@ __all__ = [
     "explorer",
     "held_out",
     "history",
+    "metrics",
     "product",
     "stable_params",
     "summary",

@@ -1,0 +1,5 @@
+"""Metrics that are no mean of one score for each example."""
+
+from optax_ev3._src.metrics import expected_calibration_error, f1, macro_f1, roc_auc
+
+__all__ = ["expected_calibration_error", "f1", "macro_f1", "roc_auc"]
