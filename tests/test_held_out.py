@@ -8,10 +8,14 @@ import numpy as np
 import optax
 import pytest
 from helpers import always
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 import optax_ev3
 from optax_ev3 import held_out
+from optax_ev3._src.held_out import _split
 
 SIZE, BATCH = 10, 4
 
@@ -25,30 +29,40 @@ def _data():
     return jnp.arange(SIZE, dtype=jnp.float32)
 
 
-def drawn(rounds, assess_fn=None, key=0):
+def drawn(rounds, assess_fn=None, key=0, calls=1):
     """``[rounds, candidates, BATCH]``: what each candidate was scored on."""
-    seen = []
+    if assess_fn is None:
+        assess_fn = held_out(label, _data(), BATCH)
+    offered = {"key": jax.random.key(0), "round": 0, "run_key": jax.random.key(0)}
+    width = jax.eval_shape(functools.partial(assess_fn, **offered), 0.0).shape
+    rule = remembering(lambda candidates: (candidates, *width), lambda scores: scores)
+    tx = optax_ev3.ev3(
+        [optax.sgd(1.0)], assess_fn, adapt=rule, key=key, trajectory_length=calls
+    )
+    return np.asarray(run(tx, rounds * calls)[calls - 1 :: calls])
+
+
+def remembering(shape, seen):
+    """A rule that keeps the parameters, and remembers something of the scores."""
 
     def decide(evidence, memory, key):
         (scores,) = evidence.scores.values()
-        return optax_ev3.adapt.Decision(jnp.int32(1), jnp.asarray(False)), scores
+        decision = optax_ev3.adapt.Decision(jnp.int32(1), jnp.asarray(False))
+        return decision, seen(scores)
 
-    if assess_fn is None:
-        assess_fn = held_out(label, _data(), BATCH)
-    width = jax.eval_shape(lambda p: assess_fn(p, key=jax.random.key(0)), 0.0).shape
-    rule = optax_ev3.adapt.Rule(lambda k: jnp.zeros((k + 2, *width)), decide)
-    tx = optax_ev3.ev3([optax.sgd(1.0)], assess_fn, adapt=rule, key=key)
+    return optax_ev3.adapt.Rule(lambda k: jnp.zeros(shape(k + 2)), decide)
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def run(w, rounds):
-        def body(state, _):
-            _, state = tx.update(jnp.float32(1.0), state, w)
-            return state, state.memory
 
-        return lax.scan(body, tx.init(w), length=rounds)[1]
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run(tx, calls):
+    """What the rule remembers after each call."""
+    w = jnp.float32(2.0)
 
-    del seen
-    return np.asarray(run(jnp.float32(2.0), rounds))
+    def body(state, _):
+        state = tx.update(jnp.float32(1.0), state, w)[1]
+        return state, state.memory
+
+    return lax.scan(body, tx.init(w), length=calls)[1]
 
 
 def test_all_candidates_see_the_same_fresh_batch():
@@ -169,3 +183,189 @@ def test_in_a_loop_without_extra_arguments():
     for _ in range(60):
         w, state = step(w, state)
     np.testing.assert_allclose(w, 3.0, atol=0.05)
+
+
+# Shuffled epochs.
+
+
+def walk(size, batch_size):
+    return held_out(label, jnp.arange(size, dtype=jnp.float32), batch_size, True)
+
+
+@functools.cache
+def walked(size, batch_size, rounds, key=0):
+    """``[rounds, batch_size]`` int, the same for all candidates."""
+    found = drawn(rounds, walk(size, batch_size), key)
+    np.testing.assert_array_equal(found, found[:, :1].repeat(3, axis=1))
+    return found[:, 0].astype(int)
+
+
+SHAPES = [(10, 4), (12, 4), (10, 10), (7, 5), (9, 1), (1, 1), (40, 39)]
+
+
+@pytest.mark.parametrize(("size", "batch_size"), SHAPES)
+def test_shuffled_examples_are_used_equally_often(size, batch_size):
+    found = walked(size, batch_size, 60)
+    for rounds in range(1, 61):
+        counts = np.bincount(found[:rounds].ravel(), minlength=size)
+        assert counts.max() - counts.min() <= 1
+    whole = found.size // size
+    epochs = found.ravel()[: whole * size].reshape(whole, size)
+    np.testing.assert_array_equal(
+        np.sort(epochs, axis=1), np.tile(np.arange(size), (whole, 1))
+    )
+    if size >= 10:
+        assert len(np.unique(epochs, axis=0)) == whole
+        # Sets of examples are new in each epoch, not their order alone.
+        assert len({tuple(sorted(row)) for row in found}) > 1 or batch_size == size
+
+
+def test_shuffled_orders_are_uniform():
+    epochs = walked(3, 1, 3 * 3000).reshape(3000, 3)
+    # Chi-square of the six orders, 5 degrees of freedom: 25.7 with probability 0.0001.
+    _, counts = np.unique(epochs, axis=0, return_counts=True)
+    assert len(counts) == 6
+    assert ((counts - 500) ** 2 / 500).sum() < 25.7
+    # And an epoch says nothing about the next one; 0.0086 is one sigma.
+    same = (epochs[1:, 0] == epochs[:-1, 0]).mean()
+    assert abs(same - 1 / 3) < 0.034
+
+
+def test_shuffled_rounds_follow_the_seed():
+    assert (walked(40, 8, 20, key=1) != walked(40, 8, 20)).any()
+
+
+@given(st.integers(0, 2**31 - 1), st.integers(1, 2**26), st.data())
+@example(2**31 - 1, 2**26, None)
+@settings(deadline=None)
+def test_split_is_exact(count, size, data):
+    step = size - 1 if data is None else data.draw(st.integers(1, size))
+    found = _split(jnp.int32(count), step, size)
+    assert [int(x) for x in found] == list(divmod(count * step, size))
+
+
+def test_shuffled_rounds_of_a_long_run():
+    x = jnp.arange(10.0)
+    assess_fn = held_out(label, x, 4, shuffle=True)
+    key = jax.random.key(0)
+
+    def rows(round):
+        return assess_fn(0.0, key=key, round=round, run_key=key)
+
+    start = 2**31 - 6  # 4 * (2**31 - 6) = 10 * 858993456 + 8.
+    found = np.concatenate([rows(start + i) for i in range(6)])
+    assert sorted(found[2:12]) == sorted(found[12:22]) == list(range(10))
+    np.testing.assert_array_equal(found[:4], jax.jit(rows)(jnp.int32(start)))
+
+
+def test_shuffled_trajectories_walk_by_rounds():
+    found = drawn(6, walk(12, 4), calls=3)
+    np.testing.assert_array_equal(found[:, 0], walked(12, 4, 60)[:6])
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(24, 3), (25, 3), (16, 2)])
+def test_devices_take_turns_in_one_walk(size, batch_size):
+    rule = remembering(lambda _: [batch_size], lambda scores: scores[1])
+    assess_fn = walk(size, batch_size)
+    tx = optax_ev3.ev3([optax.sgd(1.0)], assess_fn, adapt=rule, axis_name="i")
+    mapped = jax.vmap(lambda _: run(tx, 12), axis_name="i", out_axes=1)
+    found = np.asarray(mapped(jnp.arange(8)))
+    alone = walked(size, 8 * batch_size, 12)
+    np.testing.assert_array_equal(found.reshape(alone.shape), alone)
+
+
+def test_shuffled_on_a_mesh():
+    if not hasattr(jax, "shard_map"):
+        pytest.skip("this JAX has no jax.shard_map")
+    tx = optax_ev3.ev3([optax.sgd(1.0)], walk(24, 2), axis_name="i")
+    w = jnp.float32(2.0)
+
+    def update(state):
+        return tx.update(w, state, w)[1]
+
+    mesh = jax.make_mesh((8,), ("i",))
+    mapped = jax.jit(jax.shard_map(update, mesh=mesh, in_specs=P(), out_specs=P()))
+    state = tx.init(w)
+    for _ in range(3):
+        state = mapped(state)
+    # Three batches of 16 are two epochs of 24.
+    alone = walked(24, 16, 12)[:3].mean(axis=1)
+    np.testing.assert_allclose(state.record.mean[:3, 1], alone, rtol=1e-6)
+
+
+def test_shuffled_runs_side_by_side():
+    def run(key):
+        tx = optax_ev3.ev3([optax.sgd(1.0)], walk(10, 4), key=key)
+        w = jnp.float32(2.0)
+
+        def body(state, _):
+            return tx.update(w, state, w)[1], None
+
+        return lax.scan(body, tx.init(w), length=5)[0].record.mean[:5, 1]
+
+    found = jax.jit(jax.vmap(run))(jnp.arange(3))
+    for key in range(3):
+        alone = walked(10, 4, 60, key)[:5].mean(axis=1)
+        np.testing.assert_allclose(found[key], alone, rtol=1e-6)
+
+
+def test_shuffled_metrics_get_named_arguments():
+    def metric(params, batch, round, scale):
+        return params * 0 + batch * 0 + scale * (1 + round)
+
+    assess_fn = held_out(metric, _data(), BATCH, shuffle=True)
+    tx = optax_ev3.ev3([optax.sgd(1.0)], assess_fn, adapt=always(0))
+    w = jnp.float32(2.0)
+    state = tx.init(w)
+    for _ in range(2):
+        _, state = tx.update(w, state, w, scale=5.0)
+    np.testing.assert_array_equal(state.record.mean[:2, 0], [5, 10])
+
+
+# Mistakes.
+
+
+def test_shuffling_needs_a_batch_size():
+    with pytest.raises(ValueError, match="shuffle needs a batch_size"):
+        held_out(label, _data(), shuffle=True)
+
+
+def test_shuffling_needs_the_round():
+    inner = held_out(label, _data(), BATCH, shuffle=True)
+    tx = optax_ev3.ev3([optax.sgd(1.0)], lambda params, key: inner(params, key=key))
+    w = jnp.float32(2.0)
+    with pytest.raises(TypeError, match="the round and the run_key"):
+        tx.update(w, tx.init(w), w)
+
+
+def test_devices_may_not_shuffle_more_than_all_data():
+    assess_fn = held_out(label, _data(), BATCH, shuffle=True)
+    tx = optax_ev3.ev3([optax.sgd(1.0)], assess_fn, axis_name="i")
+    w = jnp.float32(2.0)
+    update = jax.vmap(lambda _: tx.update(w, tx.init(w), w)[1], axis_name="i")
+    with pytest.raises(ValueError, match=r"3 devices.* batches of 4.* the 10 examples"):
+        update(jnp.arange(3))
+
+
+def test_shuffling_has_a_limit():
+    data = jnp.zeros([2**26 + 1], bool)
+    with pytest.raises(ValueError, match=r"at most 67108864 examples, .* 67108865"):
+        held_out(label, data, BATCH, shuffle=True)
+    held_out(label, data, BATCH)
+
+
+@pytest.mark.parametrize(
+    ("data", "parts"),
+    [
+        (np.array(["a", "b"]), ["dtype <U1"]),
+        ({"x": _data(), "text": np.array(["a", "bc"])}, ["dtype <U2", "['text']"]),
+        ((_data(), "label"), ["str", "data[1]"]),
+        (np.array([{}, {}]), ["dtype object"]),
+        (np.array(["2020", "2021"], "M8[Y]"), ["dtype datetime64[Y]"]),
+        (np.zeros(2, "i4,f4"), ["dtype [('f0'"]),
+    ],
+)
+def test_data_must_be_numbers(data, parts):
+    with pytest.raises(TypeError, match="must hold arrays of numbers") as told:
+        held_out(label, data, 1)
+    assert all(part in str(told.value) for part in parts), told.value

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import always
+from jax import lax
 
 import optax_ev3
 
@@ -236,3 +237,45 @@ def test_key_is_not_forced_on_kwargs():
         return params * kwargs["x"]
 
     scores_of(assess_fn, {"x": 3.0})
+
+
+# What else is offered to the assessment.
+
+
+def test_round_counts_the_rounds_that_have_ended():
+    found = means(lambda params, round: params * 0 + round, rounds=4)
+    np.testing.assert_array_equal(found, np.arange(4)[:, None].repeat(3, axis=1))
+
+
+def test_run_key_is_the_same_in_all_rounds():
+    found = means(lambda params, run_key: noise(params, run_key))
+    assert len(np.unique(found[:, 1])) == 1
+    assert found[0, 1] != means(lambda w, run_key: noise(w, run_key), key=1)[0, 1]
+
+
+def test_run_key_is_no_key_of_a_round():
+    of_run = means(lambda params, run_key: noise(params, run_key), rounds=1)[0, 1]
+    assert of_run not in means(noise, rounds=5)[:, 1]
+
+
+def test_axis_name_is_offered_and_others_stay_as_they_were():
+    def assess_fn(params, axis_name="default", scale=1.0):
+        assert axis_name == "devices"
+        return params * scale + lax.axis_index(axis_name)
+
+    tx = optax_ev3.ev3([optax.sgd(1.0)], assess_fn, axis_name="devices")
+    w = jnp.array(2.0)
+    update = jax.vmap(lambda w: tx.update(w, tx.init(w), w)[1], axis_name="devices")
+    state = update(jnp.stack([w, w]))
+    np.testing.assert_allclose(state.record.mean[:, 0, 1], 2.5)
+
+    def without(params, axis_name="default"):
+        assert axis_name is None
+        return params
+
+    scores_of(without, {})
+
+
+def test_the_caller_comes_before_what_is_offered():
+    found = means(lambda params, round: params * 0 + round, round=7.0)
+    np.testing.assert_array_equal(found, np.full((3, 3), 7.0))

@@ -110,7 +110,10 @@ def ev3(
         (one for each example), ``[]`` (a single exact figure), or a mapping from
         names of objectives to such arrays; real or boolean. No gradient is taken
         through it. A parameter ``key`` gets a PRNG key of the round, the same for
-        all candidates; under ``axis_name`` each device has its own.
+        all candidates; under ``axis_name`` each device has its own. For data that
+        rounds walk through, ``round`` gets ``[]`` int32, the number of rounds that
+        have ended, ``run_key`` a PRNG key that is the same in all rounds and on all
+        devices, and ``axis_name`` that of the transformation.
       loss_fn: ``loss_fn(params, **named)`` -> real scalar: what branches differentiate
         with ``gradients="own"``, and what feeds inner optimizers that need more than a
         gradient, such as line searches. A parameter ``key`` gets a PRNG key of the
@@ -257,13 +260,18 @@ def ev3(
                 "tx.update(grads, state, params)."
             )
         _check_call(state, params, explorers, init_fn)
-        assess_key, rule_key, loss_key = _keys(state, key_impl, axis_name)
-        resample_key, rule_key = jax.random.split(rule_key)
-        call = steps.Call(updates, loss_fn, extra_args, loss_key, axis_name)
-        assess_one = named.bind(assess_fn, "assess_fn", extra_args, {"key": assess_key})
+        keys = _keys(state, key_impl, axis_name)
+        call = steps.Call(updates, loss_fn, extra_args, keys.loss, axis_name)
+        offered = {
+            "key": keys.assess,
+            "round": state.ev3_round,
+            "run_key": keys.run,
+            "axis_name": axis_name,
+        }
+        rule_key, resample_key = jax.random.split(keys.rule)
         score = functools.partial(
             assess.score,
-            assess_one,
+            named.bind(assess_fn, "assess_fn", extra_args, offered),
             mode=assess_mode,
             key=resample_key,
             axis_name=axis_name,
@@ -476,20 +484,34 @@ def _minus(target, params):
     return jax.tree.map(lambda t, p: jnp.asarray(t - p, p.dtype), target, params)
 
 
-def _keys(state, key_impl, axis_name):
-    """Keys of the assessment and the rule (of this round) and of losses (this call).
+class _Keys(NamedTuple):
+    """PRNG keys; under an axis every device has its own to assess and for losses.
 
-    Under an axis every device has its own for the assessment and the losses.
+    Attributes:
+      assess: Of this round, for the assessment.
+      rule: Of this round, for the rule.
+      loss: Of this call, for losses.
+      run: The same at all times.
     """
+
+    assess: jax.Array
+    rule: jax.Array
+    loss: jax.Array
+    run: jax.Array
+
+
+def _keys(state, key_impl, axis_name):
     key = jax.random.wrap_key_data(state.ev3_key, impl=key_impl)
     assess_key, rule_key = jax.random.split(jax.random.fold_in(key, state.ev3_round))
-    # Rounds count from the front, calls from the back: no key is used twice.
+    # Rounds count from the front, calls from the back: no key is used twice. No number
+    # is left for the run: its key is a third one of the first round.
     loss_key = jax.random.fold_in(key, -1 - state.ev3_calls)
+    run_key = jax.random.fold_in(jax.random.fold_in(key, 0), 2)
     if axis_name is not None:
         device = lax.axis_index(axis_name)
         assess_key = jax.random.fold_in(assess_key, device)
         loss_key = jax.random.fold_in(loss_key, device)
-    return assess_key, rule_key, loss_key
+    return _Keys(assess_key, rule_key, loss_key, run_key)
 
 
 def _check_call(state, params, explorers, init_fn):

@@ -96,9 +96,9 @@ def host_metric(
         raise TypeError(f"metric_fn must be callable, got {metric_fn!r}.")
     _check_samples(samples)
 
-    def assess_fn(params, *, key, **extra_args):
-        bound = named.bind(predict_fn, "predict_fn", extra_args, {"key": key})
-        return Figure(metric_fn, bound(params), samples, on_host=True)
+    @functools.wraps(predict_fn)  # The signature says which arguments it is given.
+    def assess_fn(*args, **kwargs):
+        return Figure(metric_fn, predict_fn(*args, **kwargs), samples, on_host=True)
 
     return assess_fn
 

@@ -1,16 +1,26 @@
 """Assessment on held-out arrays that stay on the device."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.tree_util import keystr, tree_map_with_path
 
 from optax_ev3._src import named
 
+# More examples could not be walked through in 32-bit numbers, see _split.
+_MOST_SHUFFLED = 2**26
+
 
 def held_out(
-    metric_fn: Callable[..., Any], data: Any, batch_size: int | None = None
+    metric_fn: Callable[..., Any],
+    data: Any,
+    batch_size: int | None = None,
+    shuffle: bool = False,
 ) -> Callable[..., Any]:
     """An ``assess_fn`` that needs no argument: it draws its batches itself.
 
@@ -22,23 +32,39 @@ def held_out(
     error is the textbook one. All candidates of a round see the same batch. Under
     ``axis_name`` every device draws examples of its own.
 
+    With ``shuffle`` rounds walk through ``data`` in epochs, each in a new random order
+    without replacement: after any number of rounds, how often two examples were used
+    differs by at most one. Where ``batch_size`` does not divide the number of examples,
+    a batch takes the last ones of an epoch and the first ones of the next, and may hold
+    an example twice. Under ``axis_name`` the devices, which must all have the same
+    ``data``, take turns in one walk: their batches of a round have no example in
+    common, unless an epoch ends in it. The mean score is unbiased, too; standard
+    errors, which take the examples for independent draws, are slightly larger than the
+    true errors of estimating the mean over ``data``. Each round sorts as many random
+    numbers as there are examples. The walk follows ``round`` and ``run_key``, see
+    ``assess_fn`` in :func:`optax_ev3.ev3`; as everywhere, those that the caller passes
+    to ``update`` come first.
+
     Args:
       metric_fn: ``metric_fn(params, batch, **named)`` -> scores, see ``assess_fn``
         in :func:`optax_ev3.ev3`. ``batch`` has the structure of ``data``; further
         parameters are named arguments, as everywhere.
       data: Tree of arrays with the same leading size. They become constants of the
         compiled step.
-      batch_size: Examples drawn each round; None for all of ``data`` each round,
-        which makes selection greedier.
+      batch_size: Examples drawn each round, on each device; None for all of ``data``
+        each round, which makes selection greedier.
+      shuffle: Whether every example is used equally often.
 
     Returns:
       A function for the ``assess_fn`` argument of :func:`optax_ev3.ev3`.
 
     Raises:
-      TypeError: If ``metric_fn`` is not callable with ``(params, batch)``, or
-        ``batch_size`` is no integer.
-      ValueError: If ``data`` is empty or of unequal leading sizes, or ``batch_size``
-        is not between 1 and the number of examples.
+      TypeError: If ``metric_fn`` is not callable with ``(params, batch)``, ``data``
+        holds something else than numbers, or ``batch_size`` is no integer.
+      ValueError: If ``data`` is empty or of unequal leading sizes, ``batch_size``
+        is not between 1 and the number of examples, or ``shuffle`` has no
+        ``batch_size`` or more than 2**26 examples; at trace time, if the shuffled
+        batches of all devices are more than ``data``.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_ev3
@@ -54,17 +80,9 @@ def held_out(
       0.2
     """
     named.check_callback(metric_fn, "metric_fn")
-    data = jax.tree.map(jnp.asarray, data)
+    data = tree_map_with_path(_numbers, data)
     size = _leading_size(data)
-    if batch_size is not None and (
-        isinstance(batch_size, bool) or not hasattr(batch_size, "__index__")
-    ):
-        raise TypeError(f"batch_size must be an integer or None, got {batch_size!r}.")
-    if batch_size is not None and not 1 <= batch_size <= size:
-        raise ValueError(
-            f"batch_size must be between 1 and the {size} examples of data, got "
-            f"{batch_size}."
-        )
+    batch_size = _checked_size(batch_size, size, shuffle)
     if len(named.parameters_after(metric_fn, 1)) == len(
         named.parameters_after(metric_fn, 2)
     ):
@@ -73,17 +91,115 @@ def held_out(
             "data, as its first two positional arguments."
         )
 
-    def assess_fn(params, *, key, **extra_args):
+    def assess_fn(
+        params, *, key, round=None, run_key=None, axis_name=None, **extra_args
+    ):
         draw_key, metric_key = jax.random.split(key)
         batch = data
-        if batch_size is not None:
+        if shuffle:
+            rows = _walk(run_key, round, batch_size, size, axis_name)
+            batch = jax.tree.map(lambda array: array[rows], data)
+        elif batch_size is not None:
             rows = jax.random.randint(draw_key, (batch_size,), 0, size)
             batch = jax.tree.map(lambda array: array[rows], data)
-        offered = {"key": metric_key}
+        offered = {
+            "key": metric_key,
+            "round": round,
+            "run_key": run_key,
+            "axis_name": axis_name,
+        }
         bound = named.bind(metric_fn, "metric_fn", extra_args, offered, positional=2)
         return bound(params, batch)
 
     return assess_fn
+
+
+def _walk(key, round, batch_size, size, axis_name):
+    """Rows of this device's batch of a round: ``[batch_size]`` int32.
+
+    The walk goes through one random order of the data after the other; the devices'
+    batches of a round come one after the other.
+    """
+    if key is None or round is None:
+        raise TypeError(
+            "with shuffle=True this assess_fn needs the round and the run_key that ev3 "
+            "supplies: a function around it must take both, and pass them on."
+        )
+    devices, device = 1, 0
+    if axis_name is not None:
+        devices, device = lax.psum(1, axis_name), lax.axis_index(axis_name)
+    if devices * batch_size > size:
+        raise ValueError(
+            f"{devices} devices with shuffled batches of {batch_size} need more than "
+            f"the {size} examples of data."
+        )
+    epoch, start = _split(round, devices * batch_size, size)
+    start += device * batch_size
+    epoch, start = epoch + start // size, start % size
+
+    def order(epoch):
+        # Ties among 32 random bits are too few to matter, and so is their order.
+        return jnp.argsort(jax.random.bits(jax.random.fold_in(key, epoch), [size]))
+
+    def within():
+        return lax.dynamic_slice(order(epoch), [start], [batch_size])
+
+    def across():
+        both = jnp.concatenate([order(epoch), order(epoch + 1)])
+        return lax.dynamic_slice(both, [start], [batch_size])
+
+    return lax.cond(start + batch_size > size, across, within)
+
+
+def _split(count, step, size):
+    """``divmod(count * step, size)`` where the product may be beyond 32 bits.
+
+    Args:
+      count: ``[]`` int32, not negative.
+      step: Python integer of at most ``size``.
+      size: Python integer of at most 2**26: the sum of 31 remainders is an int32.
+    """
+    parts = [divmod(step << bit, size) for bit in range(31)]
+    whole, rest = np.array(parts, np.int32).T
+    bits = (jnp.asarray(count, jnp.int32) >> np.arange(31, dtype=np.int32)) & 1
+    total = (bits * rest).sum(dtype=jnp.int32)
+    return (bits * whole).sum(dtype=jnp.int32) + total // size, total % size
+
+
+def _numbers(path, leaf):
+    try:
+        return jnp.asarray(leaf)
+    except TypeError as error:
+        raise TypeError(
+            f"data must hold arrays of numbers, got {_kind(leaf)} at data"
+            f"{keystr(path)}: bring text and categories into numbers first."
+        ) from error
+
+
+def _kind(leaf):
+    dtype = getattr(leaf, "dtype", None)
+    return type(leaf).__name__ if dtype is None else f"dtype {dtype}"
+
+
+def _checked_size(batch_size, size, shuffle):
+    if batch_size is None:
+        if shuffle:
+            raise ValueError(
+                "shuffle needs a batch_size: without one every round uses all of data."
+            )
+        return None
+    if isinstance(batch_size, bool) or not hasattr(batch_size, "__index__"):
+        raise TypeError(f"batch_size must be an integer or None, got {batch_size!r}.")
+    if not 1 <= batch_size <= size:
+        raise ValueError(
+            f"batch_size must be between 1 and the {size} examples of data, got "
+            f"{batch_size}."
+        )
+    if shuffle and size > _MOST_SHUFFLED:
+        raise ValueError(
+            f"shuffle takes at most {_MOST_SHUFFLED} examples, data has {size}."
+        )
+    return operator.index(batch_size)
 
 
 def _leading_size(data: Any) -> int:
