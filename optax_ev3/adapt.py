@@ -1,5 +1,19 @@
 """Rules: which candidate becomes visible, and which one stable."""
 
-from optax_ev3._src.adapt import Decision, Rule, confident, greedy, lower_bound
+from optax_ev3._src.adapt import (
+    Decision,
+    Rule,
+    choose_and_confirm,
+    confident,
+    greedy,
+    lower_bound,
+)
 
-__all__ = ["Decision", "Rule", "confident", "greedy", "lower_bound"]
+__all__ = [
+    "Decision",
+    "Rule",
+    "choose_and_confirm",
+    "confident",
+    "greedy",
+    "lower_bound",
+]

@@ -29,7 +29,9 @@ from optax_ev3._src.evidence import (
     estimate,
     gather,
     single_objective,
+    take,
 )
+from optax_ev3._src.guards import Guard, ladder, thresholdout
 
 __all__ = [
     "Bound",
@@ -37,6 +39,7 @@ __all__ = [
     "Differences",
     "Estimate",
     "Evidence",
+    "Guard",
     "Process",
     "Resampled",
     "betting",
@@ -50,6 +53,7 @@ __all__ = [
     "gather",
     "hoeffding",
     "holm",
+    "ladder",
     "max_t",
     "mcnemar",
     "normal_mixture",
@@ -57,5 +61,7 @@ __all__ = [
     "single_objective",
     "spend",
     "standard",
+    "take",
+    "thresholdout",
     "unpaired_normal",
 ]

@@ -16,6 +16,7 @@ KEY = jax.random.key(0)
 ALL_RULES = {
     "greedy": adapt.greedy(),
     "lower_bound": adapt.lower_bound(),
+    "choose_and_confirm": adapt.choose_and_confirm(),
     "confident": adapt.confident(),
 }
 

@@ -13,13 +13,22 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.stats import norm
 
-from optax_ev3._src.bounds import best_rho, mixture_log_e, spend
+from optax_ev3._src.bounds import (
+    CORRECTIONS,
+    Bound,
+    best_rho,
+    corrected,
+    mixture_log_e,
+    spend,
+    standard,
+)
 from optax_ev3._src.evidence import (
     CERTAIN,
     Evidence,
     compare,
     estimate,
     single_objective,
+    take,
 )
 
 
@@ -53,22 +62,31 @@ class Rule(NamedTuple):
     decide: Callable[[Evidence, Any, jax.Array], tuple[Decision, Any]]
 
 
-def greedy(confidence: float = 0.95) -> Rule:
+def greedy(
+    confidence: float = 0.95,
+    bound: Bound | None = None,
+    correction: str | None = "bonferroni",
+) -> Rule:
     """Adopts the candidate with the highest mean score.
 
     Ties go to explorers before ``current``, to ``current`` before ``stable``, and
     among explorers by lot. Stable parameters are replaced where the adopted ones are
-    better by a paired test on the round's examples.
+    shown to be better by the round's examples.
 
     Args:
       confidence: Of that test, one-sided, corrected for the K + 1 candidates that may
-        become stable (Bonferroni).
+        become stable.
+      bound: The test, see :mod:`optax_ev3.evidence`; default
+        :func:`optax_ev3.evidence.standard`.
+      correction: ``"bonferroni"``, ``"holm"``, ``"max_t"`` or None.
 
     Returns:
       A rule that takes one objective.
 
     Raises:
-      ValueError: If ``confidence`` is not between 0.5 and 1.
+      ValueError: If ``confidence`` is not between 0.5 and 1, or there is no such
+        correction.
+      TypeError: If ``bound`` is none.
 
     Examples:
       >>> import optax, optax_ev3
@@ -79,19 +97,22 @@ def greedy(confidence: float = 0.95) -> Rule:
       ... )
     """
     alpha = _alpha(confidence)
+    bound = _bound(bound)
+    if correction not in CORRECTIONS:
+        raise ValueError(
+            f"correction must be one of {CORRECTIONS}, got {correction!r}."
+        )
 
     def decide(evidence, memory, key):
         objective = single_objective(evidence)
         explorers = evidence.valid.shape[0] - 2
         mean = estimate(evidence, objective).mean
         best = jnp.max(mean, where=evidence.valid, initial=-jnp.inf)
-        order = jnp.concatenate(
-            [jax.random.uniform(key, [explorers]), jnp.array([-1.0, -2.0])]
-        )
+        order = jnp.append(jax.random.uniform(key, [explorers]), jnp.array([-1.0, -2]))
         adopted = _first(evidence.valid & (mean == best), order, explorers)
-        to_stable = compare(evidence, objective, explorers + 1)
-        significant = to_stable.z[adopted] > _critical(alpha / (explorers + 1))
-        return Decision(adopted, significant), memory
+        tested = jnp.arange(explorers + 2) <= explorers
+        p = corrected(bound, correction, evidence, objective, explorers + 1, tested)
+        return Decision(adopted, p[adopted] < alpha), memory
 
     return Rule(lambda explorers: (), decide)
 
@@ -161,10 +182,78 @@ def lower_bound(select_alpha: float = 0.5, decide_alpha: float = 1.96) -> Rule:
     return Rule(lambda explorers: (), decide)
 
 
+def choose_and_confirm(
+    confidence: float = 0.95, fraction: float = 0.5, bound: Bound | None = None
+) -> Rule:
+    """Chooses on one part of the examples, and tests the chosen on the other.
+
+    The paper's optimize and decide. Choosing favours the lucky; on examples that had
+    no part in it there is one comparison, and nothing to correct for. The explorer with
+    the highest mean on the first part, ties by lot, is adopted unless the second part
+    shows it to be worse than ``stable``, which then is adopted, or than ``current``,
+    which then stays. It becomes stable where the second part shows it to be better.
+
+    Args:
+      confidence: Of each test, one-sided; a promise for each round of fresh examples.
+      fraction: Share of the examples that the choice is made on: the first ones. For
+        two batches of their own, ``assess_fn`` returns the scores of both, one after
+        the other.
+      bound: The test, see :mod:`optax_ev3.evidence`; default
+        :func:`optax_ev3.evidence.standard`.
+
+    Returns:
+      A rule that takes one objective, of at least two examples.
+
+    Raises:
+      ValueError: If ``confidence`` is not between 0.5 and 1, ``fraction`` not between 0
+        and 1; at trace time, if a part has no example.
+      TypeError: If ``bound`` is none.
+
+    Examples:
+      >>> import optax, optax_ev3
+      >>> tx = optax_ev3.ev3(
+      ...     [optax.adam(1e-3), optax.sgd(0.1)],
+      ...     assess_fn=lambda w, batch: -((w - batch) ** 2),
+      ...     adapt=optax_ev3.adapt.choose_and_confirm(fraction=0.3),
+      ... )
+    """
+    alpha = _alpha(confidence)
+    bound = _bound(bound)
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction must be between 0 and 1, got {fraction}.")
+
+    def decide(evidence, memory, key):
+        objective = single_objective(evidence)
+        shape = evidence.scores[objective].shape
+        first = round(fraction * shape[-1])
+        if len(shape) == 1 or not 0 < first < shape[1]:
+            raise ValueError(
+                f"adapt.choose_and_confirm(fraction={fraction}) needs scores of "
+                f"examples that can be split, assess_fn returned shape {shape[1:]}."
+            )
+        explorers = evidence.valid.shape[0] - 2
+        choose = take(evidence, slice(None, first))
+        confirm = take(evidence, slice(first, None))
+        mean = estimate(choose, objective).mean[:explorers]
+        valid = evidence.valid[:explorers]
+        best = jnp.max(mean, where=valid, initial=-jnp.inf)
+        lot = jax.random.uniform(key, [explorers])
+        chosen = _first(valid & (mean == best), lot, explorers)
+        better = bound.p_value(confirm, objective, explorers + 1)[chosen] < alpha
+        beaten = bound.p_value(confirm, objective, chosen) < alpha
+        adopted = jnp.where(beaten[explorers], explorers, chosen)
+        adopted = jnp.where(beaten[explorers + 1], explorers + 1, adopted)
+        adopted = jnp.where(evidence.valid[adopted], adopted, fallback(evidence))
+        return Decision(adopted, better & (adopted == chosen)), memory
+
+    return Rule(lambda explorers: (), decide)
+
+
 # Of the default rule, chosen on digits with the tables of benchmarks/rules.py.
 _MEMORY = 0.95  # what an earlier round weighs, a round later: 20 rounds in all
 _AT_ONCE = 4.0  # z at which one round is enough to go back to stable
 _MOST = 10.0  # the most that one round says of current against stable, as z
+_BACK = 1e4  # going back undoes much: its level is divided by this
 _ROUNDS = 30  # rounds for which the evidence between these two is tightest
 
 
@@ -328,9 +417,12 @@ def confident(
         # Weak evidence gives way before the need of proof does: it comes last.
         alone = estimate(evidence, objective).stderr[explorers]
         proven = z_of(current) > critical
-        leaps = to_current.stderr[:explorers] > alone
-        eligible = _narrow(valid, ~leaps | proven)
-        eligible = _narrow(eligible, ~evidence.uphill[:explorers] | proven)
+        uphill = evidence.uphill[:explorers] & ~proven
+        # Where all change the scores that much, the one that does so least may pass.
+        leap = to_current.stderr[:explorers]
+        least = jnp.min(leap, where=_narrow(valid, ~uphill), initial=jnp.inf)
+        leaps = (leap > jnp.maximum(alone, least)) & ~proven
+        eligible = _narrow(_narrow(valid, ~uphill), ~leaps)
         eligible &= to_current.z[:explorers] >= -critical
         eligible = _narrow(eligible, z_of(current) >= -critical)
         merit = jnp.mean(z_of(pairs), axis=1, where=eligible[None, :])
@@ -338,7 +430,7 @@ def confident(
         chosen = _first(eligible, merit, explorers)
 
         trial = _tried(memory.stable, to_stable.z[explorers])
-        better, worse = _verdict(trial, alpha / 2)
+        better, worse = _verdict(trial, alpha / 2, alpha / _BACK)
         back = worse | (to_stable.z[chosen] < -_AT_ONCE)
         adopted = jnp.where(back, explorers + 1, chosen)
         adopted = jnp.where(evidence.valid[adopted], adopted, fallback(evidence))
@@ -365,13 +457,11 @@ def _tried(trial: Trial, z: jax.Array) -> Trial:
     return Trial(trial.total + z, trial.weight + (z != 0), trial.rounds + 1)
 
 
-def _verdict(trial: Trial, alpha: float) -> tuple[jax.Array, jax.Array]:
-    """Whether ``current`` is shown to be better, or worse: at any time, each alpha."""
+def _verdict(trial: Trial, gain: float, harm: float) -> tuple[jax.Array, jax.Array]:
+    """Whether ``current`` is shown to be better, or worse, each at its own level."""
     rho = best_rho(_ROUNDS)
-    goal = math.log(1 / alpha)
-    better, worse = (
-        mixture_log_e(sign * trial.total, trial.weight, rho) >= goal for sign in (1, -1)
-    )
+    better = mixture_log_e(trial.total, trial.weight, rho) >= math.log(1 / gain)
+    worse = mixture_log_e(-trial.total, trial.weight, rho) >= math.log(1 / harm)
     return better, worse
 
 
@@ -421,6 +511,17 @@ def _alpha(confidence: float) -> float:
     if not 0.5 < confidence < 1:
         raise ValueError(f"confidence must be above 0.5 and below 1, got {confidence}.")
     return 1 - confidence
+
+
+def _bound(bound: Any) -> Bound:
+    if bound is None:
+        return standard()
+    if not isinstance(bound, Bound):
+        raise TypeError(
+            f"bound must be a bound, such as optax_ev3.evidence.paired_t(), got "
+            f"{bound!r} of type {type(bound).__name__}."
+        )
+    return bound
 
 
 def _critical(alpha: float) -> float:

@@ -75,7 +75,7 @@ def paired_t() -> Bound:
 
     def lower(evidence, objective, reference, alpha):
         gain, stderr, _ = ev.compare(evidence, objective, reference)
-        z = _critical(alpha)
+        z = critical(alpha)
         values = evidence.scores[objective]
         if values.ndim == 2:
             n = ev.count(evidence, objective)
@@ -115,7 +115,7 @@ def unpaired_normal() -> Bound:
 
     def lower(evidence, objective, reference, alpha):
         gain, spread = apart(evidence, objective, reference)
-        return gain - _critical(alpha) * spread
+        return gain - critical(alpha) * spread
 
     return _valid(p_value, lower)
 
@@ -280,7 +280,7 @@ def bootstrap(samples: int = 999, seed: int = 0) -> Bound:
 
     def lower(evidence, objective, reference, alpha):
         gain, stderr = moments(evidence, objective, reference)
-        z = _critical(alpha)
+        z = critical(alpha)
         certain = ev.coins(ev.count(evidence, objective)) >= z
         return jnp.where(certain, gain - z * stderr, -jnp.inf)
 
@@ -591,7 +591,8 @@ def _width(name, low, high):
     return 2.0 * (high - low)
 
 
-def _critical(alpha):
+def critical(alpha: Any) -> jax.Array:
+    """The z value that noise exceeds with probability ``alpha``."""
     return -special.ndtri(jnp.asarray(alpha, jnp.float32))
 
 

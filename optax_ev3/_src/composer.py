@@ -16,6 +16,7 @@ from optax_ev3._src import (
     assess,
     evidence,
     explore,
+    guards,
     named,
     record,
     steps,
@@ -50,6 +51,7 @@ class EV3State(NamedTuple):
       trajectory: Where the branches are; nothing if all rounds have one step.
       stable: The best parameters known to be good, a tree like params.
       memory: What the rule remembers of past rounds.
+      guarded: What the guard remembers; nothing without one.
       record: Past rounds, see :func:`optax_ev3.history`.
     """
 
@@ -61,6 +63,7 @@ class EV3State(NamedTuple):
     trajectory: Any
     stable: Any
     memory: Any
+    guarded: Any
     record: record.Record
 
 
@@ -77,6 +80,7 @@ def ev3(
     restart_state: str = "keep",
     combine: Sequence[combinations.Combination] = (),
     adapt: rules.Rule | None = None,
+    guard: guards.Guard | None = None,
     assess_mode: str = "unroll",
     axis_name: Any = None,
     history_length: int = 64,
@@ -140,6 +144,8 @@ def ev3(
       adapt: The rule, see :mod:`optax_ev3.adapt`; default
         ``optax_ev3.adapt.confident()``, with ``clip=10, prior_rounds=1`` unless rounds
         have one step.
+      guard: For a held-out set that is used again and again, see
+        :func:`optax_ev3.evidence.ladder`.
       assess_mode: How the C candidates are scored: ``"unroll"`` (C calls in one
         program), ``"vmap"`` (one call on stacked parameters) or ``"map"`` (a compiled
         loop, the quickest to compile).
@@ -223,6 +229,12 @@ def ev3(
     history_length = arguments.static_int(history_length, "history_length")
     key_impl = arguments.check_key(key)
 
+    if guard is not None and not isinstance(guard, guards.Guard):
+        raise TypeError(
+            "guard must be a guard, such as optax_ev3.evidence.ladder(), got "
+            f"{guard!r} of type {type(guard).__name__}."
+        )
+
     def init_fn(params: optax.Params) -> EV3State:
         states, first = {}, 0
         for name, one in explorers.items():
@@ -245,6 +257,7 @@ def ev3(
             else trajectory.init(explorers, plan, params),
             stable=jax.tree.map(trees.own, params),
             memory=rule.init(len(names) + len(more)),
+            guarded=() if guard is None else guard.init(arguments.typed_key(key)),
             record=record.empty(history_length, len(names) + len(more) + 2),
         )
 
@@ -276,7 +289,7 @@ def ev3(
             key=resample_key,
             axis_name=axis_name,
         )
-        judge = _Judge(rule, rule_key, score, axis_name)
+        judge = _Judge(rule, guard, rule_key, score, axis_name)
         walk = _one_step if plan.one_step else _trajectories
         update, state = walk(explorers, plan, state, params, call, judge)
         calls = jnp.asarray(optax.safe_increment(state.ev3_calls))
@@ -289,6 +302,7 @@ class _Judge(NamedTuple):
     """Assess and adapt: how scores are made and what decides."""
 
     rule: rules.Rule
+    guard: guards.Guard | None
     key: jax.Array
     score: Callable[[Sequence[trees.Batch]], assess.Scores]
     axis_name: Any
@@ -446,18 +460,26 @@ def _soup(one, ends, seen, judge):
 
 def _adapt(judge, seen, state, length):
     """The decision, and the state with what the rule remembers and what is recorded."""
+    guarded = state.guarded
+    if judge.guard is not None:
+        guard_key = jax.random.fold_in(judge.key, 1)
+        seen, guarded = judge.guard.release(seen, guarded, guard_key)
     decision, memory = judge.rule.decide(seen, state.memory, judge.key)
     # A round without any valid proposal decides nothing and teaches nothing.
     explored = seen.valid[:-2].any()
     adopted = jnp.where(explored, decision.adopted, rules.fallback(seen))
     promoted = adopted if decision.promoted is None else decision.promoted
     appended = record.append(state.record, decision, seen, length)
+    significant = explored & decision.significant
+    if judge.guard is not None:
+        guarded = judge.guard.settle(guarded, seen, significant, promoted)
     state = state._replace(
         ev3_round=jnp.asarray(optax.safe_increment(state.ev3_round)),
         memory=trees.where(explored, memory, state.memory),
+        guarded=trees.where(explored, guarded, state.guarded),
         record=trees.where(explored, appended, state.record),
     )
-    return rules.Decision(adopted, explored & decision.significant, promoted), state
+    return rules.Decision(adopted, significant, promoted), state
 
 
 def _with(state, opt_states):

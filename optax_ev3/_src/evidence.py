@@ -247,6 +247,13 @@ def compare(
     return Comparison(gain, stderr, jnp.where(gain == 0, 0, z))
 
 
+def take(evidence: Evidence, rows: slice) -> Evidence:
+    """The evidence of some of the examples."""
+    scores = {k: v[:, rows] if v.ndim == 2 else v for k, v in evidence.scores.items()}
+    seen = None if evidence.seen is None else evidence.seen[rows]
+    return dataclasses.replace(evidence, scores=scores, seen=seen)
+
+
 def count(evidence: Evidence, objective: str) -> jax.Array:
     """How many examples, or resamples, stand behind the scores: ``[]`` float.
 
