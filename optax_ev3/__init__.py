@@ -1,6 +1,7 @@
 """EV3 (explore, assess, adapt) as one optax gradient transformation."""
 
 from optax_ev3 import adapt, combine, evidence, metrics
+from optax_ev3._src.assess import in_chunks
 from optax_ev3._src.composer import EV3State, ExplorerState, ev3
 from optax_ev3._src.explore import Explorer, explorer, product, sweep
 from optax_ev3._src.figures import host_metric
@@ -21,6 +22,7 @@ __all__ = [
     "held_out",
     "history",
     "host_metric",
+    "in_chunks",
     "metrics",
     "product",
     "stable_params",

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_ev3._src import figures, trees
+from optax_ev3._src import evidence, figures, named, trees
 
 MODES = ("unroll", "vmap", "map")
 
@@ -33,10 +34,12 @@ class Scores(NamedTuple):
       values: For each objective ``[C, n]``, ``[C]``, or a figure with its resamples;
         float32 or wider.
       binary: The objectives whose scores are known to be 0 or 1.
+      seen: ``[n]`` bool, the examples that were looked at; None for all.
     """
 
     values: dict[str, Any]
     binary: frozenset[str]
+    seen: jax.Array | None = None
 
 
 def score(
@@ -98,6 +101,190 @@ def score(
         k for k, v in kinds.items() if not figures.is_figure(v) and v.dtype == bool
     }
     return Scores(values, frozenset(binary))
+
+
+class InChunks(NamedTuple):
+    """An ``assess_fn`` that looks at some examples at a time, see :func:`in_chunks`."""
+
+    assess_fn: Callable[..., Any]
+    chunks: int
+    slice_args: tuple[str, ...]
+    confidence: float
+    patience: int
+
+
+def in_chunks(
+    assess_fn: Callable[..., Any],
+    chunks: int,
+    slice_args: Sequence[str] = (),
+    confidence: float = 0.95,
+    patience: int = 2,
+) -> InChunks:
+    """Assesses chunk after chunk of the examples, until the decision is clear.
+
+    The candidates are scored on the first chunk, then on the next, and so on, up to
+    where the explorer with the highest mean is told apart from all other candidates by
+    paired tests, or where some more chunks have not changed what the rule decides, or
+    to the end: an easy decision costs a fraction of a hard one. ``ev3/examples`` in
+    :func:`optax_ev3.summary` says how many examples were looked at.
+
+    Args:
+      assess_fn: As for :func:`optax_ev3.ev3`, with a score for each example. What
+        :func:`optax_ev3.held_out` returns is cut into chunks by itself; a function of
+        one's own may name ``chunk``, ``[]`` int32, and ``chunks`` to do so.
+      chunks: How many chunks there are, at least 2.
+      slice_args: Names of arguments of ``update`` to cut: trees of arrays, whose
+        leading axis runs over the examples, a multiple of ``chunks``.
+      confidence: That the winner is the best, as far as the examples tell, one-sided,
+        corrected for the candidates and the chunks.
+      patience: How many chunks in a row that change nothing are enough, at least 1.
+
+    Returns:
+      A value for the ``assess_fn`` argument of :func:`optax_ev3.ev3`.
+
+    Raises:
+      TypeError: If ``assess_fn`` is not callable, or a number no integer.
+      ValueError: If ``chunks`` is below 2, ``patience`` below 1, or ``confidence`` not between 0.5 and 1; at
+        trace time, if the examples cannot be cut evenly, or scores are single figures.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_ev3
+      >>> def score(w, x):
+      ...     return -((w - x) ** 2)
+      >>> tx = optax_ev3.ev3(
+      ...     [optax.sgd(0.1), optax.sgd(-0.1)],
+      ...     optax_ev3.in_chunks(score, chunks=8, slice_args=["x"]),
+      ... )
+      >>> w, x = jnp.zeros([]), jnp.linspace(2.0, 4.0, 64)
+      >>> updates, state = tx.update(jnp.array(-6.0), tx.init(w), w, x=x)
+      >>> print(optax_ev3.summary(state)["ev3/examples"])
+      16
+
+    References:
+      Maron and Moore, `Hoeffding races
+      <https://papers.nips.cc/paper/1993/hash/02a32ad2669e6fe298e607fe7cc0e1a0-Abstract.html>`_,
+      1994.
+    """
+    named.check_callback(assess_fn, "assess_fn")
+    for name, value, least in (("chunks", chunks, 2), ("patience", patience, 1)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, got {value!r}.")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
+    if not 0.5 < confidence < 1:
+        raise ValueError(f"confidence must be above 0.5 and below 1, got {confidence}.")
+    return InChunks(assess_fn, chunks, tuple(slice_args), confidence, patience)
+
+
+def bind(
+    assess_fn: Callable[..., Any] | InChunks,
+    extra_args: Mapping[str, Any],
+    offered: Mapping[str, Any],
+    chunk: Any = None,
+) -> Callable[[Any], Any]:
+    """``assess_fn`` as a function of the parameters alone; for one chunk, if given."""
+    if not isinstance(assess_fn, InChunks):
+        return named.bind(assess_fn, "assess_fn", extra_args, offered)
+    cut = dict(extra_args)
+    for name in set(assess_fn.slice_args) & cut.keys():
+        cut[name] = part(cut[name], chunk, assess_fn.chunks, name)
+    offered = {**offered, "chunk": chunk, "chunks": assess_fn.chunks}
+    return named.bind(assess_fn.assess_fn, "assess_fn", cut, offered)
+
+
+def part(tree: Any, chunk: Any, chunks: int, name: str) -> Any:
+    """One of the chunks into which the leading axes of a tree are cut evenly."""
+
+    def cut(leaf):
+        shape = jnp.shape(leaf)
+        if not shape or shape[0] % chunks:
+            raise ValueError(
+                f"{name} of shape {shape} cannot be cut into {chunks} chunks of equal "
+                f"size."
+            )
+        size = shape[0] // chunks
+        return lax.dynamic_slice_in_dim(leaf, chunk * size, size)
+
+    return jax.tree.map(cut, tree)
+
+
+def score_in_chunks(
+    plan: InChunks,
+    score_chunk: Callable[[Any], Scores],
+    adopted_by: Callable[[Scores], jax.Array],
+    axis_name: Any = None,
+) -> Scores:
+    """Scores of chunk after chunk until the decision is clear.
+
+    Args:
+      plan: How to go on.
+      score_chunk: Maps the number of a chunk to the scores of all candidates.
+      adopted_by: Maps scores to the candidate, ``[]`` int32, that they would adopt.
+      axis_name: Mapped axis over which examples are spread, or None.
+
+    Returns:
+      The scores, zero for the examples that were not looked at.
+    """
+    binary = []
+
+    def values_of(chunk):
+        scores = score_chunk(chunk)
+        binary.append(scores.binary)
+        return scores.values
+
+    shapes = jax.eval_shape(values_of, 0)
+    single = [k for k, v in shapes.items() if not hasattr(v, "ndim") or v.ndim != 2]
+    if single:
+        raise ValueError(
+            f"in_chunks needs a score for each example, these objectives are single "
+            f"figures: {single}."
+        )
+    size = next(iter(shapes.values())).shape[1]
+    n = plan.chunks * size
+    empty = {k: jnp.zeros([v.shape[0], n], v.dtype) for k, v in shapes.items()}
+
+    def look(carry):
+        chunk, values, last, unchanged, _ = carry
+        new = values_of(chunk)
+        values = {
+            k: lax.dynamic_update_slice_in_dim(v, new[k], chunk * size, 1)
+            for k, v in values.items()
+        }
+        scores = Scores(values, binary[0], jnp.arange(n) < (chunk + 1) * size)
+        adopted = adopted_by(scores)
+        unchanged = jnp.where(adopted == last, unchanged + 1, 0)
+        clear = _is_clear(scores, plan, axis_name) | (unchanged >= plan.patience)
+        return chunk + 1, values, adopted, unchanged, clear
+
+    def goes_on(carry):
+        chunk, *_, clear = carry
+        return (chunk < plan.chunks) & ~clear
+
+    zero = jnp.zeros([], jnp.int32)
+    start = zero, empty, zero - 1, zero, jnp.asarray(False)
+    count, values, *_ = lax.while_loop(goes_on, look, start)
+    return Scores(values, binary[0], jnp.arange(n) < count * size)
+
+
+def _is_clear(scores, plan, axis_name):
+    """Whether the best explorer is told apart from all others, by every objective."""
+    candidates = next(iter(scores.values.values())).shape[0]
+    flags = jnp.ones([candidates], bool)
+    found = evidence.gather(
+        scores.values, flags, ~flags, axis_name, scores.binary, scores.seen
+    )
+    level = (1 - plan.confidence) / (candidates - 1) / plan.chunks
+    critical = NormalDist().inv_cdf(1 - level)
+    clear = jnp.asarray(True)
+    for name in scores.values:
+        mean = evidence.estimate(found, name).mean
+        explorers = found.valid & (jnp.arange(candidates) < candidates - 2)
+        best = jnp.argmax(jnp.where(explorers, mean, -jnp.inf))
+        gain, stderr, z = evidence.compare(found, name, best)
+        # Nothing can be learnt of what is the same.
+        same = (gain == 0) & (stderr == 0)
+        clear &= (same | ~found.valid | (jnp.abs(z) >= critical)).all()
+    return clear
 
 
 def _score(assess, candidates, mode):

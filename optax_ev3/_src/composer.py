@@ -195,7 +195,8 @@ def ev3(
     """
     explorers = explore.collect(inner)
     names = [m for name, one in explorers.items() for m in one.members(name)]
-    named.check_callback(assess_fn, "assess_fn")
+    if not isinstance(assess_fn, assess.InChunks):
+        named.check_callback(assess_fn, "assess_fn")
     if loss_fn is not None:
         named.check_callback(loss_fn, "loss_fn")
     if gradients is None:
@@ -212,6 +213,12 @@ def ev3(
     )
     more = combinations.names(plan.combinations, names)
     explore.check_names([*names, *more])
+    soups = any(isinstance(one, combinations.GreedySoup) for one in plan.combinations)
+    if isinstance(assess_fn, assess.InChunks) and soups:
+        raise ValueError(
+            "combine.greedy_soup() scores one mixture after the other, on all "
+            "examples: it cannot be used with in_chunks."
+        )
     if assess_mode not in assess.MODES:
         raise ValueError(
             f"assess_mode must be one of {assess.MODES}, got {assess_mode!r}."
@@ -283,11 +290,7 @@ def ev3(
         }
         rule_key, resample_key = jax.random.split(keys.rule)
         score = functools.partial(
-            assess.score,
-            named.bind(assess_fn, "assess_fn", extra_args, offered),
-            mode=assess_mode,
-            key=resample_key,
-            axis_name=axis_name,
+            _score, assess_fn, extra_args, offered, assess_mode, resample_key
         )
         judge = _Judge(rule, guard, rule_key, score, axis_name)
         walk = _one_step if plan.one_step else _trajectories
@@ -298,19 +301,46 @@ def ev3(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _score(assess_fn, extra_args, offered, mode, key, candidates, adopted_by):
+    """Scores of all candidates; what they would adopt may say when it is enough."""
+
+    def one(chunk=None):
+        bound = assess.bind(assess_fn, extra_args, offered, chunk)
+        return assess.score(bound, candidates, mode, key, offered["axis_name"])
+
+    if not isinstance(assess_fn, assess.InChunks):
+        return one()
+    return assess.score_in_chunks(assess_fn, one, adopted_by, offered["axis_name"])
+
+
 class _Judge(NamedTuple):
     """Assess and adapt: how scores are made and what decides."""
 
     rule: rules.Rule
     guard: guards.Guard | None
     key: jax.Array
-    score: Callable[[Sequence[trees.Batch]], assess.Scores]
+    score: Callable[..., assess.Scores]
     axis_name: Any
 
     def gather(self, scores: assess.Scores, valid: Any, uphill: Any) -> Any:
         """The evidence of the round."""
         return evidence.gather(
-            scores.values, valid, uphill, self.axis_name, scores.binary
+            scores.values, valid, uphill, self.axis_name, scores.binary, scores.seen
+        )
+
+    def decide(self, seen: Any, state: EV3State) -> tuple[Any, Any, Any, Any]:
+        """The decision, the evidence that it rests on, and what is remembered."""
+        guarded = state.guarded
+        if self.guard is not None:
+            key = jax.random.fold_in(self.key, 1)
+            seen, guarded = self.guard.release(seen, guarded, key)
+        decision, memory = self.rule.decide(seen, state.memory, self.key)
+        return decision, seen, memory, guarded
+
+    def adopted_by(self, state: EV3State, valid: Any, uphill: Any) -> Any:
+        """Maps scores to the candidate that they would adopt."""
+        return lambda scores: (
+            self.decide(self.gather(scores, valid, uphill), state)[0].adopted
         )
 
 
@@ -327,11 +357,10 @@ def _one_step(explorers, plan, state, params, call, judge):
         trees.Batch(params),
         trees.Batch(state.stable),
     ]
-    seen = judge.gather(
-        judge.score(candidates),
-        _flags([step.finite for step in proposed.values()], True),
-        _flags([step.uphill for step in proposed.values()], False),
-    )
+    valid = _flags([step.finite for step in proposed.values()], True)
+    uphill = _flags([step.uphill for step in proposed.values()], False)
+    scores = judge.score(candidates, judge.adopted_by(state, valid, uphill))
+    seen = judge.gather(scores, valid, uphill)
     moves.append(trees.Batch(lambda: trees.zeros_like(params)))
     moves.append(trees.Batch(lambda: _minus(state.stable, params)))
     decision, state = _adapt(judge, seen, state, jnp.ones([], jnp.int32))
@@ -369,11 +398,11 @@ def _trajectories(explorers, plan, state, params, call, judge):
 def _finish(explorers, plan, update, state, params, judge):
     """The end of a round: adopt a candidate, and start the next round."""
     walked = state.trajectory
-    candidates, scores, valid = _assess_round(
-        explorers, plan, update, state, params, judge
-    )
     more = len(state.combined)
     uphill = jnp.append(walked.uphill > 0, jnp.zeros([more + 2], bool))
+    candidates, scores, valid = _assess_round(
+        explorers, plan, state, params, judge, uphill
+    )
     seen = judge.gather(scores, valid, uphill)
     decision, state = _adapt(judge, seen, state, walked.length)
     adopted = decision.adopted
@@ -398,7 +427,7 @@ def _finish(explorers, plan, update, state, params, judge):
     )
 
 
-def _assess_round(explorers, plan, update, state, params, judge):
+def _assess_round(explorers, plan, state, params, judge, uphill):
     """All candidates, their scores, and which of them are finite."""
     walked = state.trajectory
     alive = walked.alive > 0
@@ -417,8 +446,11 @@ def _assess_round(explorers, plan, update, state, params, judge):
         if isinstance(one, combinations.ExponentialAverage):
             others.append(trees.Batch(combinations.like(walked.average, params)))
     fixed = [trees.Batch(walked.start), trees.Batch(state.stable)]
-    scores = judge.score([*ends, *others, *fixed])
     valid += [jnp.ones([len(others)], bool)]
+    flags = jnp.concatenate([*valid, jnp.ones([2], bool)])
+    scores = judge.score(
+        [*ends, *others, *fixed], judge.adopted_by(state, flags, uphill)
+    )
     soups = [x for x in plan.combinations if isinstance(x, combinations.GreedySoup)]
     for one in soups:
         first = scores._replace(values=jax.tree.map(lambda x: x[:count], scores.values))
@@ -444,7 +476,7 @@ def _soup(one, ends, seen, judge):
     means = jnp.where(seen.valid, evidence.estimate(seen, objective).mean, -jnp.inf)
 
     def scores_of(params):
-        return judge.score([trees.Batch(params)])
+        return judge.score([trees.Batch(params)], None)
 
     def score(params):
         true = jnp.ones([1], bool)
@@ -460,16 +492,13 @@ def _soup(one, ends, seen, judge):
 
 def _adapt(judge, seen, state, length):
     """The decision, and the state with what the rule remembers and what is recorded."""
-    guarded = state.guarded
-    if judge.guard is not None:
-        guard_key = jax.random.fold_in(judge.key, 1)
-        seen, guarded = judge.guard.release(seen, guarded, guard_key)
-    decision, memory = judge.rule.decide(seen, state.memory, judge.key)
+    examples = evidence.examples(seen)
+    decision, seen, memory, guarded = judge.decide(seen, state)
     # A round without any valid proposal decides nothing and teaches nothing.
     explored = seen.valid[:-2].any()
     adopted = jnp.where(explored, decision.adopted, rules.fallback(seen))
     promoted = adopted if decision.promoted is None else decision.promoted
-    appended = record.append(state.record, decision, seen, length)
+    appended = record.append(state.record, decision, seen, length, examples)
     significant = explored & decision.significant
     if judge.guard is not None:
         guarded = judge.guard.settle(guarded, seen, significant, promoted)

@@ -254,6 +254,14 @@ def take(evidence: Evidence, rows: slice) -> Evidence:
     return dataclasses.replace(evidence, scores=scores, seen=seen)
 
 
+def examples(evidence: Evidence) -> jax.Array:
+    """How many examples have scores of their own: ``[]`` int32."""
+    sizes = [v.shape[1] for v in evidence.scores.values() if v.ndim == 2]
+    if evidence.seen is not None:
+        return evidence.seen.sum(dtype=jnp.int32)
+    return jnp.asarray(max(sizes, default=0), jnp.int32)
+
+
 def count(evidence: Evidence, objective: str) -> jax.Array:
     """How many examples, or resamples, stand behind the scores: ``[]`` float.
 
@@ -293,13 +301,17 @@ def _seen(values: jax.Array, seen: jax.Array | None):
 def _mean_and_stderr(values: jax.Array, seen: jax.Array | None):
     """Over the examples of ``[C, N]``: ``[C]``, ``[C]``, and their number ``[]``."""
     weight, n = _seen(values, seen)
-    mean = values.sum(axis=1) / n
+    mean = values.sum(axis=1) / jnp.maximum(n, 1)
     centred = (values - mean[:, None]) * weight
     # Brought to at most one before they are squared: huge scores do not overflow.
     scale = jnp.abs(centred).max(axis=1)
     scale = jnp.where(scale > 0, scale, 1)
     squares = jnp.square(centred / scale[:, None]).sum(axis=1)
-    return mean, scale * jnp.sqrt(squares / jnp.maximum(n - 1, 1) / n), n
+    return (
+        mean,
+        scale * jnp.sqrt(squares / jnp.maximum(n - 1, 1) / jnp.maximum(n, 1)),
+        n,
+    )
 
 
 def _normal_units(mean: jax.Array, stderr: jax.Array, n: jax.Array) -> jax.Array:

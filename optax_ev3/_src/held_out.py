@@ -11,6 +11,7 @@ from jax import lax
 from jax.tree_util import keystr, tree_map_with_path
 
 from optax_ev3._src import named
+from optax_ev3._src.assess import part
 
 # More examples could not be walked through in 32-bit numbers, see _split.
 _MOST_SHUFFLED = 2**26
@@ -92,15 +93,30 @@ def held_out(
         )
 
     def assess_fn(
-        params, *, key, round=None, run_key=None, axis_name=None, **extra_args
+        params,
+        *,
+        key,
+        round=None,
+        run_key=None,
+        axis_name=None,
+        chunk=None,
+        chunks=1,
+        **extra_args,
     ):
         draw_key, metric_key = jax.random.split(key)
-        batch = data
+        rows = None
         if shuffle:
             rows = _walk(run_key, round, batch_size, size, axis_name)
-            batch = jax.tree.map(lambda array: array[rows], data)
         elif batch_size is not None:
             rows = jax.random.randint(draw_key, (batch_size,), 0, size)
+        elif chunk is not None:
+            # In random order: what comes first must be like the rest.
+            rows = jax.random.permutation(draw_key, size)
+        if chunk is not None:
+            rows = part(rows, chunk, chunks, "the batch of held_out")
+            metric_key = jax.random.fold_in(metric_key, chunk)
+        batch = data
+        if rows is not None:
             batch = jax.tree.map(lambda array: array[rows], data)
         offered = {
             "key": metric_key,

@@ -22,11 +22,12 @@ class Record(NamedTuple):
     Attributes:
       rounds: ``[]`` int32, rounds recorded.
       adopted: ``[H]`` int32, index of the adopted candidate.
-      significant: ``[H]`` int32, 1 where the adopted one became stable.
+      significant: ``[H]`` int32, 1 where stable was replaced.
       mean: ``[H, C]`` float32, mean scores; zero where not valid.
       stderr: ``[H, C]`` float32, their standard errors; zero where not valid.
       valid: ``[H, C]`` int32, 1 where update and scores were finite.
       length: ``[H]`` int32, calls of ``update`` in each branch of the round.
+      examples: ``[H]`` int32, examples with scores of their own.
       adoptions: ``[C]`` int32, how often each candidate was adopted, over all rounds.
     """
 
@@ -37,6 +38,7 @@ class Record(NamedTuple):
     stderr: jax.Array
     valid: jax.Array
     length: jax.Array
+    examples: jax.Array
     adoptions: jax.Array
 
 
@@ -50,12 +52,17 @@ def empty(length: int, candidates: int) -> Record:
         stderr=jnp.zeros([length, candidates], jnp.float32),
         valid=jnp.zeros([length, candidates], jnp.int32),
         length=jnp.zeros([length], jnp.int32),
+        examples=jnp.zeros([length], jnp.int32),
         adoptions=jnp.zeros([candidates], jnp.int32),
     )
 
 
 def append(
-    record: Record, decision: Decision, seen: Evidence, length: jax.Array
+    record: Record,
+    decision: Decision,
+    seen: Evidence,
+    length: jax.Array,
+    examples: jax.Array,
 ) -> Record:
     """The record with one more round, which takes the place of the oldest."""
     row = record.rounds % record.adopted.shape[0]
@@ -74,6 +81,7 @@ def append(
         stderr=record.stderr.at[row].set(clean(stderr)),
         valid=record.valid.at[row].set(seen.valid.astype(jnp.int32)),
         length=record.length.at[row].set(length),
+        examples=record.examples.at[row].set(examples),
         adoptions=record.adoptions.at[decision.adopted].add(1),
     )
 
@@ -118,6 +126,8 @@ def summary(state: Any) -> dict[str, jax.Array]:
         were finite; they leave everything else as it was;
       - ``ev3/adopted``: index of the candidate adopted in the last recorded round;
       - ``ev3/significant``: 1 if that round replaced the stable parameters, else 0;
+      - ``ev3/examples``: how many examples it looked at, on all devices; 0 where scores
+        are single figures;
       - ``ev3/score``, ``ev3/stderr``: mean score of the adopted one and its error;
       - ``ev3/score/NAME``: mean score of each candidate, NaN where not finite;
       - ``ev3/share/NAME``: how often it was adopted, as a share of all rounds.
@@ -137,6 +147,7 @@ def summary(state: Any) -> dict[str, jax.Array]:
       ev3/skipped 0.00
       ev3/adopted 0.00
       ev3/significant 1.00
+      ev3/examples 0.00
       ev3/score -2.56
       ev3/stderr 0.00
       ev3/score/sgd -2.56
@@ -159,6 +170,7 @@ def summary(state: Any) -> dict[str, jax.Array]:
         "ev3/skipped": state.ev3_round - record.rounds,
         "ev3/adopted": adopted,
         "ev3/significant": record.significant[row],
+        "ev3/examples": record.examples[row],
         "ev3/score": mean[adopted],
         "ev3/stderr": record.stderr[row, adopted],
         **{f"ev3/score/{name}": mean[at] for name, at in positions.items()},
@@ -179,8 +191,9 @@ def history(state: Any) -> dict[str, np.ndarray]:
       - ``round`` ``[R]``: the number of the round among the recorded ones, from 0;
       - ``candidates`` ``[C]``: the names of the candidates, in their order;
       - ``adopted`` ``[R]``: index of the adopted candidate;
-      - ``significant`` ``[R]`` bool: whether it became stable;
+      - ``significant`` ``[R]`` bool: whether stable was replaced;
       - ``length`` ``[R]``: calls of ``update`` in each branch of the round;
+      - ``examples`` ``[R]``: how many were looked at, 0 for single figures;
       - ``mean``, ``stderr`` ``[R, C]``: scores and their errors, NaN where not finite.
 
     Raises:
@@ -217,6 +230,7 @@ def history(state: Any) -> dict[str, np.ndarray]:
         "adopted": record.adopted[rows],
         "significant": record.significant[rows] > 0,
         "length": record.length[rows],
+        "examples": record.examples[rows],
         "mean": np.where(valid, record.mean[rows], np.nan),
         "stderr": np.where(valid, record.stderr[rows], np.nan),
     }
