@@ -181,3 +181,82 @@ def test_benchmark_of_trajectories_runs(tmp_path):
         accuracy = np.array(rows[f"12 steps, {method}"]["accuracy"])
         assert accuracy.shape == (2,)
         assert ((0 <= accuracy) & (accuracy <= 1)).all()
+
+
+EVIDENCE = SCRIPT.with_name("evidence.py")
+
+
+@pytest.mark.slow
+def test_benchmark_of_evidence_runs(tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    args = ["--quick", f"--json={tmp_path / 'x.json'}", f"--plot={tmp_path / 'x.png'}"]
+    done = subprocess.run(
+        [sys.executable, str(EVIDENCE), *args],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr
+    for title in ("Any of K equal", "Ever declared better", "when better by 0.01"):
+        assert title in done.stdout
+    assert image.imread(tmp_path / "x.png").std() > 0.01
+    figures = json.loads((tmp_path / "x.json").read_text())
+    kinds = {"0/1", "bounded", "heavy-tailed"}
+    assert {row["scores"] for row in figures["false"]} == kinds
+    assert {row["scores"] for row in figures["anytime"]} == kinds - {"heavy-tailed"}
+    for row in figures["false"] + figures["anytime"] + figures["power"]:
+        assert 0 <= row["rate"] <= 1 and row["errors"] > 0
+    rates = {
+        (row["scores"], row["N"], row["K"], row["method"]): row["rate"]
+        for row in figures["false"]
+    }
+    for (kind, n, k, method), rate in rates.items():
+        # Holm's first step is Bonferroni's, and more candidates are more chances.
+        if method == "paired t, Holm":
+            assert rate == rates[kind, n, k, "paired t, Bonferroni"]
+        if "uncorrected" in method and k == 4:
+            assert rate >= rates[kind, n, 2, method]
+    for row in figures["anytime"]:
+        assert (np.diff(row["curve"]) >= 0).all()
+        assert row["curve"][-1] == pytest.approx(row["rate"])
+
+
+def test_simulated_scores_are_what_the_benchmark_says():
+    code = """if True:
+        import json, jax, evidence
+        keys = jax.random.split(jax.random.key(0), 50)
+        cases = {kind: lambda key, kind=kind: evidence.draw(kind, key, (3, 4000))
+            for kind in evidence.KINDS}
+        cases["better"] = lambda key: evidence.draw_better(key, 4000)
+        found = {}
+        for name, fn in cases.items():
+            x = jax.jit(jax.vmap(fn))(keys)
+            d = x[:, 0] - x[:, 1]
+            found[name] = [float(v) for v in (
+                x.min(), x.max(), x[:, 1].mean(), d.mean(), d.std(), (d != 0).mean(),
+                ((d / d.std()) ** 4).mean(),
+            )]
+        print(json.dumps(found))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=EVIDENCE.parent,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for name, (low, high, mean, gain, spread, differ, fourth) in found.items():
+        true_gain = 0.01 if name == "better" else 0
+        assert abs(gain - true_gain) < 4 * spread / np.sqrt(50 * 4000)
+        if name in ("0/1", "better"):
+            assert (low, high) == (0, 1)
+            assert mean == pytest.approx(0.8, abs=0.01)
+            assert differ == pytest.approx(0.06, abs=0.003)
+        elif name == "bounded":
+            assert 0 <= low < 0.1 and 0.9 < high <= 1 and differ > 0.99
+        else:
+            assert differ > 0.99 and fourth > 10

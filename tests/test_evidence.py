@@ -127,6 +127,25 @@ def test_over_devices_equals_one_device():
         np.testing.assert_allclose(a, np.broadcast_to(b, a.shape), rtol=1e-4, atol=1e-5)
 
 
+def test_over_devices_examples_not_looked_at_are_left_out():
+    values = np.random.default_rng(5).normal(size=(3, 32)).astype(np.float32)
+    looked_at = np.arange(32) % 5 < 3
+    values[:, ~looked_at] = np.nan
+    shards = np.moveaxis(values.reshape(3, 4, 8), 1, 0), looked_at.reshape(4, 8)
+
+    def on_device(shard, seen):
+        flags = jnp.ones([3], bool), jnp.zeros([3], bool)
+        found = evidence.gather({"score": shard}, *flags, axis_name="i", seen=seen)
+        z = evidence.compare(found, "score", 1).z
+        return found.seen, z, evidence.count(found, "score")
+
+    seen, z, count = jax.vmap(on_device, axis_name="i")(*shards)
+    np.testing.assert_array_equal(seen, [looked_at] * 4)
+    np.testing.assert_array_equal(count, looked_at.sum())
+    expected = evidence.compare(gather({"score": values[:, looked_at]}), "score", 1).z
+    np.testing.assert_allclose(z, [expected] * 4, rtol=1e-4, atol=1e-5)
+
+
 def test_over_devices_one_bad_score_counts_everywhere():
     values = np.zeros([4, 2, 8], np.float32)
     values[2, 0, 5] = np.nan
@@ -150,6 +169,21 @@ def test_z_is_standard_normal_where_nothing_differs(examples):
     for alpha in (0.05, 0.01):
         share = (found > stats.norm.isf(alpha)).mean()
         assert abs(share - alpha) < 3.5 * np.sqrt(alpha / 4000)
+
+
+def test_evidence_passes_through_transformations():
+    scores = jnp.asarray(np.random.default_rng(4).normal(size=(3, 2, 8)))
+
+    def kept(values):
+        flags = jnp.ones([2], bool), jnp.zeros([2], bool)
+        names = frozenset({"score"})
+        return evidence.gather({"score": values}, *flags, binary=names)
+
+    mapped = jax.jit(jax.vmap(kept))(scores)
+    assert mapped.binary == {"score"}
+    z = jax.jit(jax.vmap(lambda one: evidence.compare(one, "score", 1).z))(mapped)
+    expected = evidence.compare(kept(scores[2]), "score", 1).z
+    np.testing.assert_allclose(z[2], expected, rtol=1e-5)
 
 
 def test_single_objective():

@@ -116,6 +116,7 @@ def test_history_before_the_first_round():
         "adopted": (0,),
         "significant": (0,),
         "length": (0,),
+        "examples": (0,),
         "mean": (0, len(NAMES)),
         "stderr": (0, len(NAMES)),
     }
@@ -133,6 +134,7 @@ def test_summary_of_the_last_round_and_shares_of_all(length, calls):
         "ev3/skipped": calls - rounds,
         "ev3/adopted": adopted,
         "ev3/significant": past["significant"][-1],
+        "ev3/examples": BATCHES.shape[1],
         "ev3/score": past["mean"][-1][adopted],
         "ev3/stderr": past["stderr"][-1][adopted],
         **{f"ev3/score/{n}": past["mean"][-1][i] for i, n in enumerate(NAMES)},

@@ -144,8 +144,9 @@ def in_chunks(
 
     Raises:
       TypeError: If ``assess_fn`` is not callable, or a number no integer.
-      ValueError: If ``chunks`` is below 2, ``patience`` below 1, or ``confidence`` not between 0.5 and 1; at
-        trace time, if the examples cannot be cut evenly, or scores are single figures.
+      ValueError: If ``chunks`` is below 2, ``patience`` below 1, or ``confidence`` not
+        between 0.5 and 1; at trace time, if the examples cannot be cut evenly, or
+        scores are single figures.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_ev3

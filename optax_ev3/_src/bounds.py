@@ -76,16 +76,12 @@ def paired_t() -> Bound:
     def lower(evidence, objective, reference, alpha):
         gain, stderr, _ = ev.compare(evidence, objective, reference)
         z = critical(alpha)
-        values = evidence.scores[objective]
-        if values.ndim == 2:
-            n = ev.count(evidence, objective)
+        n, t = ev.count(evidence, objective), z
+        if evidence.scores[objective].ndim == 2:
             freedom = jnp.maximum(n - 1, 1)
             scaled = z * (8 * freedom + 3) / (8 * freedom + 1)
             t = jnp.sqrt(freedom * jnp.expm1(scaled**2 / freedom)) * jnp.sign(z)
-            # As many equal differences could be coins.
-            certain = (n >= 2) & (ev.coins(n) >= z)
-            return jnp.where(certain, gain - t * stderr, -jnp.inf)
-        return gain - z * stderr
+        return jnp.where(_enough(n, z), gain - t * stderr, -jnp.inf)
 
     return _valid(p_value, lower)
 
@@ -94,7 +90,8 @@ def unpaired_normal() -> Bound:
     r"""The paper's: :math:`m \mp z_{1-a} e` of each alone, which must not overlap.
 
     With means :math:`m` and standard errors :math:`e`; blind to what the candidates
-    have in common, and therefore weak.
+    have in common, and therefore weak. Unlike in the paper, N examples are never taken
+    for more than N coins that all fall alike.
 
     Returns:
       The bound.
@@ -106,16 +103,17 @@ def unpaired_normal() -> Bound:
 
     def apart(evidence, objective, reference):
         mean, stderr = ev.estimate(evidence, objective)
-        return mean - mean[reference], stderr + stderr[reference]
+        return ev.less(mean, mean[reference]), stderr + stderr[reference]
 
     def p_value(evidence, objective, reference):
         gain, spread = apart(evidence, objective, reference)
-        z = gain / jnp.maximum(spread, jnp.abs(gain) / ev.CERTAIN)
-        return norm.sf(jnp.where(gain == 0, 0, z))
+        return _normal_p(gain, spread, ev.count(evidence, objective))
 
     def lower(evidence, objective, reference, alpha):
         gain, spread = apart(evidence, objective, reference)
-        return gain - critical(alpha) * spread
+        z = critical(alpha)
+        enough = _enough(ev.count(evidence, objective), z)
+        return jnp.where(enough, gain - z * spread, -jnp.inf)
 
     return _valid(p_value, lower)
 
@@ -124,8 +122,10 @@ def mcnemar(mid_p: bool = False) -> Bound:
     r"""Exact test of wins against losses, the default where scores are 0 or 1.
 
     With b wins and c losses, :math:`p = P(X \ge b) = I_{1/2}(b, c + 1)` for
-    :math:`X \sim \text{Binomial}(b + c, 1/2)`, and 1 if b = 0. The lower bound of the
-    gain is the one of :func:`paired_t`.
+    :math:`X \sim \text{Binomial}(b + c, 1/2)`, and 1 if b = 0. Where b + c exceeds
+    2,000, the normal approximation to the root of the deviance takes its place, which
+    float32 serves better and which errs by less than 0.1% where p > 0.0001. The lower
+    bound of the gain is the one of :func:`paired_t`.
 
     Args:
       mid_p: Subtract half of :math:`P(X = b)`: closer to the nominal level, which it
@@ -151,12 +151,9 @@ def mcnemar(mid_p: bool = False) -> Bound:
         values = ev.differences(evidence, objective, reference).values
         wins = (values > 0).sum(axis=1).astype(values.dtype)
         losses = (values < 0).sum(axis=1).astype(values.dtype)
-        n = wins + losses
-        p = special.betainc(jnp.maximum(wins, 0.5), losses + 1, 0.5)
+        p = _heads(wins, wins + losses)
         if mid_p:
-            ways = special.gammaln(wins + 1) + special.gammaln(losses + 1)
-            log_share = special.gammaln(n + 1) - ways - n * math.log(2)
-            p = p - 0.5 * jnp.exp(log_share)
+            p = (p + _heads(wins + 1, wins + losses)) / 2
         return jnp.where(wins == 0, 1, p)
 
     return _valid(p_value, paired_t().lower)
@@ -186,14 +183,13 @@ def hoeffding(low: float, high: float) -> Bound:
 
     def p_value(evidence, objective, reference):
         found = ev.differences(evidence, objective, reference)
-        mean = found.values.sum(axis=1) / found.n
+        mean = _mean(found)
         p = 2 * jnp.exp(-2 * found.n * (mean / width) ** 2)
         return jnp.where(mean > 0, jnp.minimum(p, 1), 1)
 
     def lower(evidence, objective, reference, alpha):
         found = ev.differences(evidence, objective, reference)
-        mean = found.values.sum(axis=1) / found.n
-        return mean - width * jnp.sqrt(jnp.log(2 / alpha) / (2 * found.n))
+        return _mean(found) - width * jnp.sqrt(jnp.log(2 / alpha) / (2 * found.n))
 
     return _valid(p_value, lower, (low, high))
 
@@ -228,7 +224,8 @@ def empirical_bernstein(low: float, high: float) -> Bound:
     def p_value(evidence, objective, reference):
         gain, root, linear, n = terms(evidence, objective, reference)
         # Solves gain = root x + linear x^2, x^2 = ln(2/p).
-        x = (jnp.sqrt(root**2 + 4 * linear * jnp.abs(gain)) - root) / (2 * linear)
+        larger = root + jnp.sqrt(root**2 + 4 * linear * jnp.abs(gain))
+        x = 2 * jnp.abs(gain) / jnp.where(larger > 0, larger, 1)
         p = jnp.minimum(2 * jnp.exp(-(x**2)), 1)
         return jnp.where((gain > 0) & (n >= 2), p, 1)
 
@@ -269,20 +266,17 @@ def bootstrap(samples: int = 999, seed: int = 0) -> Bound:
         if evidence.scores[objective].ndim == 1:
             return ev.compare(evidence, objective, reference)[:2]
         found = ev.differences(evidence, objective, reference)
-        gain = found.values.sum(axis=1) / found.n
-        return gain, _deviations(found, gain, samples, seed).std(axis=1, ddof=1)
+        return _mean(found), ev.deviation(_deviations(found, samples, seed))
 
     def p_value(evidence, objective, reference):
         gain, stderr = moments(evidence, objective, reference)
-        cap = ev.coins(ev.count(evidence, objective))
-        z = gain / jnp.maximum(stderr, jnp.abs(gain) / jnp.maximum(cap, 1e-6))
-        return norm.sf(jnp.where(gain == 0, 0, z))
+        return _normal_p(gain, stderr, ev.count(evidence, objective))
 
     def lower(evidence, objective, reference, alpha):
         gain, stderr = moments(evidence, objective, reference)
         z = critical(alpha)
-        certain = ev.coins(ev.count(evidence, objective)) >= z
-        return jnp.where(certain, gain - z * stderr, -jnp.inf)
+        enough = _enough(ev.count(evidence, objective), z)
+        return jnp.where(enough, gain - z * stderr, -jnp.inf)
 
     return _valid(p_value, lower)
 
@@ -317,8 +311,8 @@ def normal_mixture(low: float, high: float, expected: int = 1000) -> Bound:
     rho = best_rho(expected * variance)
 
     def init(candidates):
-        zeros = jnp.zeros([candidates], jnp.float32)
-        return {"sum": zeros, "variance": zeros}
+        # An array each: the same one twice could not be donated.
+        return {k: jnp.zeros([candidates], jnp.float32) for k in ("sum", "variance")}
 
     def add(state, evidence, objective, reference):
         found = ev.differences(evidence, objective, reference)
@@ -335,7 +329,7 @@ def normal_mixture(low: float, high: float, expected: int = 1000) -> Bound:
 
     def lower(evidence, objective, reference, alpha):
         found = ev.differences(evidence, objective, reference)
-        v = variance * found.n
+        v = jnp.full(found.values.shape[:1], variance * found.n)
         goal = jnp.log(1 / jnp.asarray(alpha))
 
         def excess(s):
@@ -374,9 +368,8 @@ def betting(low: float, high: float) -> Bound:
     width = _width("betting", low, high)
 
     def init(candidates):
-        zeros = jnp.zeros([candidates], jnp.float32)
         keys = ("count", "sum", "squares", "log", "best")
-        return dict.fromkeys(keys, zeros)
+        return {key: jnp.zeros([candidates], jnp.float32) for key in keys}
 
     def add(state, evidence, objective, reference):
         found = ev.differences(evidence, objective, reference)
@@ -393,7 +386,7 @@ def betting(low: float, high: float) -> Bound:
             return goal - _bet(empty, found, width, m)["best"]
 
         zeros = jnp.zeros(found.values.shape[0])
-        return (_root(excess, zeros + 1e-4, zeros + 1) - 0.5) * width
+        return (_root(excess, zeros, zeros + 1) - 0.5) * width
 
     process = Process(init, add, lambda state: state["best"])
     return _valid(_from_process(process), lower, (low, high), process)
@@ -490,19 +483,19 @@ def max_t(
       Westfall and Young, *Resampling-Based Multiple Testing*, Wiley, 1993.
     """
     gain, stderr, z = ev.compare(evidence, objective, reference)
+    usable = tested & evidence.valid & evidence.valid[reference]
     if objective in evidence.resamples:
         samples_of = evidence.resamples[objective]
-        spread = samples_of - samples_of[reference]
+        spread = samples_of - jnp.expand_dims(samples_of[reference], 0)
         deviations = spread - spread.mean(axis=1, keepdims=True)
     elif evidence.scores[objective].ndim == 1:
-        return jnp.where(tested, norm.sf(z), 1)
+        return jnp.where(usable, norm.sf(z), 1)
     else:
         found = ev.differences(evidence, objective, reference)
-        deviations = _deviations(found, gain, samples, seed)
+        deviations = _deviations(found, samples, seed)
     t = gain / jnp.where(stderr > 0, stderr, 1)
     t = jnp.where(stderr > 0, t, z)
     studentized = deviations / jnp.where(stderr > 0, stderr, 1)[:, None]
-    usable = tested & evidence.valid & evidence.valid[reference]
     largest = jnp.max(studentized, axis=0, where=usable[:, None], initial=-jnp.inf)
     reached = (largest[None] >= t[:, None]).sum(axis=1)
     p = (1 + reached) / (1 + deviations.shape[1])
@@ -556,11 +549,6 @@ def _valid(p_value, lower, limits=None, process=None):
         both = evidence.valid & evidence.valid[reference]
         if limits is None:
             return both
-        if evidence.scores[objective].ndim == 1:
-            raise ValueError(
-                f"this bound needs a score for each example, objective {objective!r} "
-                f"is a single figure."
-            )
         return both & _within(evidence, objective, reference, limits)
 
     def safe_p(evidence, objective, reference):
@@ -577,7 +565,7 @@ def _valid(p_value, lower, limits=None, process=None):
 
 def _within(evidence, objective, reference, limits):
     """Which candidates have, like the reference, no score outside the limits: [C]."""
-    values = evidence.scores[objective]
+    values = ev.each_example(evidence, objective)
     inside = (values >= limits[0]) & (values <= limits[1])
     if evidence.seen is not None:
         inside |= ~evidence.seen[None]
@@ -605,12 +593,44 @@ def _from_process(process):
     return p_value
 
 
-def _deviations(found, gain, samples, seed):
+def _mean(found):
+    """Mean difference ``[C]``, zero where no example was looked at."""
+    return found.values.sum(axis=1) / jnp.maximum(found.n, 1)
+
+
+def _normal_p(gain, stderr, n):
+    """P values of gains, none stronger than that of n coins that all fall alike."""
+    z = gain / jnp.maximum(stderr, jnp.abs(gain) / ev.CERTAIN)
+    return norm.sf(jnp.where(gain == 0, 0, jnp.minimum(z, ev.coins(n))))
+
+
+def _enough(n, z):
+    """Whether n coins that all fall alike could be beyond ``z``."""
+    return (n >= 2) & (ev.coins(n) >= z)
+
+
+def _heads(k, n):
+    """Probability of at least ``k`` heads among ``n`` coins."""
+    exact = special.betainc(jnp.maximum(k, 0.5), jnp.maximum(n - k, 0) + 1, 0.5)
+    # With the correction for continuity, heads less tails as a share of all, x, have
+    # the deviance n ((1 + x) ln(1 + x) + (1 - x) ln(1 - x)), here as a series. Beyond
+    # 2,000 coins its terms left out are small unless p is zero anyhow.
+    x = (2 * k - n - 1) / jnp.maximum(n, 1)
+    squared = x**2
+    series = 1 / 28 + squared * (1 / 45 + squared / 66)
+    series = squared * (1 + squared * (1 / 6 + squared * (1 / 15 + squared * series)))
+    approximate = norm.sf(jnp.sign(x) * jnp.sqrt(n * series))
+    p = jnp.where(n > 2000, approximate, exact)
+    return jnp.where(k <= 0, 1, jnp.where(k > n, 0, p))
+
+
+def _deviations(found, samples, seed):
     """Means on bootstrap samples less the mean: ``[C, B]``."""
     weights = poisson(jax.random.key(seed), samples, found.values.shape[1])
     weights *= found.seen
-    sums = found.values @ weights.T
-    return sums / jnp.maximum(weights.sum(axis=1), 1)[None] - gain[:, None]
+    # Centred first: what is left of a mean after subtraction would be rounding.
+    sums = (found.values - _mean(found)[:, None]) @ weights.T
+    return sums / jnp.maximum(weights.sum(axis=1), 1)[None]
 
 
 def poisson(key: jax.Array, samples: int, n: int) -> jax.Array:

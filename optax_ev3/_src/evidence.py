@@ -80,12 +80,13 @@ class Evidence:
     Attributes:
       scores: For each objective ``[C, N]``, or ``[C]`` where it is one figure; float32
         or wider, higher is better. Rows of invalid candidates are zero.
-      valid: ``[C]`` bool, false where the update or a score is not finite.
+      valid: ``[C]`` bool, false where the update or a score is not finite, or scores
+        are too large to be added up.
       uphill: ``[C]`` bool, true where the update raises the explorer's loss to first
         order.
       resamples: For objectives that are a figure of all examples together ``[C, B]``:
         that figure on B bootstrap samples. Other figures are exact.
-      binary: Names of the objectives whose scores are known to be 0 or 1.
+      binary: Names of the objectives whose scores are known to be 0 or 1, static.
       seen: ``[N]`` bool, the examples that were looked at; None for all. The scores of
         the others are zero.
     """
@@ -116,16 +117,24 @@ def gather(
         or None. All devices get the same evidence: the scores of all, in their order.
         A candidate is valid where it is so on all.
       binary: See :class:`Evidence`.
-      seen: ``[n]`` bool, see :class:`Evidence`.
+      seen: ``[n]`` bool, see :class:`Evidence`. What the others scored is ignored.
 
     Returns:
       The evidence of the round.
     """
     resamples = {k: v.resamples for k, v in scores.items() if isinstance(v, Resampled)}
     plain = {k: v.figure if isinstance(v, Resampled) else v for k, v in scores.items()}
+    if seen is not None:
+        plain = {
+            name: jnp.where(seen[None], values, 0) if values.ndim == 2 else values
+            for name, values in plain.items()
+        }
+    devices = 1 if axis_name is None else lax.psum(1, axis_name)
     valid = finite
     for values in [*plain.values(), *resamples.values()]:
-        valid &= jnp.isfinite(values.reshape(values.shape[0], -1)).all(axis=1)
+        sizes = jnp.abs(values.reshape(values.shape[0], -1)).sum(axis=1)
+        # Then sums of differences between two candidates are finite, too.
+        valid &= jnp.isfinite(2 * devices * sizes)
     if axis_name is not None:
         valid = lax.psum((~valid).astype(jnp.int32), axis_name) == 0
 
@@ -143,7 +152,7 @@ def gather(
     resamples = {k: jnp.where(valid[:, None], v, 0) for k, v in resamples.items()}
     if seen is not None and axis_name is not None:
         seen = trees.unite(seen, axis_name, axis=0)
-    return Evidence(plain, valid, uphill, resamples, binary, seen)
+    return Evidence(plain, valid, uphill, resamples, frozenset(binary), seen)
 
 
 def estimate(evidence: Evidence, objective: str) -> Estimate:
@@ -152,7 +161,7 @@ def estimate(evidence: Evidence, objective: str) -> Estimate:
     if values.ndim == 1:
         spread = jnp.zeros_like(values)
         if objective in evidence.resamples:
-            spread = evidence.resamples[objective].std(axis=1, ddof=1)
+            spread = deviation(evidence.resamples[objective])
         return Estimate(values, spread)
     return Estimate(*_mean_and_stderr(values, evidence.seen)[:2])
 
@@ -179,16 +188,16 @@ def differences(evidence: Evidence, objective: str, reference: Any) -> Differenc
       evidence: The scores of the round, one for each example.
       objective: Which objective to compare.
       reference: Index of the reference, a Python or traced integer.
+
+    Raises:
+      ValueError: If the objective is a single figure.
     """
-    values = evidence.scores[objective]
+    values = each_example(evidence, objective)
     other = jnp.expand_dims(values[reference], 0)
-    largest = jnp.maximum(jnp.abs(values), jnp.abs(other))
-    rounding = 8 * jnp.finfo(values.dtype).eps * largest
-    difference = values - other
     both = evidence.valid & evidence.valid[reference]
-    differs = both[:, None] & (jnp.abs(difference) > rounding)
+    difference = jnp.where(both[:, None], less(values, other), 0)
     seen, n = _seen(values, evidence.seen)
-    return Differences(jnp.where(differs, difference, 0) * seen, seen, n)
+    return Differences(difference * seen, seen, n)
 
 
 def compare(
@@ -237,8 +246,8 @@ def compare(
     gain = jnp.where(both, values - values[reference], 0)
     if objective in evidence.resamples:
         samples = evidence.resamples[objective]
-        spread = samples - samples[reference]
-        stderr = jnp.where(both, spread.std(axis=1, ddof=1), 0)
+        spread = samples - jnp.expand_dims(samples[reference], 0)
+        stderr = jnp.where(both, deviation(spread), 0)
         cap = coins(samples.shape[1])
         z = gain / jnp.maximum(stderr, jnp.abs(gain) / cap)
     else:
@@ -290,6 +299,35 @@ def single_objective(evidence: Evidence) -> str:
     return next(iter(evidence.scores))
 
 
+def each_example(evidence: Evidence, objective: str) -> jax.Array:
+    """Scores ``[C, N]`` of one objective.
+
+    Raises:
+      ValueError: If it is a single figure.
+    """
+    values = evidence.scores[objective]
+    if values.ndim == 1:
+        raise ValueError(
+            f"this needs a score for each example, objective {objective!r} is a "
+            f"single figure."
+        )
+    return values
+
+
+def less(one: jax.Array, other: jax.Array) -> jax.Array:
+    """One less the other, zero where that is within 8 units of rounding."""
+    difference = one - other
+    largest = jnp.maximum(jnp.abs(one), jnp.abs(other))
+    rounding = 8 * jnp.finfo(one.dtype).eps * largest
+    return jnp.where(jnp.abs(difference) > rounding, difference, 0)
+
+
+def deviation(values: jax.Array) -> jax.Array:
+    """Standard deviation (ddof 1) along the second axis, zero for one value."""
+    _, stderr, n = _mean_and_stderr(values, None)
+    return stderr * jnp.sqrt(n)
+
+
 def _seen(values: jax.Array, seen: jax.Array | None):
     """Which of the N examples were looked at, 1 or 0, and how many."""
     n = values.shape[-1]
@@ -299,7 +337,10 @@ def _seen(values: jax.Array, seen: jax.Array | None):
 
 
 def _mean_and_stderr(values: jax.Array, seen: jax.Array | None):
-    """Over the examples of ``[C, N]``: ``[C]``, ``[C]``, and their number ``[]``."""
+    """Over the examples of ``[C, N]``: ``[C]``, ``[C]``, and their number ``[]``.
+
+    Zero and zero where no example was looked at.
+    """
     weight, n = _seen(values, seen)
     mean = values.sum(axis=1) / jnp.maximum(n, 1)
     centred = (values - mean[:, None]) * weight
@@ -307,11 +348,8 @@ def _mean_and_stderr(values: jax.Array, seen: jax.Array | None):
     scale = jnp.abs(centred).max(axis=1)
     scale = jnp.where(scale > 0, scale, 1)
     squares = jnp.square(centred / scale[:, None]).sum(axis=1)
-    return (
-        mean,
-        scale * jnp.sqrt(squares / jnp.maximum(n - 1, 1) / jnp.maximum(n, 1)),
-        n,
-    )
+    variance = squares / jnp.maximum(n - 1, 1)
+    return mean, scale * jnp.sqrt(variance / jnp.maximum(n, 1)), n
 
 
 def _normal_units(mean: jax.Array, stderr: jax.Array, n: jax.Array) -> jax.Array:

@@ -199,7 +199,7 @@ def _branch(state, opt_states, name, one, first):
     return _Branch(
         opt_states[name],
         state.ends[name],
-        state.means.get(name, ()),
+        state.means.get(name),
         state.alive[rows],
         state.uphill[rows],
         jnp.arange(state.alive.shape[0], dtype=jnp.int32)[rows],
@@ -221,7 +221,7 @@ def _go(tx, one, name, branch, walk):
             tx, one, name, grads, opt_state, end, merge, loss, walk.call
         )
         end = optax.apply_updates(end, update)
-        if mean != ():
+        if mean is not None:
             mean = combine.move(mean, end, 1 / (walk.step + 1))
         uphill = lax.cond(walk.last, climbs, lambda _: branch.uphill, end)
         return opt_state, end, mean, uphill
@@ -255,7 +255,7 @@ def _mended(explorers, branches, params):
         mended = {}
         for name, one in explorers.items():
             end = _spread(params, one.size)
-            mean = combine.wide(end) if branches[name].mean != () else ()
+            mean = combine.wide(end) if branches[name].mean is not None else None
             fresh = steps.init_state(one, params), end, mean
             mended[name] = _select(finite[name], moving[name], fresh)
         return mended
