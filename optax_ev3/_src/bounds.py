@@ -492,7 +492,7 @@ def max_t(
     gain, stderr, z = ev.compare(evidence, objective, reference)
     if objective in evidence.resamples:
         samples_of = evidence.resamples[objective]
-        spread = samples_of - samples_of[reference]
+        spread = samples_of - jnp.expand_dims(samples_of[reference], 0)
         deviations = spread - spread.mean(axis=1, keepdims=True)
     elif evidence.scores[objective].ndim == 1:
         return jnp.where(tested, norm.sf(z), 1)

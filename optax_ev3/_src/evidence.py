@@ -237,7 +237,7 @@ def compare(
     gain = jnp.where(both, values - values[reference], 0)
     if objective in evidence.resamples:
         samples = evidence.resamples[objective]
-        spread = samples - samples[reference]
+        spread = samples - jnp.expand_dims(samples[reference], 0)
         stderr = jnp.where(both, spread.std(axis=1, ddof=1), 0)
         cap = coins(samples.shape[1])
         z = gain / jnp.maximum(stderr, jnp.abs(gain) / cap)
