@@ -584,5 +584,5 @@ def test_mistakes_in_a_host_metric(case):
 
 def test_a_host_metric_that_is_no_number():
     tx = make(optax_ev3.host_metric(ranks, lambda outputs: outputs[0]))
-    with pytest.raises(Exception, match="host_metric|scalar"):
+    with pytest.raises(Exception, match=r"host_metric|scalar"):
         jax.block_until_ready(once(tx))

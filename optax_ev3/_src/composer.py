@@ -145,7 +145,7 @@ def ev3(
         ``optax_ev3.adapt.confident()``, with ``clip=10, prior_rounds=1`` unless rounds
         have one step.
       guard: For a held-out set that is used again and again, see
-        :func:`optax_ev3.evidence.ladder`.
+        :func:`optax_ev3.evidence.ladder`. Not together with a greedy soup.
       assess_mode: How the C candidates are scored: ``"unroll"`` (C calls in one
         program), ``"vmap"`` (one call on stacked parameters) or ``"map"`` (a compiled
         loop, the quickest to compile).
@@ -233,6 +233,12 @@ def ev3(
         raise TypeError(
             "guard must be a guard, such as optax_ev3.evidence.ladder(), got "
             f"{guard!r} of type {type(guard).__name__}."
+        )
+    soups = [x for x in plan.combinations if isinstance(x, combinations.GreedySoup)]
+    if guard is not None and soups:
+        raise ValueError(
+            "combine.greedy_soup chooses by scores that no guard has seen: it and a "
+            "guard don't go together."
         )
 
     def init_fn(params: optax.Params) -> EV3State:
@@ -334,7 +340,7 @@ def _one_step(explorers, plan, state, params, call, judge):
     )
     moves.append(trees.Batch(lambda: trees.zeros_like(params)))
     moves.append(trees.Batch(lambda: _minus(state.stable, params)))
-    decision, state = _adapt(judge, seen, state, jnp.ones([], jnp.int32))
+    decision, state, _ = _adapt(judge, seen, state, jnp.ones([], jnp.int32))
     update = trees.pick(decision.adopted, moves)
 
     def promote(_):
@@ -375,7 +381,7 @@ def _finish(explorers, plan, update, state, params, judge):
     more = len(state.combined)
     uphill = jnp.append(walked.uphill > 0, jnp.zeros([more + 2], bool))
     seen = judge.gather(scores, valid, uphill)
-    decision, state = _adapt(judge, seen, state, walked.length)
+    decision, state, seen = _adapt(judge, seen, state, walked.length)
     adopted = decision.adopted
     moved = trees.pick(adopted, candidates)
     # Adopting the lead branch takes the step that it made, without rounding.
@@ -459,7 +465,7 @@ def _soup(one, ends, seen, judge):
 
 
 def _adapt(judge, seen, state, length):
-    """The decision, and the state with what the rule remembers and what is recorded."""
+    """The decision, the state with what is remembered, and what the rule has seen."""
     guarded = state.guarded
     if judge.guard is not None:
         guard_key = jax.random.fold_in(judge.key, 1)
@@ -479,7 +485,7 @@ def _adapt(judge, seen, state, length):
         guarded=trees.where(explored, guarded, state.guarded),
         record=trees.where(explored, appended, state.record),
     )
-    return rules.Decision(adopted, significant, promoted), state
+    return rules.Decision(adopted, significant, promoted), state, seen
 
 
 def _with(state, opt_states):
