@@ -87,6 +87,11 @@ def past(assess_fn, **kwargs):
     return found["mean"][0], found["stderr"][0]
 
 
+@functools.cache
+def past_of(case, samples=B):
+    return past(figure_of(case, samples))
+
+
 def candidates():
     return [W - rate * GRADS for rate in RATES.values()] + [W, W]
 
@@ -120,7 +125,7 @@ def counts(samples=B):
 @every_case
 def test_history_holds_the_metric_and_its_spread(case):
     predict, _, reference = CASES[case]
-    mean, stderr = past(figure_of(case))
+    mean, stderr = past_of(case)
     for row, w in enumerate(candidates()):
         outputs = jax.tree.map(np.asarray, predict(w, X, Y))
         assert mean[row] == pytest.approx(reference(outputs, np.ones(N)), abs=1e-6)
@@ -135,7 +140,7 @@ def test_spread_is_that_of_a_bootstrap(case):
     rng = np.random.default_rng(1)
     rows = rng.multinomial(N, np.full(N, 1 / N), 1000)
     expected = np.std([reference(outputs, weights) for weights in rows])
-    _, stderr = past(figure_of(case, 1000))
+    _, stderr = past_of(case, 1000)
     assert stderr[2] == pytest.approx(expected, rel=0.15)
 
 
@@ -192,9 +197,9 @@ def test_every_round_has_resamples_of_its_own():
 def test_without_samples_the_figure_is_exact():
     found = spied(figure_of("roc_auc", 0))
     assert not found.resamples
-    mean, stderr = past(figure_of("roc_auc", 0))
+    mean, stderr = past_of("roc_auc", 0)
     np.testing.assert_array_equal(stderr, 0)
-    np.testing.assert_allclose(mean, past(figure_of("roc_auc"))[0], rtol=1e-6)
+    np.testing.assert_allclose(mean, past_of("roc_auc")[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("rule", [adapt.greedy, adapt.confident, adapt.lower_bound])
@@ -316,7 +321,7 @@ def test_in_a_mapping():
 
 def test_one_objective_by_name():
     named = past(lambda w, x, y: {"area": figure_of("roc_auc")(w, x, y)})
-    assert_close(named, past(figure_of("roc_auc")))
+    assert_close(named, past_of("roc_auc"))
 
 
 @pytest.mark.parametrize("batch_size", [None, 32])
@@ -330,7 +335,7 @@ def test_in_held_out(batch_size):
     assess_fn = optax_ev3.held_out(metric, (X, Y), batch_size)
     mean, stderr = past(assess_fn)
     if batch_size is None:
-        assert_close((mean, stderr), past(figure_of("roc_auc")))
+        assert_close((mean, stderr), past_of("roc_auc"))
     assert (stderr > 0).all()
     both = optax_ev3.host_metric(
         optax_ev3.held_out(host, (X, Y), batch_size), area, samples=B
@@ -402,7 +407,7 @@ def test_host_metric_is_numpys():
 
 @every_case
 def test_host_metric_equals_the_one_on_the_device(case):
-    assert_close(past(on_host(case)), past(figure_of(case)), rtol=1e-4)
+    assert_close(past(on_host(case)), past_of(case), rtol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["unroll", "vmap", "map"])

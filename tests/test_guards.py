@@ -1,5 +1,7 @@
 """Guards against NumPy, and what they are for."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,7 +94,7 @@ def test_ladder_is_numpys(kind, scale):
     rng = np.random.default_rng(0)
     better = worse = 0
     for number in range(12):
-        gains = np.append(rng.normal(0, 0.3, 3), 0.0)
+        gains = np.append(rng.normal(0, 0.6, 3), 0.0)
         values = rng.normal(size=N) + gains[:, None] + rng.normal(0, 0.7, (4, N))
         values = (scale * values).astype(np.float32).astype(np.float64)
         found, seen, memory = released(guard, memory, values)
@@ -251,7 +253,7 @@ def test_thresholdout_spends_nothing_on_what_is_not_valid():
 
 
 def both(params, batch):
-    return {"train": score(params, batch) + 0.01, "test": score(params, batch[:8])}
+    return {"train": score(params, batch) + 0.01, "test": score(params, batch[::-1])}
 
 
 GUARDS = {
@@ -452,7 +454,7 @@ BAD = {
         "['test', 'train']",
     ),
     "a soup": (
-        lambda: make("ladder", combine=[optax_ev3.combine.greedy_soup()]),
+        lambda: make("ladder", combine=[optax_ev3.combine.greedy_soup(2)]),
         "greedy_soup",
         "don't go together",
     ),
@@ -466,9 +468,8 @@ def exact(params, batch):
 @pytest.mark.parametrize("case", BAD)
 def test_mistakes(case):
     make_it, *parts = BAD[case]
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="(?s)" + ".*".join(map(re.escape, parts))):
         make_it()
-    assert all(part in str(error.value) for part in parts)
 
 
 @pytest.mark.parametrize("guard", [public.ladder, 0.1, "ladder"])
