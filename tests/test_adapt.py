@@ -605,7 +605,7 @@ class TestTrial:
         """A round counts ten standard errors at most, either way."""
         values = draws([0, 0, -50, 0], spread=0.1)
         values[:2] -= 50
-        _, memory = self.step(values, None, 0)
+        _, _memory = self.step(values, None, 0)
         values = draws([0.0, 0.0, 0.0, 0.0])
         values[3] = values[2]
         _, tied = self.step(values, None, 0)
@@ -613,7 +613,7 @@ class TestTrial:
         assert float(tied.stable.rounds) == 1
 
     def test_what_a_single_round_must_show_grows_with_the_rounds(self):
-        """Level (0.025 / 3) 6 / (pi t)^2 in round t: z 2.6 at first, 3.8 in the 20th."""
+        """Level (0.025 / 3) 6 / (pi t)^2 in round t: z 2.6 at first, 4.2 at t = 20."""
         shares = {}
         for t in (1.0, 20.0):
             memory = self.rule.init(2)

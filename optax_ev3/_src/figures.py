@@ -193,7 +193,7 @@ def _on_host(figure, outputs, weights, shape):
     return values
 
 
-def _broken(outputs, xp: Any = jnp):
+def _broken(outputs, xp: Any = jnp) -> Any:
     """Whether outputs hold a NaN."""
     leaves = jax.tree.leaves(outputs)
     real = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
