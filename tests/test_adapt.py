@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from optax_ev3 import adapt
+from optax_ev3 import evidence as public
 from optax_ev3._src import evidence
 
 KEY = jax.random.key(0)
@@ -133,7 +135,210 @@ def test_greedy_prefers_current_to_stable():
     assert decide(adapt.greedy(), [0.0, 0.0, 1.0, 1.0])[0] == 2
 
 
-@pytest.mark.parametrize("rule", [adapt.greedy, adapt.confident])
+def holm_p(p):
+    """Holm's procedure, one hypothesis after the other."""
+    adjusted, highest = np.empty(len(p)), 0.0
+    for rank, row in enumerate(np.argsort(p)):
+        highest = max(highest, p[row] * (len(p) - rank))
+        adjusted[row] = min(highest, 1)
+    return adjusted
+
+
+def max_t_p(values, reference, samples=4000):
+    """Westfall and Young's, with a bootstrap of its own."""
+    difference = values[:reference] - values[reference]
+    n = difference.shape[1]
+    mean = difference.mean(1)
+    error = difference.std(axis=1, ddof=1) / np.sqrt(n)
+    rng = np.random.default_rng(0)
+    counts = rng.multinomial(n, np.full(n, 1 / n), samples)
+    deviation = (counts @ difference.T / n - mean) / error
+    return (deviation.max(1)[:, None] >= mean / error).mean(0)
+
+
+CORRECTED = {
+    None: lambda values, p: p,
+    "bonferroni": lambda values, p: np.minimum(len(p) * p, 1),
+    "holm": lambda values, p: holm_p(p),
+    "max_t": lambda values, p: max_t_p(values, len(values) - 1),
+}
+
+
+@pytest.mark.parametrize("correction", CORRECTED)
+def test_greedy_corrects_for_all_that_may_become_stable(correction):
+    rule = adapt.greedy(correction=correction)
+    decided, expected = [], []
+    for seed, gain in enumerate(np.linspace(0.005, 0.045, 24)):
+        # Explorers that are alike, and current.
+        values = draws([gain, gain / 2, 0, 0, 0, 0], seed=seed)
+        values[1:5] += 0.9 * (values[0] - values[0].mean()) * [[1], [1], [0], [0]]
+        p = stats.ttest_rel(values[:5], values[5:], axis=1, alternative="greater")
+        corrected = CORRECTED[correction](values, p.pvalue)
+        adopted = np.argmax(values.mean(1))
+        if 0.037 < corrected[adopted] < 0.067:
+            continue  # Too close for another bootstrap, or Wallace's approximation.
+        found = decide(rule, values)
+        assert found[0] == adopted
+        decided.append(found[1])
+        expected.append(corrected[adopted] < 0.05)
+    assert decided == expected
+    assert 0 < sum(decided) < len(decided)
+
+
+def test_a_correction_makes_proof_harder():
+    """The same p value, between the level and a part of it."""
+    values = draws([0.0, -1, 0, 0], examples=60)
+    own = values[0] - values[3]
+    values[0] += 2.0 * own.std(ddof=1) / np.sqrt(60)  # p = 0.025, 0.075 with three
+    found = [
+        decide(adapt.greedy(correction=kind), values)[:2]
+        for kind in (None, "bonferroni", "holm")
+    ]
+    assert found == [(0, True), (0, False), (0, False)]
+
+
+@pytest.mark.parametrize("wins, losses", [(9, 1), (8, 1), (7, 1), (5, 0), (4, 0)])
+def test_greedy_with_boolean_scores(wins, losses):
+    values = np.zeros([3, 40], bool)
+    values[0, :wins] = True
+    values[1:, wins : wins + losses] = True
+    scores = {"score": jnp.asarray(values, jnp.float32)}
+    true = jnp.ones([3], bool)
+    seen = evidence.gather(scores, true, ~true, binary=frozenset({"score"}))
+    p = stats.binomtest(wins, wins + losses, alternative="greater").pvalue
+    for correction, times in {None: 1, "bonferroni": 2}.items():
+        for bound in (None, public.mcnemar()):
+            rule = adapt.greedy(bound=bound, correction=correction)
+            decision, _ = rule.decide(seen, (), KEY)
+            assert int(decision.adopted) == 0
+            assert bool(decision.significant) == (times * p < 0.05)
+
+
+def test_greedy_with_hoeffdings_bound():
+    rule = adapt.greedy(bound=public.hoeffding(0, 1), correction=None)
+    rng = np.random.default_rng(0)
+    for gain in (0.2, 0.3, 0.4, 0.5):
+        values = rng.uniform(0, 0.5, size=(3, 50))
+        values[0] += gain
+        mean = values[0].mean() - values[2].mean()
+        p = 2 * np.exp(-2 * 50 * (mean / 2) ** 2)
+        assert decide(rule, values)[:2] == (0, p < 0.05)
+
+
+@pytest.mark.parametrize("rule", [adapt.greedy, adapt.choose_and_confirm])
+class TestBounds:
+    def test_mcnemar_needs_boolean_scores(self, rule):
+        with pytest.raises(TypeError, match="needs boolean scores"):
+            decide(rule(bound=public.mcnemar()), draws([0, 1, 0, 0]))
+
+    @pytest.mark.parametrize("bound", ["t", public.paired_t, 0.05])
+    def test_a_bound_must_be_one(self, rule, bound):
+        with pytest.raises(TypeError, match="bound must be a bound, such as"):
+            rule(bound=bound)
+
+
+@pytest.mark.parametrize("correction", ["sidak", 3, True])
+def test_greedy_knows_its_corrections(correction):
+    with pytest.raises(ValueError, match="correction must be one of"):
+        adapt.greedy(correction=correction)
+
+
+def parts(first, second, examples=60, seed=0):
+    """Scores with the given gains on the two halves of the examples."""
+    halves = [
+        draws(gains, spread=0.1, examples=examples, seed=seed + number)
+        for number, gains in enumerate((first, second))
+    ]
+    return np.concatenate(halves, axis=1)
+
+
+class TestChooseAndConfirm:
+    rule = adapt.choose_and_confirm()
+
+    def test_the_first_part_chooses(self):
+        values = parts([0.1, 0.5, 0, 0], [9, 0.2, 0, 0])
+        assert decide(self.rule, values)[:2] == (1, True)
+
+    def test_the_second_part_confirms(self):
+        assert decide(self.rule, parts([9, 1, 0, 0], [0, 9, 0, 0]))[:2] == (0, False)
+        # Neither better nor worse: it is adopted all the same.
+        assert decide(self.rule, parts([-1, -9, 0, 0], [0, 0, 0, 0]))[:2] == (0, False)
+
+    def test_the_second_part_sends_back(self):
+        # Where both are better it goes back to stable.
+        for stable, adopted in {0.0: 3, 0.5: 3, -1.0: 2, -2.0: 2}.items():
+            values = parts([9, 0, 0, 0], [-1, 9, 0, stable])
+            assert decide(self.rule, values)[:2] == (adopted, False)
+        values = parts([9, 0, 0, 0], [0.5, 9, 0.5, 1])
+        assert decide(self.rule, values)[:2] == (3, False)
+
+    def test_the_first_part_proves_nothing(self):
+        values = parts([9, 0, 0, 0], [0, 0, 0, 0])
+        other = parts([1, 0, 0, 0], [0, 0, 0, 0])
+        assert decide(self.rule, values)[:2] == decide(self.rule, other)[:2]
+        assert decide(self.rule, values)[:2] == (0, False)
+
+    def test_ties_by_lot(self):
+        counts = choices(self.rule, np.ones([5, 8]))
+        assert counts[3:].sum() == 0
+        assert (counts[:3] > 40).all()
+
+    @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.9])
+    def test_fraction_of_the_examples(self, fraction):
+        rule = adapt.choose_and_confirm(fraction=fraction)
+        first = round(fraction * 80)
+        values = draws([0, 0, 0, 0], examples=80)
+        values[1, :first] += 1
+        values[0, first:] += 30
+        assert decide(rule, values)[0] == 1
+        # The test is SciPy's on the rest.
+        rest = values[:, first:]
+        for gain in (0.03, 0.06):
+            again = values.copy()
+            again[1, first:] += gain - (rest[1] - rest[3]).mean()
+            pair = again[1, first:], again[3, first:]
+            p = stats.ttest_rel(*pair, alternative="greater").pvalue
+            assert decide(rule, again)[1] == (p < 0.05)
+
+    @pytest.mark.parametrize("explorers", [1, 8])
+    def test_noise_is_seldom_confirmed(self, explorers):
+        """Without a correction, however many there are to choose from."""
+        rng = np.random.default_rng(6)
+        values = rng.normal(size=(4000, explorers + 2, 40))
+
+        def one(values, key):
+            seen = gather(values)
+            return self.rule.decide(seen, (), key)[0].significant
+
+        keys = jax.random.split(KEY, 4000)
+        found = jax.jit(jax.vmap(one))(jnp.asarray(values, jnp.float32), keys)
+        error = np.sqrt(0.05 * 0.95 / 4000)
+        assert 0.03 < float(found.mean()) < 0.05 + 3 * error
+
+    @pytest.mark.parametrize("fraction", [0, 1, -0.5, 50, float("nan")])
+    def test_fraction_out_of_range(self, fraction):
+        with pytest.raises(ValueError, match="fraction must be between 0 and 1, got"):
+            adapt.choose_and_confirm(fraction=fraction)
+
+    @pytest.mark.parametrize(
+        "values, fraction",
+        [
+            (np.ones([4, 1]), 0.5),
+            (np.ones([4]), 0.5),
+            (np.ones([4, 8]), 0.01),
+            (np.ones([4, 8]), 0.99),
+        ],
+        ids=["one example", "figures", "no first part", "no second part"],
+    )
+    def test_too_few_examples(self, values, fraction):
+        rule = adapt.choose_and_confirm(fraction=fraction)
+        with pytest.raises(ValueError, match="needs scores of examples that can be"):
+            decide(rule, values)
+
+
+@pytest.mark.parametrize(
+    "rule", [adapt.greedy, adapt.confident, adapt.choose_and_confirm]
+)
 @pytest.mark.parametrize("confidence", [0.5, 1.0, 95, -1, float("nan")])
 def test_confidence_out_of_range(rule, confidence):
     with pytest.raises(ValueError, match=r"confidence must be above 0\.5 and below 1"):
@@ -187,7 +392,10 @@ class TestEveryRule:
 
     def test_memory_keeps_its_types(self, rule):
         memory = rule.init(2)
-        for values in (draws([0, 1, 0, 0]), np.array([0.0, 1, 0, 0])):
+        second = np.array([0.0, 1, 0, 0])
+        if rule is ALL_RULES["choose_and_confirm"]:  # It takes no figures.
+            second = draws([0, -1, 0, 0], seed=1)
+        for values in (draws([0, 1, 0, 0]), second):
             _, _, new = decide(rule, values, memory)
             specs = [
                 jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), m)
@@ -312,3 +520,135 @@ class TestConfident:
         scores = jnp.asarray(scores, jnp.float32)
         share = float(jax.jit(jax.vmap(significant))(scores, keys).mean())
         assert 0 < share < 0.05 + 2 * np.sqrt(0.05 * 0.95 / 2000)
+
+
+def log_e(total, rounds):
+    """Of a one-sided normal mixture with V = rounds, by integration.
+
+    The prior on the mean of a round's z values is half-normal, of the precision that
+    is about the best at 30 rounds and level 0.05.
+    """
+    log = 2 * np.log(1 / 0.05)
+    rho = 30 / (log + np.log1p(log))
+    mean = np.linspace(0, 40 / np.sqrt(rho), 400_001)
+    prior = 2 * stats.norm.pdf(mean, scale=1 / np.sqrt(rho))
+    inner = mean * total - mean**2 * rounds / 2
+    highest = inner.max()
+    area = np.trapezoid(np.exp(inner - highest) * prior, mean)
+    return highest + np.log(area)
+
+
+class TestTrial:
+    """The visible parameters against the stable ones, over rounds."""
+
+    rule = adapt.confident()
+
+    def rounds(self, gain, count=60, explorer=0.0, seed=0):
+        """``current`` is better than ``stable`` by the same true gain in all rounds."""
+        rng = np.random.default_rng(seed)
+        for _ in range(count):
+            shared = rng.normal(size=128)
+            own = 0.1 * rng.normal(size=(4, 128))
+            yield shared + own + [[gain + explorer], [gain + explorer], [gain], [0]]
+
+    def z(self, values):
+        difference = values[2] - values[3]
+        t, freedom = stats.ttest_1samp(difference, 0).statistic, len(difference) - 1
+        return stats.norm.isf(stats.t.sf(abs(t), freedom)) * np.sign(t)
+
+    def step(self, values, memory, number):
+        seen = gather(values)
+        memory = self.rule.init(2) if memory is None else memory
+        key = jax.random.fold_in(KEY, number)
+        return _jitted(self.rule)(seen, memory, key)
+
+    def test_small_gains_add_up_and_current_becomes_stable(self):
+        memory, total, promoted = None, 0.0, None
+        for number, values in enumerate(self.rounds(0.008)):
+            decision, memory = self.step(values, memory, number)
+            total += np.clip(self.z(values), -10, 10)
+            proof = log_e(total, number + 1)
+            assert abs(proof - np.log(40)) > 0.02  # Or else round off decides.
+            assert bool(decision.significant) == (proof >= np.log(40))
+            if decision.significant:
+                promoted = int(decision.promoted)
+                break
+            assert float(memory.stable.total) == pytest.approx(total, abs=0.02)
+            assert float(memory.stable.weight) == number + 1
+            assert float(memory.stable.rounds) == number + 1
+        assert promoted == 2
+        assert int(decision.adopted) < 2  # What is visible moves on.
+        assert number > 3
+        np.testing.assert_array_equal(jax.tree.leaves(memory.stable), 0)
+
+    def test_small_harm_adds_up_and_stable_comes_back(self):
+        memory, total = None, 0.0
+        for number, values in enumerate(self.rounds(-0.012)):
+            decision, memory = self.step(values, memory, number)
+            total += np.clip(self.z(values), -10, 10)
+            back = log_e(-total, number + 1) >= np.log(1e4 / 0.05)
+            assert (int(decision.adopted) == 3) == back
+            assert not decision.significant
+            if back:
+                break
+        assert back and number > 3
+        np.testing.assert_array_equal(jax.tree.leaves(memory.stable), 0)
+
+    def test_one_clear_round_promotes_what_is_adopted(self):
+        values = next(self.rounds(0.0, explorer=0.1))
+        decision, memory = self.step(values, None, 0)
+        assert decision.significant
+        assert int(decision.promoted) == int(decision.adopted) < 2
+        np.testing.assert_array_equal(jax.tree.leaves(memory.stable), 0)
+
+    def test_one_round_has_a_limit(self):
+        """A round counts ten standard errors at most, either way."""
+        values = draws([0, 0, -50, 0], spread=0.1)
+        values[:2] -= 50
+        _, _memory = self.step(values, None, 0)
+        values = draws([0.0, 0.0, 0.0, 0.0])
+        values[3] = values[2]
+        _, tied = self.step(values, None, 0)
+        assert (float(tied.stable.total), float(tied.stable.weight)) == (0, 0)
+        assert float(tied.stable.rounds) == 1
+
+    def test_what_a_single_round_must_show_grows_with_the_rounds(self):
+        """Level (0.025 / 3) 6 / (pi t)^2 in round t: z 2.6 at first, 4.2 at t = 20."""
+        shares = {}
+        for t in (1.0, 20.0):
+            memory = self.rule.init(2)
+            trial = memory.stable._replace(rounds=jnp.float32(t - 1))
+            memory = memory._replace(stable=trial)
+            needed = stats.norm.isf(0.025 / 3 * 6 / (np.pi * t) ** 2)
+            for z in (needed - 0.15, needed + 0.15):
+                values = draws([0, -9, 0, 0], examples=400)
+                values[3] = values[2]
+                own = values[0] - values[2]
+                values[0] += z * own.std(ddof=1) / np.sqrt(400)
+                decision, _ = self.step(values, memory, 0)
+                assert int(decision.adopted) == 0
+                shares[t, z > needed] = bool(decision.significant)
+        assert shares == {
+            (1.0, False): False,
+            (1.0, True): True,
+            (20.0, False): False,
+            (20.0, True): True,
+        }
+
+    @pytest.mark.parametrize("explorers", [1, 4])
+    def test_false_proof_over_many_rounds(self, explorers):
+        """Nothing is ever better: at most 5 % of runs replace stable in 300 rounds."""
+        runs, count = 400, explorers + 2
+
+        def run(key):
+            def one(memory, key):
+                data, rule_key = jax.random.split(key)
+                values = jax.random.normal(data, [count, 64])
+                decision, memory = self.rule.decide(gather(values), memory, rule_key)
+                return memory, decision.significant
+
+            keys = jax.random.split(key, 300)
+            return jax.lax.scan(one, self.rule.init(explorers), keys)[1].any()
+
+        found = jax.jit(jax.vmap(run))(jax.random.split(KEY, runs))
+        assert float(found.mean()) < 0.05 + 2 * np.sqrt(0.05 * 0.95 / runs)

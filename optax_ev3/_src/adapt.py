@@ -275,7 +275,7 @@ class Trial(NamedTuple):
     Attributes:
       total: ``[]``, sum of z values.
       weight: ``[]``, rounds that said anything.
-      rounds: ``[]``, all rounds.
+      rounds: ``[]``, all rounds since ``stable`` was replaced.
     """
 
     total: jax.Array
@@ -438,13 +438,18 @@ def confident(
         level = spend(alpha / 2, trial.rounds) / (explorers + 1)
         p = norm.sf(to_stable.z[adopted])
         at_once = evidence.valid[adopted] & (p < level)
-        parted = ~at_once & ~better & (adopted != explorers + 1)
+        replaced = at_once | better
+        parted = ~replaced & (adopted != explorers + 1)
         step = _step(to_current.gain, adopted, valid)
         promoted = jnp.where(at_once, adopted, explorers)
-        return Decision(adopted, at_once | better, promoted), ConfidentMemory(
+        return Decision(adopted, replaced, promoted), ConfidentMemory(
             current=current,
             pairs=pairs,
-            stable=jax.tree.map(lambda x: jnp.where(parted, x, 0), trial),
+            stable=Trial(
+                jnp.where(parted, trial.total, 0),
+                jnp.where(parted, trial.weight, 0),
+                jnp.where(replaced, 0, trial.rounds),
+            ),
             noise=_root_mean_square(memory.noise, step),
         )
 

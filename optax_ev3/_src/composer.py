@@ -145,7 +145,7 @@ def ev3(
         ``optax_ev3.adapt.confident()``, with ``clip=10, prior_rounds=1`` unless rounds
         have one step.
       guard: For a held-out set that is used again and again, see
-        :func:`optax_ev3.evidence.ladder`.
+        :func:`optax_ev3.evidence.ladder`. Not together with a greedy soup.
       assess_mode: How the C candidates are scored: ``"unroll"`` (C calls in one
         program), ``"vmap"`` (one call on stacked parameters) or ``"map"`` (a compiled
         loop, the quickest to compile).
@@ -213,34 +213,18 @@ def ev3(
     )
     more = combinations.names(plan.combinations, names)
     explore.check_names([*names, *more])
-    soups = any(isinstance(one, combinations.GreedySoup) for one in plan.combinations)
-    if isinstance(assess_fn, assess.InChunks) and soups:
-        raise ValueError(
-            "combine.greedy_soup() scores one mixture after the other, on all "
-            "examples: it cannot be used with in_chunks."
-        )
     if assess_mode not in assess.MODES:
         raise ValueError(
             f"assess_mode must be one of {assess.MODES}, got {assess_mode!r}."
         )
-    patient = rules.confident()
-    decisive = rules.confident(clip=10.0, prior_rounds=1.0)
     rule = adapt
-    if rule is None:
-        rule = patient if plan.one_step else decisive
-    if not isinstance(rule, rules.Rule):
-        raise TypeError(
-            "adapt must be a rule, such as optax_ev3.adapt.confident(), got "
-            f"{adapt!r} of type {type(adapt).__name__}."
-        )
+    if rule is None and plan.one_step:
+        rule = rules.confident()
+    elif rule is None:
+        rule = rules.confident(clip=10.0, prior_rounds=1.0)
+    _check_judges(rule, guard, plan, assess_fn)
     history_length = arguments.static_int(history_length, "history_length")
     key_impl = arguments.check_key(key)
-
-    if guard is not None and not isinstance(guard, guards.Guard):
-        raise TypeError(
-            "guard must be a guard, such as optax_ev3.evidence.ladder(), got "
-            f"{guard!r} of type {type(guard).__name__}."
-        )
 
     def init_fn(params: optax.Params) -> EV3State:
         states, first = {}, 0
@@ -313,6 +297,32 @@ def _score(assess_fn, extra_args, offered, mode, key, candidates, adopted_by):
     return assess.score_in_chunks(assess_fn, one, adopted_by, offered["axis_name"])
 
 
+def _check_judges(rule, guard, plan, assess_fn):
+    """Raises unless rule and guard are such, and go with what is assessed."""
+    if not isinstance(rule, rules.Rule):
+        raise TypeError(
+            "adapt must be a rule, such as optax_ev3.adapt.confident(), got "
+            f"{rule!r} of type {type(rule).__name__}."
+        )
+    if guard is not None and not isinstance(guard, guards.Guard):
+        raise TypeError(
+            "guard must be a guard, such as optax_ev3.evidence.ladder(), got "
+            f"{guard!r} of type {type(guard).__name__}."
+        )
+    if not any(isinstance(x, combinations.GreedySoup) for x in plan.combinations):
+        return
+    if guard is not None:
+        raise ValueError(
+            "combine.greedy_soup chooses by scores that no guard has seen: it and a "
+            "guard don't go together."
+        )
+    if isinstance(assess_fn, assess.InChunks):
+        raise ValueError(
+            "combine.greedy_soup() scores one mixture after the other, on all "
+            "examples: it cannot be used with in_chunks."
+        )
+
+
 class _Judge(NamedTuple):
     """Assess and adapt: how scores are made and what decides."""
 
@@ -363,7 +373,7 @@ def _one_step(explorers, plan, state, params, call, judge):
     seen = judge.gather(scores, valid, uphill)
     moves.append(trees.Batch(lambda: trees.zeros_like(params)))
     moves.append(trees.Batch(lambda: _minus(state.stable, params)))
-    decision, state = _adapt(judge, seen, state, jnp.ones([], jnp.int32))
+    decision, state, _ = _adapt(judge, seen, state, jnp.ones([], jnp.int32))
     update = trees.pick(decision.adopted, moves)
 
     def promote(_):
@@ -404,7 +414,7 @@ def _finish(explorers, plan, update, state, params, judge):
         explorers, plan, state, params, judge, uphill
     )
     seen = judge.gather(scores, valid, uphill)
-    decision, state = _adapt(judge, seen, state, walked.length)
+    decision, state, seen = _adapt(judge, seen, state, walked.length)
     adopted = decision.adopted
     moved = trees.pick(adopted, candidates)
     # Adopting the lead branch takes the step that it made, without rounding.
@@ -491,7 +501,7 @@ def _soup(one, ends, seen, judge):
 
 
 def _adapt(judge, seen, state, length):
-    """The decision, and the state with what the rule remembers and what is recorded."""
+    """The decision, the state with what is remembered, and what the rule has seen."""
     examples = evidence.examples(seen)
     decision, seen, memory, guarded = judge.decide(seen, state)
     # A round without any valid proposal decides nothing and teaches nothing.
@@ -508,7 +518,7 @@ def _adapt(judge, seen, state, length):
         guarded=trees.where(explored, guarded, state.guarded),
         record=trees.where(explored, appended, state.record),
     )
-    return rules.Decision(adopted, significant, promoted), state
+    return rules.Decision(adopted, significant, promoted), state, seen
 
 
 def _with(state, opt_states):

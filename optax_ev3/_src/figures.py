@@ -34,7 +34,8 @@ class Figure:
       metric_fn: ``metric_fn(outputs, weights)`` -> ``[]``, higher is better, with the
         examples weighted by ``[N]`` float32: ones, or bootstrap counts. See
         :mod:`optax_ev3.metrics` for some.
-      outputs: Tree of arrays ``[n, ...]``, such as predictions and labels.
+      outputs: Tree of arrays ``[n, ...]``, such as predictions and labels. Candidates
+        whose outputs hold a NaN are not adopted.
       samples: B; 0 for a figure that counts as exact.
       on_host: Whether the metric is plain Python, called with NumPy arrays.
 
@@ -59,7 +60,7 @@ def host_metric(
     Predictions are made on the device, for all candidates; then one call to the host
     (``jax.pure_callback``) computes the metric of each. That works under ``jit`` and
     ``scan``, and makes the device wait. What the metric raises ends the step, its
-    message included.
+    message included; it is not asked about predictions that hold a NaN.
 
     Args:
       predict_fn: ``predict_fn(params, **named)`` -> tree of arrays ``[n, ...]``, all
@@ -105,6 +106,10 @@ def host_metric(
 
 def check(what: str, figure: Figure) -> None:
     """Raises unless the figure, its outputs shapes and dtypes, can be computed."""
+    if not callable(figure.metric_fn):
+        raise TypeError(
+            f"the metric_fn of {what} must be callable, got {figure.metric_fn!r}."
+        )
     _check_samples(figure.samples)
     leaves = jax.tree.leaves(figure.outputs)
     shapes = [leaf.shape for leaf in leaves]
@@ -143,7 +148,8 @@ def compute(
       axis_name: Mapped axis over which the examples are spread, or None.
 
     Returns:
-      ``[C]`` float32, with ``[C, B]`` resamples if there are any.
+      ``[C]`` float32, with ``[C, B]`` resamples if there are any; NaN for candidates
+      whose outputs hold a NaN, whatever the metric makes of it.
     """
     if axis_name is not None:
         outputs = jax.tree.map(lambda x: trees.unite(x, axis_name, 1), outputs)
@@ -167,6 +173,7 @@ def compute(
             return jax.vmap(lambda w: figure.metric_fn(mine, w))(weights)
 
         values = lax.map(one, outputs).astype(jnp.float32)
+        values = jnp.where(jax.vmap(_broken)(outputs)[:, None], jnp.nan, values)
     if not figure.samples:
         return values[:, 0]
     return Resampled(values[:, 0], values[:, 1:])
@@ -177,10 +184,20 @@ def _on_host(figure, outputs, weights, shape):
     values = np.empty(shape, np.float32)
     for row in range(shape[0]):
         mine = jax.tree.map(lambda x, row=row: x[row], outputs)
+        if _broken(mine, np):  # Many metrics raise, which would end the training.
+            values[row] = np.nan
+            continue
         for column in range(shape[1]):
             given = (mine, weights[column]) if figure.samples else (mine,)
             values[row, column] = float(figure.metric_fn(*given))
     return values
+
+
+def _broken(outputs, xp: Any = jnp) -> Any:
+    """Whether outputs hold a NaN."""
+    leaves = jax.tree.leaves(outputs)
+    real = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return sum((xp.isnan(x).any() for x in real), start=xp.zeros([], bool)) > 0
 
 
 def _check_samples(samples):

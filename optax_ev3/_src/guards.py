@@ -35,7 +35,7 @@ class LadderMemory(NamedTuple):
     """What :func:`ladder` remembers.
 
     Attributes:
-      rounds: ``[]`` int32, rounds so far.
+      rounds: ``[]`` int32, rounds so far in which stable had a score.
       best: ``[]`` float32, the score released of the stable parameters.
     """
 
@@ -113,14 +113,23 @@ def ladder(confidence: float | None = 0.95, step: float | None = None) -> Guard:
         mean = ev.estimate(evidence, objective).mean.astype(jnp.float32)
         against = ev.compare(evidence, objective, mean.shape[0] - 1)
         limit = threshold(evidence, against.stderr, memory.rounds + 1)
-        unit = step or 1 / evidence.scores[objective].shape[1]
-        rounded = jnp.round(mean / unit) * unit
+        # As 1 / N is to scores of 0 or 1, for scores of any scale.
+        unit = against.stderr / jnp.sqrt(ev.count(evidence, objective))
+        unit = jnp.full_like(mean, step) if step else unit.astype(jnp.float32)
+        rounded = jnp.round(mean / jnp.where(unit > 0, unit, 1)) * unit
+        rounded = jnp.where(unit > 0, rounded, mean)
         best = jnp.where(memory.rounds == 0, rounded[-1], memory.best)
-        # What is told to be better does not look worse for being rounded.
-        better, worse = jnp.maximum(rounded, best), jnp.minimum(rounded, best)
+        # What is told to be better does not look equal or worse for being rounded.
+        better = jnp.maximum(rounded, best + unit)
+        worse = jnp.minimum(rounded, best - unit)
         told = jnp.where(against.gain > 0, better, worse)
         released = jnp.where(jnp.abs(against.gain) > limit, told, best)
-        memory = LadderMemory(memory.rounds + 1, best)
+        # Without a score of stable there is nothing to tell, and nothing to remember.
+        known = evidence.valid[-1]
+        memory = LadderMemory(
+            memory.rounds + known.astype(jnp.int32),
+            jnp.where(known, best, memory.best),
+        )
         return _released(evidence, objective, released), memory
 
     def settle(memory, released, replaced, promoted):
