@@ -592,7 +592,8 @@ class TestTrial:
             if back:
                 break
         assert back and number > 3
-        np.testing.assert_array_equal(jax.tree.leaves(memory.stable), 0)
+        # The trial begins anew, and the same stable parameters stand.
+        np.testing.assert_array_equal(memory.stable, [0, 0, number + 1])
 
     def test_one_clear_round_promotes_what_is_adopted(self):
         values = next(self.rounds(0.0, explorer=0.1))
