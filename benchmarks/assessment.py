@@ -5,11 +5,11 @@
 drift: the visible parameters get better, or worse, by a tenth of a round's standard
   error in each of 300 rounds of 64 examples, or stay as good as the stable ones. How
   often are these replaced, or gone back to, by the default rule?
-reuse: labels by lot and 500 features, as in Dwork et al. (arXiv 1506.02629): nothing can
-  be learnt. 1,000 rounds on one and the same held-out set of 500. What does EV3 report
-  of the stable parameters, more than they are worth on new data?
-chunks: the demo's task, assessed on 128 held-out examples at once or in chunks. How many
-  examples does that take, and what does it cost?
+reuse: labels by lot and 500 features, as in Dwork et al. (arXiv 1506.02629): nothing
+  can be learnt. 1,000 rounds on one and the same held-out set of 500. What does EV3
+  report of the stable parameters, more than they are worth on new data?
+chunks: the demo's task, assessed on 128 held-out examples at once or in chunks. How
+  many examples does that take, and what does it cost?
 f1: digits, the eights against all others (10%), three losses with Adam as explorers,
   assessed by F1. Each loss alone; of the three the one with the best held-out loss, or
   F1; and EV3.
@@ -61,7 +61,9 @@ def spread(values: np.ndarray, digits: int = 4) -> str:
 
 
 def drift(settings: Settings) -> None:
-    print(f"{'drift':>8}{'replaced':>10}{'by round':>10}{'gone back':>11}{'by round':>10}")
+    print(
+        f"{'drift':>8}{'replaced':>10}{'by round':>10}{'gone back':>11}{'by round':>10}"
+    )
     keys = jax.random.split(jax.random.key(0), settings.runs)
     for change in (-0.1, 0.0, 0.1):
         run = functools.partial(_drifting, change=change, rounds=settings.rounds)
@@ -89,9 +91,7 @@ def _drifting(key, change, rounds, explorers=2, examples=64):
         seen = evidence.gather({"score": scores}, *flags_)
         decision, memory = rule.decide(seen, memory, rule_key)
         visible = quality[decision.adopted, 0]
-        stable = jnp.where(
-            decision.significant, quality[decision.promoted, 0], stable
-        )
+        stable = jnp.where(decision.significant, quality[decision.promoted, 0], stable)
         back = decision.adopted == explorers + 1
         return (visible, stable, memory), (decision.significant, back)
 
@@ -307,7 +307,11 @@ def _f1_runs(settings, data, name=None, kwargs=None):
         def score(part):
             return metrics.f1(outputs(params, part), jnp.ones(len(part[1])))
 
-        return score(test), loss_named("cross-entropy")(params, held_out), score(held_out)
+        return (
+            score(test),
+            loss_named("cross-entropy")(params, held_out),
+            score(held_out),
+        )
 
     runs = jax.vmap(one)(jnp.arange(settings.f1_seeds), *data)
     return [np.asarray(values) for values in runs]

@@ -18,6 +18,12 @@ import pytest
 import optax_ev3
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "overhead.py"
+# Compiled without optimization: these runs show that scripts work, not how fast.
+QUICKLY = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +55,7 @@ def test_quick_run_prints_tables_and_writes_all_figures(tmp_path):
         capture_output=True,
         text=True,
         timeout=600,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env=QUICKLY,
     )
     assert done.returncode == 0, done.stderr
     for title in (
@@ -173,7 +179,7 @@ def test_benchmark_of_trajectories_runs(tmp_path):
         capture_output=True,
         text=True,
         timeout=600,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env=QUICKLY,
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(path.read_text())
@@ -195,7 +201,7 @@ def test_benchmark_of_evidence_runs(tmp_path):
         capture_output=True,
         text=True,
         timeout=600,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env=QUICKLY,
     )
     assert done.returncode == 0, done.stderr
     for title in ("Any of K equal", "Ever declared better", "when better by 0.01"):
@@ -245,7 +251,7 @@ def test_simulated_scores_are_what_the_benchmark_says():
         capture_output=True,
         text=True,
         timeout=600,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env=QUICKLY,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -260,3 +266,18 @@ def test_simulated_scores_are_what_the_benchmark_says():
             assert 0 <= low < 0.1 and 0.9 < high <= 1 and differ > 0.99
         else:
             assert differ > 0.99 and fourth > 10
+
+
+@pytest.mark.slow
+def test_benchmark_of_the_assessment_runs():
+    pytest.importorskip("sklearn")
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT.with_name("assessment.py")), "--quick"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=QUICKLY,
+    )
+    assert done.returncode == 0, done.stderr
+    for row in ("drift", "greedy, ladder()", "in_chunks(8)", "EV3, trajectories of 50"):
+        assert row in done.stdout

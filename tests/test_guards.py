@@ -133,7 +133,8 @@ def test_ladders_score_of_stable_moves_when_it_is_replaced_only():
     memory = guard.init(KEY)
     before = None
     for promoted in (None, 0, None, 1, None):
-        values = [*rng.normal(size=(4, N)), [2], [-2], [0], [0], *rng.normal()]
+        shift = np.array([[2], [-2], [0], [0]])
+        values = rng.normal(size=(4, N)) + shift + rng.normal()
         found, seen, memory = released(guard, memory, values)
         assert before is None or found[-1] == before
         memory = settled(guard, memory, seen, promoted)
@@ -145,7 +146,8 @@ def test_ladder_tells_gains_far_below_one_in_n():
     """Scores have any unit, and candidates may be much alike."""
     rng = np.random.default_rng(3)
     shared = rng.normal(size=N)
-    values = 1e-3 * (shared + 1e-3 * ([*rng.normal(size=(3, N)), [3], [-3], [0]]))
+    shift = np.array([[3], [-3], [0]])
+    values = 1e-3 * (shared + 1e-3 * (rng.normal(size=(3, N)) + shift))
     values[2] = 1e-3 * shared
     found, _, _ = released(public.ladder(), public.ladder().init(KEY), values)
     assert found[0] > found[2] > found[1]
