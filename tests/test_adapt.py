@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import integrate, stats
 
 from optax_ev3 import adapt
 from optax_ev3 import evidence as public
@@ -534,7 +534,7 @@ def log_e(total, rounds):
     prior = 2 * stats.norm.pdf(mean, scale=1 / np.sqrt(rho))
     inner = mean * total - mean**2 * rounds / 2
     highest = inner.max()
-    area = np.trapezoid(np.exp(inner - highest) * prior, mean)
+    area = integrate.trapezoid(np.exp(inner - highest) * prior, mean)
     return highest + np.log(area)
 
 
