@@ -242,6 +242,11 @@ BAD_ARGUMENTS = {
         lambda: adapt.confident(prior_rounds=-1.0),
         (ValueError, "prior_rounds", "above 0", "-1.0"),
     ),
+    "confidence a string": (
+        lambda: adapt.confident("high"),
+        (TypeError, "confidence must be a number", "'high'", "str"),
+    ),
+    "confidence None": (lambda: adapt.greedy(None), (TypeError, "NoneType")),
     "confidence NaN": (lambda: adapt.confident(float("nan")), (ValueError, "nan")),
     "select_alpha": (
         lambda: adapt.lower_bound(select_alpha=-1),

@@ -42,6 +42,16 @@ def test_example_learns(name, tmp_path):
     assert float(shown["ev3/share/adam"]) + float(shown["ev3/share/sgd"]) > 0.5
 
 
+def test_example_of_a_metric_learns(tmp_path):
+    done = run("f1_score.py", "--steps=100", "--seed=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    before, after = map(float, re.findall(r"test F1 ([\d.]+)", done.stdout))
+    assert before < 0.4 and after > 0.6
+    shown = dict(line.split() for line in done.stdout.splitlines() if "ev3/" in line)
+    assert (float(shown["ev3/calls"]), float(shown["ev3/round"])) == (100, 2)
+    assert "ev3/score/average(adam(focal))" in shown
+
+
 def test_example_with_trajectories_learns(tmp_path):
     done = run("linen_batchnorm.py", "--steps=60", "--seed=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -6,7 +6,6 @@ Dimensions: ``K`` explorers, ``C`` = K + 2 candidates, in the order explorers,
 
 import math
 from collections.abc import Callable
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +20,9 @@ from optax_ev3._src.bounds import (
     mixture_log_e,
     spend,
     standard,
+    z_value,
 )
+from optax_ev3._src.checks import error_rate
 from optax_ev3._src.evidence import (
     CERTAIN,
     Evidence,
@@ -96,7 +97,7 @@ def greedy(
       ...     adapt=optax_ev3.adapt.greedy(),
       ... )
     """
-    alpha = _alpha(confidence)
+    alpha = error_rate(confidence)
     bound = _bound(bound)
     if correction not in CORRECTIONS:
         raise ValueError(
@@ -217,7 +218,7 @@ def choose_and_confirm(
       ...     adapt=optax_ev3.adapt.choose_and_confirm(fraction=0.3),
       ... )
     """
-    alpha = _alpha(confidence)
+    alpha = error_rate(confidence)
     bound = _bound(bound)
     if not 0 < fraction < 1:
         raise ValueError(f"fraction must be between 0 and 1, got {fraction}.")
@@ -373,7 +374,7 @@ def confident(
       likelihood that one unknown probability exceeds another
       <https://doi.org/10.1093/biomet/25.3-4.285>`_, 1933.
     """
-    alpha = _alpha(confidence)
+    alpha = error_rate(confidence)
     for name, value in {"clip": clip, "prior_rounds": prior_rounds}.items():
         if not 0 < value < float("inf"):
             raise ValueError(f"{name} must be above 0 and finite, got {value}.")
@@ -398,7 +399,7 @@ def confident(
     def decide(evidence, memory, key):
         objective = single_objective(evidence)
         explorers = evidence.valid.shape[0] - 2
-        critical = _critical(alpha / explorers)
+        critical = z_value(alpha / explorers)
 
         def against(reference):
             return compare(evidence, objective, reference, memory.noise)
@@ -512,12 +513,6 @@ def _step(gain: jax.Array, adopted: jax.Array, valid: jax.Array) -> jax.Array:
     return jnp.where(taken, gain[adopted], smallest).astype(jnp.float32)
 
 
-def _alpha(confidence: float) -> float:
-    if not 0.5 < confidence < 1:
-        raise ValueError(f"confidence must be above 0.5 and below 1, got {confidence}.")
-    return 1 - confidence
-
-
 def _bound(bound: Any) -> Bound:
     if bound is None:
         return standard()
@@ -527,11 +522,6 @@ def _bound(bound: Any) -> Bound:
             f"{bound!r} of type {type(bound).__name__}."
         )
     return bound
-
-
-def _critical(alpha: float) -> float:
-    """The z value that noise exceeds with probability ``alpha``."""
-    return NormalDist().inv_cdf(1 - alpha)
 
 
 def _first(mask: jax.Array, order: jax.Array, otherwise: int) -> jax.Array:

@@ -1,12 +1,11 @@
 """Arguments of the transformation: checked, and brought to the form we use."""
 
-import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from optax_ev3._src import combine, trajectory, trees
+from optax_ev3._src import checks, combine, trajectory, trees
 
 # Trajectories without a bound on their growth stop growing here, in calls.
 _LONGEST = 2**24
@@ -105,15 +104,8 @@ def static_float(value: Any, name: str) -> float:
 def static_int(value: Any, name: str) -> int:
     """A Python integer of at least 1."""
     try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
+        return checks.integer(value, name, 1)
     except TypeError as error:
         raise TypeError(
-            f"{name} must be a Python integer, got {value!r} of type "
-            f"{type(value).__name__}. Inside optax.inject_hyperparams, list it among "
-            f"the static_args."
+            f"{error} Inside optax.inject_hyperparams, list it among the static_args."
         ) from error
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {number}.")
-    return number

@@ -1,8 +1,6 @@
 """Assess: the user's scores of all candidates, on the same data."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_ev3._src import evidence, figures, named, trees
+from optax_ev3._src import bounds, checks, evidence, figures, named, trees
 
 MODES = ("unroll", "vmap", "map")
 
@@ -71,20 +69,7 @@ def score(
     """
     try:
         single = next(batch.tree for batch in candidates if batch.size is None)
-        found = {}
-
-        def trace(params):
-            output = assess(params)
-            found.update(_objectives(output))
-            return figures.outputs_of(found)
-
-        shapes = jax.eval_shape(trace, single)
-        kinds = {
-            k: dataclasses.replace(v, outputs=shapes[k])
-            if figures.is_figure(v)
-            else shapes[k]
-            for k, v in found.items()
-        }
+        kinds = jax.eval_shape(lambda params: _objectives(assess(params)), single)
         _check_scores(kinds)
         values = _score(assess, candidates, mode)
     except _NOT_TRACEABLE as error:
@@ -94,12 +79,12 @@ def score(
             "in Python or NumPy there is optax_ev3.host_metric. JAX said: "
             f"{str(error).splitlines()[0]}"
         ) from error
+    binary = set()
     for name, kind in kinds.items():
-        if figures.is_figure(kind):
+        if isinstance(kind, figures.Figure):
             values[name] = figures.compute(kind, values[name], key, axis_name)
-    binary = {
-        k for k, v in kinds.items() if not figures.is_figure(v) and v.dtype == bool
-    }
+        elif kind.dtype == bool:
+            binary.add(name)
     return Scores(values, frozenset(binary))
 
 
@@ -109,7 +94,7 @@ class InChunks(NamedTuple):
     assess_fn: Callable[..., Any]
     chunks: int
     slice_args: tuple[str, ...]
-    confidence: float
+    alpha: float
     patience: int
 
 
@@ -167,14 +152,13 @@ def in_chunks(
       1994.
     """
     named.check_callback(assess_fn, "assess_fn")
-    for name, value, least in (("chunks", chunks, 2), ("patience", patience, 1)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer, got {value!r}.")
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}.")
-    if not 0.5 < confidence < 1:
-        raise ValueError(f"confidence must be above 0.5 and below 1, got {confidence}.")
-    return InChunks(assess_fn, chunks, tuple(slice_args), confidence, patience)
+    return InChunks(
+        assess_fn,
+        checks.integer(chunks, "chunks", 2),
+        tuple(slice_args),
+        checks.error_rate(confidence),
+        checks.integer(patience, "patience", 1),
+    )
 
 
 def bind(
@@ -212,16 +196,15 @@ def part(tree: Any, chunk: Any, chunks: int, name: str) -> Any:
 def score_in_chunks(
     plan: InChunks,
     score_chunk: Callable[[Any], Scores],
-    adopted_by: Callable[[Scores], jax.Array],
-    axis_name: Any = None,
+    judge: Callable[[Scores], tuple[jax.Array, evidence.Evidence]],
 ) -> Scores:
     """Scores of chunk after chunk until the decision is clear.
 
     Args:
       plan: How to go on.
       score_chunk: Maps the number of a chunk to the scores of all candidates.
-      adopted_by: Maps scores to the candidate, ``[]`` int32, that they would adopt.
-      axis_name: Mapped axis over which examples are spread, or None.
+      judge: Maps scores to the candidate, ``[]`` int32, that they would adopt, and the
+        evidence of all devices.
 
     Returns:
       The scores, zero for the examples that were not looked at.
@@ -252,9 +235,9 @@ def score_in_chunks(
             for k, v in values.items()
         }
         scores = Scores(values, binary[0], jnp.arange(n) < (chunk + 1) * size)
-        adopted = adopted_by(scores)
+        adopted, found = judge(scores)
         unchanged = jnp.where(adopted == last, unchanged + 1, 0)
-        clear = _is_clear(scores, plan, axis_name) | (unchanged >= plan.patience)
+        clear = _is_clear(found, plan) | (unchanged >= plan.patience)
         return chunk + 1, values, adopted, unchanged, clear
 
     def goes_on(carry):
@@ -267,17 +250,12 @@ def score_in_chunks(
     return Scores(values, binary[0], jnp.arange(n) < count * size)
 
 
-def _is_clear(scores, plan, axis_name):
+def _is_clear(found, plan):
     """Whether the best explorer is told apart from all others, by every objective."""
-    candidates = next(iter(scores.values.values())).shape[0]
-    flags = jnp.ones([candidates], bool)
-    found = evidence.gather(
-        scores.values, flags, ~flags, axis_name, scores.binary, scores.seen
-    )
-    level = (1 - plan.confidence) / (candidates - 1) / plan.chunks
-    critical = NormalDist().inv_cdf(1 - level)
+    candidates = found.valid.shape[0]
+    critical = bounds.z_value(plan.alpha / (candidates - 1) / plan.chunks)
     clear = jnp.asarray(True)
-    for name in scores.values:
+    for name in found.scores:
         mean = evidence.estimate(found, name).mean
         explorers = found.valid & (jnp.arange(candidates) < candidates - 2)
         best = jnp.argmax(jnp.where(explorers, mean, -jnp.inf))
@@ -317,7 +295,7 @@ def _as_scores(output: Any) -> dict[str, Any]:
     """Float arrays, float32 at the least, and the outputs that figures are made of."""
     wide = {}
     for name, value in _objectives(output).items():
-        if figures.is_figure(value):
+        if isinstance(value, figures.Figure):
             wide[name] = jax.tree.map(jnp.asarray, value.outputs)
         else:
             array = jnp.asarray(value)
@@ -334,7 +312,7 @@ def _check_scores(objectives: Mapping[str, Any]) -> None:
         what = "assess_fn" if objectives.keys() == {SCORE} else f"objective {name!r}"
         if not isinstance(name, str):
             raise TypeError(f"objectives must be named by strings, got {name!r}.")
-        if figures.is_figure(value):
+        if isinstance(value, figures.Figure):
             figures.check(what, value)
             continue
         if not (hasattr(value, "shape") and hasattr(value, "dtype")):

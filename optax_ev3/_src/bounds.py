@@ -75,7 +75,7 @@ def paired_t() -> Bound:
 
     def lower(evidence, objective, reference, alpha):
         gain, stderr, _ = ev.compare(evidence, objective, reference)
-        z = critical(alpha)
+        z = z_value(alpha)
         n, t = ev.count(evidence, objective), z
         if evidence.scores[objective].ndim == 2:
             freedom = jnp.maximum(n - 1, 1)
@@ -101,21 +101,11 @@ def unpaired_normal() -> Bound:
       <https://arxiv.org/abs/2310.18893>`_, 2023.
     """
 
-    def apart(evidence, objective, reference):
+    def moments(evidence, objective, reference):
         mean, stderr = ev.estimate(evidence, objective)
         return ev.less(mean, mean[reference]), stderr + stderr[reference]
 
-    def p_value(evidence, objective, reference):
-        gain, spread = apart(evidence, objective, reference)
-        return _normal_p(gain, spread, ev.count(evidence, objective))
-
-    def lower(evidence, objective, reference, alpha):
-        gain, spread = apart(evidence, objective, reference)
-        z = critical(alpha)
-        enough = _enough(ev.count(evidence, objective), z)
-        return jnp.where(enough, gain - z * spread, -jnp.inf)
-
-    return _valid(p_value, lower)
+    return _normal(moments)
 
 
 def mcnemar(mid_p: bool = False) -> Bound:
@@ -268,17 +258,7 @@ def bootstrap(samples: int = 999, seed: int = 0) -> Bound:
         found = ev.differences(evidence, objective, reference)
         return _mean(found), ev.deviation(_deviations(found, samples, seed))
 
-    def p_value(evidence, objective, reference):
-        gain, stderr = moments(evidence, objective, reference)
-        return _normal_p(gain, stderr, ev.count(evidence, objective))
-
-    def lower(evidence, objective, reference, alpha):
-        gain, stderr = moments(evidence, objective, reference)
-        z = critical(alpha)
-        enough = _enough(ev.count(evidence, objective), z)
-        return jnp.where(enough, gain - z * stderr, -jnp.inf)
-
-    return _valid(p_value, lower)
+    return _normal(moments)
 
 
 def normal_mixture(low: float, high: float, expected: int = 1000) -> Bound:
@@ -563,6 +543,25 @@ def _valid(p_value, lower, limits=None, process=None):
     return Bound(safe_p, safe_lower, process)
 
 
+def _normal(moments):
+    """A bound by gains and standard errors ``[C]``, as if normally distributed."""
+
+    def p_value(evidence, objective, reference):
+        gain, stderr = moments(evidence, objective, reference)
+        z = gain / jnp.maximum(stderr, jnp.abs(gain) / ev.CERTAIN)
+        # None stronger than that of n coins that all fall alike.
+        limit = ev.coins(ev.count(evidence, objective))
+        return norm.sf(jnp.where(gain == 0, 0, jnp.minimum(z, limit)))
+
+    def lower(evidence, objective, reference, alpha):
+        gain, stderr = moments(evidence, objective, reference)
+        z = z_value(alpha)
+        enough = _enough(ev.count(evidence, objective), z)
+        return jnp.where(enough, gain - z * stderr, -jnp.inf)
+
+    return _valid(p_value, lower)
+
+
 def _within(evidence, objective, reference, limits):
     """Which candidates have, like the reference, no score outside the limits: [C]."""
     values = ev.each_example(evidence, objective)
@@ -579,7 +578,7 @@ def _width(name, low, high):
     return 2.0 * (high - low)
 
 
-def critical(alpha: Any) -> jax.Array:
+def z_value(alpha: Any) -> jax.Array:
     """The z value that noise exceeds with probability ``alpha``."""
     return -special.ndtri(jnp.asarray(alpha, jnp.float32))
 
@@ -596,12 +595,6 @@ def _from_process(process):
 def _mean(found):
     """Mean difference ``[C]``, zero where no example was looked at."""
     return found.values.sum(axis=1) / jnp.maximum(found.n, 1)
-
-
-def _normal_p(gain, stderr, n):
-    """P values of gains, none stronger than that of n coins that all fall alike."""
-    z = gain / jnp.maximum(stderr, jnp.abs(gain) / ev.CERTAIN)
-    return norm.sf(jnp.where(gain == 0, 0, jnp.minimum(z, ev.coins(n))))
 
 
 def _enough(n, z):

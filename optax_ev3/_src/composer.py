@@ -285,7 +285,7 @@ def ev3(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _score(assess_fn, extra_args, offered, mode, key, candidates, adopted_by):
+def _score(assess_fn, extra_args, offered, mode, key, candidates, judge):
     """Scores of all candidates; what they would adopt may say when it is enough."""
 
     def one(chunk=None):
@@ -294,7 +294,7 @@ def _score(assess_fn, extra_args, offered, mode, key, candidates, adopted_by):
 
     if not isinstance(assess_fn, assess.InChunks):
         return one()
-    return assess.score_in_chunks(assess_fn, one, adopted_by, offered["axis_name"])
+    return assess.score_in_chunks(assess_fn, one, judge)
 
 
 def _check_judges(rule, guard, plan, assess_fn):
@@ -347,11 +347,14 @@ class _Judge(NamedTuple):
         decision, memory = self.rule.decide(seen, state.memory, self.key)
         return decision, seen, memory, guarded
 
-    def adopted_by(self, state: EV3State, valid: Any, uphill: Any) -> Any:
-        """Maps scores to the candidate that they would adopt."""
-        return lambda scores: (
-            self.decide(self.gather(scores, valid, uphill), state)[0].adopted
-        )
+    def preview(self, state: EV3State, valid: Any, uphill: Any) -> Any:
+        """Maps scores to the candidate that they would adopt, and their evidence."""
+
+        def judge(scores):
+            seen = self.gather(scores, valid, uphill)
+            return self.decide(seen, state)[0].adopted, seen
+
+        return judge
 
 
 def _one_step(explorers, plan, state, params, call, judge):
@@ -369,7 +372,7 @@ def _one_step(explorers, plan, state, params, call, judge):
     ]
     valid = _flags([step.finite for step in proposed.values()], True)
     uphill = _flags([step.uphill for step in proposed.values()], False)
-    scores = judge.score(candidates, judge.adopted_by(state, valid, uphill))
+    scores = judge.score(candidates, judge.preview(state, valid, uphill))
     seen = judge.gather(scores, valid, uphill)
     moves.append(trees.Batch(lambda: trees.zeros_like(params)))
     moves.append(trees.Batch(lambda: _minus(state.stable, params)))
@@ -458,9 +461,7 @@ def _assess_round(explorers, plan, state, params, judge, uphill):
     fixed = [trees.Batch(walked.start), trees.Batch(state.stable)]
     valid += [jnp.ones([len(others)], bool)]
     flags = jnp.concatenate([*valid, jnp.ones([2], bool)])
-    scores = judge.score(
-        [*ends, *others, *fixed], judge.adopted_by(state, flags, uphill)
-    )
+    scores = judge.score([*ends, *others, *fixed], judge.preview(state, flags, uphill))
     soups = [x for x in plan.combinations if isinstance(x, combinations.GreedySoup)]
     for one in soups:
         first = scores._replace(values=jax.tree.map(lambda x: x[:count], scores.values))

@@ -5,7 +5,7 @@ Dimensions: ``C`` candidates, ``N`` examples on all devices, ``B`` resamples.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optax_ev3._src import bounds, named, trees
+from optax_ev3._src import bounds, checks, named, trees
 from optax_ev3._src.evidence import Resampled
 
 
@@ -201,19 +201,7 @@ def _broken(outputs, xp: Any = jnp) -> Any:
 
 
 def _check_samples(samples):
-    if isinstance(samples, bool) or not isinstance(samples, int):
-        raise TypeError(f"samples must be an integer, got {samples!r}.")
-    if samples == 1 or samples < 0:
+    if checks.integer(samples, "samples") == 1 or samples < 0:
         raise ValueError(
             f"samples must be 0, for none, or at least 2, for a spread; got {samples}."
         )
-
-
-def is_figure(value: Any) -> bool:
-    """Whether an objective is a figure."""
-    return isinstance(value, Figure)
-
-
-def outputs_of(objectives: Mapping[str, Any]) -> dict[str, Any]:
-    """The objectives with the outputs in the place of figures."""
-    return {k: v.outputs if is_figure(v) else v for k, v in objectives.items()}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_ev3._src import bounds
+from optax_ev3._src import bounds, checks
 from optax_ev3._src import evidence as ev
 from optax_ev3._src.evidence import Evidence
 
@@ -87,21 +87,18 @@ def ladder(confidence: float | None = 0.95, step: float | None = None) -> Guard:
       Blum and Hardt, `The Ladder: a reliable leaderboard for machine learning
       competitions <https://arxiv.org/abs/1502.04585>`_, 2015.
     """
-    if confidence is not None and not 0.5 < confidence < 1:
-        raise ValueError(
-            f"confidence must be above 0.5 and below 1, or None, got {confidence}."
-        )
+    alpha = None if confidence is None else checks.error_rate(confidence)
     if step is not None and not step > 0:
         raise ValueError(f"step must be above 0, got {step}.")
 
     def threshold(evidence, stderr, rounds):
         if step is not None:
             return jnp.full_like(stderr, step)
-        if confidence is None:
+        if alpha is None:
             return stderr
         comparisons = 2 * (evidence.valid.shape[0] - 1)
-        level = bounds.spend((1 - confidence) / comparisons, rounds)
-        return bounds.critical(level) * stderr
+        level = bounds.spend(alpha / comparisons, rounds)
+        return bounds.z_value(level) * stderr
 
     def init(key):
         del key
@@ -109,7 +106,8 @@ def ladder(confidence: float | None = 0.95, step: float | None = None) -> Guard:
 
     def release(evidence, memory, key):
         del key
-        objective = _of_examples(evidence, "ladder")
+        objective = ev.single_objective(evidence)
+        ev.each_example(evidence, objective)
         mean = ev.estimate(evidence, objective).mean.astype(jnp.float32)
         against = ev.compare(evidence, objective, mean.shape[0] - 1)
         limit = threshold(evidence, against.stderr, memory.rounds + 1)
@@ -218,15 +216,6 @@ def thresholdout(
         return _released(evidence, held_out[0], released), memory
 
     return Guard(init, release, lambda memory, *_: memory)
-
-
-def _of_examples(evidence: Evidence, name: str) -> str:
-    objective = ev.single_objective(evidence)
-    if evidence.scores[objective].ndim == 1:
-        raise ValueError(
-            f"{name} needs a score for each example, assess_fn returned one figure."
-        )
-    return objective
 
 
 def _released(evidence: Evidence, objective: str, figures: jax.Array) -> Evidence:

@@ -1,6 +1,5 @@
 """Assessment on held-out arrays that stay on the device."""
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 from jax import lax
 from jax.tree_util import keystr, tree_map_with_path
 
-from optax_ev3._src import named
+from optax_ev3._src import checks, named
 from optax_ev3._src.assess import part
 
 # More examples could not be walked through in 32-bit numbers, see _split.
@@ -204,8 +203,7 @@ def _checked_size(batch_size, size, shuffle):
                 "shuffle needs a batch_size: without one every round uses all of data."
             )
         return None
-    if isinstance(batch_size, bool) or not hasattr(batch_size, "__index__"):
-        raise TypeError(f"batch_size must be an integer or None, got {batch_size!r}.")
+    batch_size = checks.integer(batch_size, "batch_size")
     if not 1 <= batch_size <= size:
         raise ValueError(
             f"batch_size must be between 1 and the {size} examples of data, got "
@@ -215,7 +213,7 @@ def _checked_size(batch_size, size, shuffle):
         raise ValueError(
             f"shuffle takes at most {_MOST_SHUFFLED} examples, data has {size}."
         )
-    return operator.index(batch_size)
+    return batch_size
 
 
 def _leading_size(data: Any) -> int:

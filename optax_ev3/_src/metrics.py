@@ -8,7 +8,6 @@ sample drew it. What does not depend on them, such as sorting, is done once unde
 Dimensions: ``n`` examples.
 """
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from optax_ev3._src import checks
 
 Metric = Callable[[Any, Any], jax.Array]
 
@@ -50,7 +51,7 @@ def f1(outputs: Any, weights: Any, *, positive: int = 1) -> jax.Array:
     predictions, labels = _pair(outputs, "(predictions [n], labels [n])")
     predictions, labels = _classes(predictions, "predictions"), _classes(labels)
     weights = _weights(weights, predictions=predictions, labels=labels)
-    positive = _integer(positive, "positive")
+    positive = checks.integer(positive, "positive")
     return _f1(predictions == positive, labels == positive, weights)
 
 
@@ -76,8 +77,7 @@ def macro_f1(classes: int) -> Metric:
       >>> print(metrics.macro_f1(3)((predictions, labels), jnp.ones([4])))
       0.5
     """
-    if _integer(classes, "classes") < 2:
-        raise ValueError(f"classes must be at least 2, got {classes}.")
+    checks.integer(classes, "classes", 2)
     names = np.arange(classes, dtype=np.int32)[None]
 
     def metric(outputs, weights):
@@ -175,8 +175,7 @@ def expected_calibration_error(bins: int = 15) -> Metric:
       Guo et al., `On Calibration of Modern Neural Networks
       <https://arxiv.org/abs/1706.04599>`_, 2017.
     """
-    if _integer(bins, "bins") < 1:
-        raise ValueError(f"bins must be at least 1, got {bins}.")
+    checks.integer(bins, "bins", 1)
     edges = np.linspace(0, 1, bins + 1, dtype=np.float32)
     # Rounding may bring a probability a little above 1.
     edges[0], edges[-1] = -np.inf, np.inf
@@ -265,10 +264,3 @@ def _check_real(values: jax.Array, what: str) -> None:
     number = jnp.issubdtype(values.dtype, jnp.number) or values.dtype == jnp.bool_
     if not number or jnp.iscomplexobj(values):
         raise TypeError(f"{what} must be real numbers, got dtype {values.dtype}.")
-
-
-def _integer(value: Any, name: str) -> int:
-    try:
-        return operator.index(value)
-    except TypeError as error:
-        raise TypeError(f"{name} must be an integer, got {value!r}.") from error

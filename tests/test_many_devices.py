@@ -1,0 +1,251 @@
+"""Decisions over many devices are those of one, with an axis name or sharded arrays."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import (
+    RULES,
+    assert_close,
+    assert_identical,
+    assert_same_types,
+    explorers,
+    gradient,
+    loss,
+    score,
+    transformation,
+    weights,
+)
+from jax import lax
+
+import optax_ev3
+from optax_ev3 import adapt, evidence, metrics
+
+P = jax.sharding.PartitionSpec
+
+
+def params():
+    return {"w": jnp.array([0.25, -0.5, 2.0]), "b": jnp.zeros([2, 2])}
+
+
+def _mesh():
+    return jax.sharding.Mesh(np.array(jax.devices()[:8]), ("i",))
+
+
+def _shard_map(fn, in_specs, out_specs):
+    if hasattr(jax, "shard_map"):
+        return jax.shard_map(fn, mesh=_mesh(), in_specs=in_specs, out_specs=out_specs)
+    from jax.experimental.shard_map import shard_map
+
+    return shard_map(
+        fn, mesh=_mesh(), in_specs=in_specs, out_specs=out_specs, check_rep=False
+    )
+
+
+def _exact_score(w, batch):
+    return score(w, batch).mean()
+
+
+def _mapped_step(tx):
+    def step(w, state, batch):
+        # Of the mean over all devices, whether or not jax.grad sums over them.
+        grads = jax.grad(lambda w: lax.pmean(loss(w, batch), "i"))(w)
+        grads = lax.pmean(grads, "i")
+        updates, state = tx.update(grads, state, w, batch=batch)
+        return updates, state
+
+    return step
+
+
+def _alone_step(tx):
+    def step(w, state, batch):
+        return tx.update(gradient(w, batch), state, w, batch=batch)
+
+    return step
+
+
+MANY_EXPLORERS = {
+    "shared": explorers,
+    "own_loss": lambda: [
+        optax.sgd(0.01),
+        optax_ev3.explorer(optax.sgd(0.2), loss_fn=loss),
+    ],
+    "polyak": lambda: [optax.polyak_sgd(0.2), optax.sgd(0.01)],
+    "backtracking": lambda: [
+        optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5)),
+        optax.sgd(0.01),
+    ],
+    "zoom": lambda: [optax.lbfgs(), optax.sgd(0.01)],
+    "sam": lambda: [
+        optax.contrib.sam(
+            optax.sgd(0.2),
+            optax.chain(optax.contrib.normalize(), optax.sgd(0.1)),
+            opaque_mode=True,
+        ),
+        optax.sgd(0.01),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "how, rule, scores, inner",
+    [
+        ("shard_map", "greedy", score, "own_loss"),
+        ("shard_map", "lower_bound", score, "shared"),
+        ("shard_map", "confident", score, "shared"),
+        ("shard_map", "confident", _exact_score, "polyak"),
+        ("shard_map", "greedy", score, "backtracking"),
+        ("pmap", "confident", score, "shared"),
+        ("pmap", "greedy", score, "own_loss"),
+        pytest.param("shard_map", "greedy", score, "zoom", marks=pytest.mark.slow),
+        pytest.param("shard_map", "greedy", score, "sam", marks=pytest.mark.slow),
+        pytest.param("pmap", "greedy", score, "backtracking", marks=pytest.mark.slow),
+        pytest.param("pmap", "greedy", score, "zoom", marks=pytest.mark.slow),
+        pytest.param("pmap", "greedy", score, "sam", marks=pytest.mark.slow),
+    ],
+)
+def test_many_devices_decide_like_one(how, rule, scores, inner):
+    kwargs = {
+        "inner": MANY_EXPLORERS[inner](),
+        "assess_fn": scores,
+        "loss_fn": loss,
+    }
+    one = transformation(rule, **kwargs)
+    many = transformation(rule, axis_name="i", **kwargs)
+    w, w_many = params(), params()
+    state, state_many = one.init(w), many.init(w)
+    alone = jax.jit(_alone_step(one))
+    if how == "shard_map":
+        specs = (P(), P(), P("i")), (P(), P())
+        mapped = jax.jit(_shard_map(_mapped_step(many), *specs))
+    else:
+        mapped = jax.pmap(_mapped_step(many), "i", in_axes=(None, None, 0))
+    for seed in range(2):
+        batch = weights(32, seed)
+        updates, state = alone(w, state, batch)
+        if how == "pmap":
+            batch = batch.reshape(8, 4)
+        updates_many, state_many = mapped(w_many, state_many, batch)
+        if how == "pmap":
+            all_devices = updates_many, state_many
+            updates_many, state_many = jax.tree.map(lambda x: x[0], all_devices)
+            again = jax.tree.map(lambda x: x[7], all_devices)
+            assert_identical(again, (updates_many, state_many))
+        assert_close(updates_many, updates, rtol=1e-4, atol=1e-5)
+        assert_close(state_many.record, state.record, rtol=1e-4, atol=1e-5)
+        assert_same_types(state_many, state)
+        w = optax.apply_updates(w, updates)
+        w_many = optax.apply_updates(w_many, updates_many)
+
+
+@pytest.mark.parametrize("gradients", ["own", "shared", "turns"])
+def test_many_devices_walk_like_one(gradients):
+    kwargs = {
+        "loss_fn": loss,
+        "trajectory_length": 2,
+        "gradients": gradients,
+        "combine": [optax_ev3.combine.greedy_soup(2)],
+    }
+    one = transformation("greedy", **kwargs)
+    many = transformation("greedy", axis_name="i", **kwargs)
+    w, w_many = params(), params()
+    state, state_many = one.init(w), many.init(w)
+    alone = jax.jit(_alone_step(one))
+    specs = (P(), P(), P("i")), (P(), P())
+    mapped = jax.jit(_shard_map(_mapped_step(many), *specs))
+    for seed in range(5):
+        batch = weights(32, seed)
+        updates, state = alone(w, state, batch)
+        updates_many, state_many = mapped(w_many, state_many, batch)
+        assert_close(updates_many, updates, rtol=1e-4, atol=1e-5)
+        assert_close(state_many.record, state.record, rtol=1e-4, atol=1e-5)
+        w = optax.apply_updates(w, updates)
+        w_many = optax.apply_updates(w_many, updates_many)
+
+
+def _mean(outputs, weights):
+    return (outputs * weights).sum() / weights.sum()
+
+
+def _figure(w, batch):
+    return metrics.Figure(_mean, score(w, batch), samples=8)
+
+
+def _in_chunks():
+    return {
+        "assess_fn": optax_ev3.in_chunks(score, 4, ["batch"]),
+        "rule": "greedy",  # Chunks of other examples, but the same winner.
+    }
+
+
+ASSESSMENTS = {
+    "scores": dict,
+    "figure": lambda: {"assess_fn": _figure},
+    "host": lambda: {"assess_fn": optax_ev3.host_metric(score, _mean, samples=8)},
+    "chunks": _in_chunks,
+    "ladder": lambda: {"guard": evidence.ladder(), "rule": "greedy"},
+    "parts": lambda: {"rule": adapt.choose_and_confirm()},
+}
+
+
+@pytest.mark.parametrize(
+    "how, assessment",
+    [
+        *(("sharded arrays", name) for name in ASSESSMENTS),
+        *(("shard_map", name) for name in ("chunks", "ladder", "parts")),
+    ],
+)
+def test_every_assessment_decides_like_on_one(how, assessment):
+    kwargs = ASSESSMENTS[assessment]()
+    one = transformation(**kwargs)
+    alone = jax.jit(_alone_step(one))
+    if how == "shard_map":
+        many = transformation(axis_name="i", **kwargs)
+        specs = (P(), P(), P("i")), (P(), P())
+        step = jax.jit(_shard_map(_mapped_step(many), *specs))
+    else:
+        many, step = one, alone
+    w, w_many = params(), params()
+    state, state_many = one.init(w), many.init(w)
+    spread = jax.sharding.NamedSharding(_mesh(), P("i"))
+    for seed in range(3):
+        batch = weights(32, seed)
+        updates, state = alone(w, state, batch)
+        batch = jax.device_put(batch, spread)
+        updates_many, state_many = step(w_many, state_many, batch)
+        assert_close(updates_many, updates, rtol=1e-4, atol=1e-5)
+        if (how, assessment) != ("shard_map", "chunks"):
+            assert_close(state_many.record, state.record, rtol=1e-4, atol=1e-5)
+        w = optax.apply_updates(w, updates)
+        w_many = optax.apply_updates(w_many, updates_many)
+
+
+@pytest.mark.skipif(
+    not hasattr(jax, "set_mesh"), reason="this release has no explicit sharding"
+)
+@pytest.mark.parametrize("rule", RULES)
+def test_explicit_sharding_is_kept(rule):
+    axis_type = jax.sharding.AxisType.Explicit
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
+    with jax.set_mesh(mesh):
+        sharding = jax.sharding.NamedSharding(mesh, P(None, "x"))
+        w = jax.device_put(jnp.zeros((2, 8, 4), jnp.float16), sharding)
+        tx = optax_ev3.ev3(
+            [optax.adam(1.0), optax.sgd(1.0)],
+            lambda w: -(w**2).sum(),
+            adapt=RULES[rule](),
+        )
+        state = tx.init(w)
+        typeof = functools.partial(jax.tree.map, jax.typeof)
+        jitted, jitted_state = jax.jit(tx.update)(w, state, w)
+        assert typeof(jitted) == typeof(w)
+        assert typeof(jitted_state) == typeof(state)
+        assert typeof(jax.jit(tx.init)(w)) == typeof(state)
+        assert typeof(state.stable) == typeof(w)
+        if rule == "lower_bound":  # The quickest one without compilation.
+            updates, new_state = tx.update(w, state, w)
+            assert typeof(updates) == typeof(w)
+            assert typeof(new_state) == typeof(state)
