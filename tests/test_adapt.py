@@ -265,8 +265,8 @@ class TestChooseAndConfirm:
         assert decide(self.rule, parts([-1, -9, 0, 0], [0, 0, 0, 0]))[:2] == (0, False)
 
     def test_the_second_part_sends_back(self):
-        # Where both are better it goes back to stable.
-        for stable, adopted in {0.0: 3, 0.5: 3, -1.0: 2, -2.0: 2}.items():
+        # Where both are better it goes back to the better one.
+        for stable, adopted in {0.2: 3, 0.5: 3, -0.3: 2, -1.0: 2, -2.0: 2}.items():
             values = parts([9, 0, 0, 0], [-1, 9, 0, stable])
             assert decide(self.rule, values)[:2] == (adopted, False)
         values = parts([9, 0, 0, 0], [0.5, 9, 0.5, 1])

@@ -569,6 +569,16 @@ def test_scores_outside_the_range_prove_nothing(name):
     np.testing.assert_array_equal(lower, -np.inf)
 
 
+@pytest.mark.parametrize("name", IN_RANGE)
+def test_scores_at_the_end_of_the_range_may_be_rounded(name):
+    scores = bounded(cases=1, examples=60)[0]
+    scores[:2] = 1
+    scores[0, 7] += np.float32(2e-7)
+    p, lower = ask(name, scores)
+    assert p[0] == pytest.approx(p[1], rel=1e-4)
+    assert lower[0] == pytest.approx(lower[1], rel=1e-4)
+
+
 @pytest.mark.parametrize("name", ["mcnemar", "mid_p"])
 def test_mcnemar_needs_boolean_scores(name):
     with pytest.raises(TypeError, match=r"boolean.*'score' are real.*paired_t"):

@@ -476,8 +476,13 @@ BAD_DATA = {
         (ValueError, "one leading size", "(4,)", "(5, 2)"),
     ),
     "empty": (score, jnp.ones([0, 2]), None, (ValueError, "at least 1", "(0, 2)")),
-    "float size": (score, jnp.ones([4]), 2.0, (TypeError, "integer or None", "2.0")),
-    "bool size": (score, jnp.ones([4]), True, (TypeError, "integer or None", "True")),
+    "float size": (score, jnp.ones([4]), 2.0, (TypeError, "must be an integer", "2.0")),
+    "bool size": (
+        score,
+        jnp.ones([4]),
+        True,
+        (TypeError, "must be an integer", "True"),
+    ),
     "size zero": (score, jnp.ones([4]), 0, (ValueError, "between 1 and the 4", "0")),
     "too large": (score, jnp.ones([4]), 5, (ValueError, "between 1 and the 4", "5")),
 }

@@ -1,14 +1,41 @@
-"""What the README shows runs, and learns."""
+"""What README and docs show runs, and does what they say."""
 
 import pathlib
 import re
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optax_ev3
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def shown_in(file):
+    """The first Python example of a page, compiled."""
+    path = ROOT / file
+    code = re.search(r"```python\n(.*?)```", path.read_text(), re.DOTALL).group(1)
+    return compile(code, str(path), "exec")
 
 
 def test_first_example():
-    code = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL).group(1)
     names = {}
-    exec(compile(code, str(README), "exec"), names)
+    exec(shown_in("README.md"), names)
     reached = float(names["score"](names["params"], names["held_out"]).mean())
     assert reached > -0.2  # -0.69 knows nothing.
+
+
+def test_a_metric_of_ones_own():
+    names = {"jnp": jnp, "model": lambda w, x: w * x}
+    exec(shown_in("docs/assessment.md"), names)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 15)).astype(np.float32)
+    counts = rng.poisson(1, 15)
+    counts[0] += 1 - counts.sum() % 2  # An odd number of examples has one median.
+    figure = names["assess_fn"](2.0, x, y)
+    assert isinstance(figure, optax_ev3.metrics.Figure)
+    for weights in (np.ones(15, int), counts):
+        found = figure.metric_fn(figure.outputs, jnp.float32(weights))
+        expected = -np.median(np.repeat(np.abs(2 * x - y), weights))
+        assert float(found) == pytest.approx(expected, rel=1e-6)

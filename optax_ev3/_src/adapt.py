@@ -191,8 +191,9 @@ def choose_and_confirm(
     The paper's optimize and decide. Choosing favours the lucky; on examples that had
     no part in it there is one comparison, and nothing to correct for. The explorer with
     the highest mean on the first part, ties by lot, is adopted unless the second part
-    shows it to be worse than ``stable``, which then is adopted, or than ``current``,
-    which then stays. It becomes stable where the second part shows it to be better.
+    shows it to be worse than ``current`` or ``stable``; then that one is, and of both
+    the one with the higher mean on the second part. What was chosen becomes stable
+    where the second part shows it to be better.
 
     Args:
       confidence: Of each test, one-sided; a promise for each round of fresh examples.
@@ -242,8 +243,11 @@ def choose_and_confirm(
         chosen = _first(valid & (mean == best), lot, explorers)
         better = bound.p_value(confirm, objective, explorers + 1)[chosen] < alpha
         beaten = bound.p_value(confirm, objective, chosen) < alpha
-        adopted = jnp.where(beaten[explorers], explorers, chosen)
-        adopted = jnp.where(beaten[explorers + 1], explorers + 1, adopted)
+        rivals = jnp.where(beaten, estimate(confirm, objective).mean, -jnp.inf)
+        rivals = rivals[explorers:]
+        back = rivals[1] >= rivals[0]
+        adopted = jnp.where(back, explorers + 1, explorers)
+        adopted = jnp.where(beaten[explorers:].any(), adopted, chosen)
         adopted = jnp.where(evidence.valid[adopted], adopted, fallback(evidence))
         return Decision(adopted, better & (adopted == chosen)), memory
 

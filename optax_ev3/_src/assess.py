@@ -197,6 +197,7 @@ def score_in_chunks(
     plan: InChunks,
     score_chunk: Callable[[Any], Scores],
     judge: Callable[[Scores], tuple[jax.Array, evidence.Evidence]],
+    axis_name: Any = None,
 ) -> Scores:
     """Scores of chunk after chunk until the decision is clear.
 
@@ -205,6 +206,7 @@ def score_in_chunks(
       score_chunk: Maps the number of a chunk to the scores of all candidates.
       judge: Maps scores to the candidate, ``[]`` int32, that they would adopt, and the
         evidence of all devices.
+      axis_name: Mapped axis over which examples are spread, or None.
 
     Returns:
       The scores, zero for the examples that were not looked at.
@@ -225,7 +227,9 @@ def score_in_chunks(
         )
     size = next(iter(shapes.values())).shape[1]
     n = plan.chunks * size
-    empty = {k: jnp.zeros([v.shape[0], n], v.dtype) for k, v in shapes.items()}
+    # Every device has scores of its own: shard_map wants that said from the start.
+    nothing = 0 if axis_name is None else 0 * lax.axis_index(axis_name)
+    empty = {k: jnp.full([v.shape[0], n], nothing, v.dtype) for k, v in shapes.items()}
 
     def look(carry):
         chunk, values, last, unchanged, _ = carry

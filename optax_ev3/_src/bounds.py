@@ -565,7 +565,9 @@ def _normal(moments):
 def _within(evidence, objective, reference, limits):
     """Which candidates have, like the reference, no score outside the limits: [C]."""
     values = ev.each_example(evidence, objective)
-    inside = (values >= limits[0]) & (values <= limits[1])
+    # A probability may be rounded to a little more than 1.
+    slack = 8 * jnp.finfo(values.dtype).eps * max(map(abs, limits))
+    inside = (values >= limits[0] - slack) & (values <= limits[1] + slack)
     if evidence.seen is not None:
         inside |= ~evidence.seen[None]
     inside = inside.all(axis=1) & evidence.valid

@@ -294,7 +294,7 @@ def _score(assess_fn, extra_args, offered, mode, key, candidates, judge):
 
     if not isinstance(assess_fn, assess.InChunks):
         return one()
-    return assess.score_in_chunks(assess_fn, one, judge)
+    return assess.score_in_chunks(assess_fn, one, judge, offered["axis_name"])
 
 
 def _check_judges(rule, guard, plan, assess_fn):
