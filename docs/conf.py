@@ -40,8 +40,8 @@ def link_included_files(app, doctree):
     del app
     for node in doctree.findall(addnodes.pending_xref):
         file = pathlib.PurePosixPath(node["reftarget"])
-        if str(file) == "CHANGELOG.md":
-            node["refdomain"], node["reftarget"] = "doc", "changelog"
+        if str(file) == "CHANGELOG.md" or file.parent == pathlib.PurePosixPath("docs"):
+            node["refdomain"], node["reftarget"] = "doc", file.stem.lower()
             node["reftargetid"] = None
         elif file.parent == pathlib.PurePosixPath("examples"):
             node["refdomain"], node["reftarget"] = "doc", "examples"
