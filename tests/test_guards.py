@@ -416,8 +416,8 @@ def test_less_is_learnt_by_heart():
 
 BAD = {
     "certain": (lambda: public.ladder(1.0), "confidence must be above 0.5", "1.0"),
-    "a coin": (lambda: public.ladder(0.5), "below 1", "0.5"),
-    "in percent": (lambda: public.ladder(95), "below 1", "95"),
+    "a coin": (lambda: public.ladder(0.5), "below 1, or None", "0.5"),
+    "in percent": (lambda: public.ladder(95), "below 1, or None", "95"),
     "no step": (lambda: public.ladder(step=0), "step must be above 0", "0"),
     "step back": (lambda: public.ladder(step=-0.1), "step must be above 0", "-0.1"),
     "threshold": (
@@ -433,7 +433,7 @@ BAD = {
     "budget": (lambda: public.thresholdout(budget=0), "at least 1 release", "0"),
     "figures": (
         lambda: run(optax_ev3.ev3([optax.sgd(0.1)], exact, guard=public.ladder()), 1),
-        "needs a score for each example",
+        "ladder needs a score for each example",
         "single figure",
     ),
     "two objectives": (

@@ -9,6 +9,7 @@ from optax_ev3._src import checks, combine, trajectory, trees
 
 # Trajectories without a bound on their growth stop growing here, in calls.
 _LONGEST = 2**24
+_STATIC = "Inside optax.inject_hyperparams, list it among the static_args."
 
 
 def plan(
@@ -89,13 +90,9 @@ def check_key(key: Any) -> Any:
 def static_float(value: Any, name: str) -> float:
     """A finite Python float of at least 1."""
     try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"{name} must be a Python float, got {value!r} of type "
-            f"{type(value).__name__}. Inside optax.inject_hyperparams, list it among "
-            f"the static_args."
-        ) from error
+        number = checks.real(value, name, "a Python float")
+    except TypeError as error:
+        raise TypeError(f"{error} {_STATIC}") from error
     if not 1 <= number < float("inf"):
         raise ValueError(f"{name} must be at least 1 and finite, got {number}.")
     return number
@@ -104,8 +101,6 @@ def static_float(value: Any, name: str) -> float:
 def static_int(value: Any, name: str) -> int:
     """A Python integer of at least 1."""
     try:
-        return checks.integer(value, name, 1)
+        return checks.integer(value, name, 1, "a Python integer")
     except TypeError as error:
-        raise TypeError(
-            f"{error} Inside optax.inject_hyperparams, list it among the static_args."
-        ) from error
+        raise TypeError(f"{error} {_STATIC}") from error

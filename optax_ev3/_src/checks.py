@@ -4,7 +4,9 @@ import operator
 from typing import Any
 
 
-def integer(value: Any, name: str, least: int | None = None) -> int:
+def integer(
+    value: Any, name: str, least: int | None = None, expected: str = "an integer"
+) -> int:
     """A Python integer, no bool, of at least ``least``."""
     try:
         if isinstance(value, bool):
@@ -12,22 +14,28 @@ def integer(value: Any, name: str, least: int | None = None) -> int:
         number = operator.index(value)
     except TypeError as error:
         raise TypeError(
-            f"{name} must be an integer, got {value!r} of type {type(value).__name__}."
+            f"{name} must be {expected}, got {value!r} of type {type(value).__name__}."
         ) from error
     if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}.")
     return number
 
 
-def error_rate(confidence: Any) -> float:
-    """What a confidence leaves: 1 - confidence."""
+def real(value: Any, name: str, expected: str = "a number") -> float:
+    """A Python float."""
     try:
-        confidence = float(confidence)
+        return float(value)
     except (TypeError, ValueError) as error:
         raise TypeError(
-            f"confidence must be a number, got {confidence!r} of type "
-            f"{type(confidence).__name__}."
+            f"{name} must be {expected}, got {value!r} of type {type(value).__name__}."
         ) from error
+
+
+def error_rate(confidence: Any, otherwise: str = "") -> float:
+    """What a confidence leaves, 1 - confidence; ``otherwise`` says what else may be."""
+    confidence = real(confidence, "confidence", f"a number{otherwise}")
     if not 0.5 < confidence < 1:
-        raise ValueError(f"confidence must be above 0.5 and below 1, got {confidence}.")
+        raise ValueError(
+            f"confidence must be above 0.5 and below 1{otherwise}, got {confidence}."
+        )
     return 1 - confidence

@@ -299,7 +299,7 @@ def single_objective(evidence: Evidence) -> str:
     return next(iter(evidence.scores))
 
 
-def each_example(evidence: Evidence, objective: str) -> jax.Array:
+def each_example(evidence: Evidence, objective: str, who: str = "this") -> jax.Array:
     """Scores ``[C, N]`` of one objective.
 
     Raises:
@@ -308,7 +308,7 @@ def each_example(evidence: Evidence, objective: str) -> jax.Array:
     values = evidence.scores[objective]
     if values.ndim == 1:
         raise ValueError(
-            f"this needs a score for each example, objective {objective!r} is a "
+            f"{who} needs a score for each example, objective {objective!r} is a "
             f"single figure."
         )
     return values

@@ -87,7 +87,7 @@ def ladder(confidence: float | None = 0.95, step: float | None = None) -> Guard:
       Blum and Hardt, `The Ladder: a reliable leaderboard for machine learning
       competitions <https://arxiv.org/abs/1502.04585>`_, 2015.
     """
-    alpha = None if confidence is None else checks.error_rate(confidence)
+    alpha = None if confidence is None else checks.error_rate(confidence, ", or None")
     if step is not None and not step > 0:
         raise ValueError(f"step must be above 0, got {step}.")
 
@@ -107,7 +107,7 @@ def ladder(confidence: float | None = 0.95, step: float | None = None) -> Guard:
     def release(evidence, memory, key):
         del key
         objective = ev.single_objective(evidence)
-        ev.each_example(evidence, objective)
+        ev.each_example(evidence, objective, "ladder")
         mean = ev.estimate(evidence, objective).mean.astype(jnp.float32)
         against = ev.compare(evidence, objective, mean.shape[0] - 1)
         limit = threshold(evidence, against.stderr, memory.rounds + 1)

@@ -203,7 +203,7 @@ def _checked_size(batch_size, size, shuffle):
                 "shuffle needs a batch_size: without one every round uses all of data."
             )
         return None
-    batch_size = checks.integer(batch_size, "batch_size")
+    batch_size = checks.integer(batch_size, "batch_size", expected="an integer or None")
     if not 1 <= batch_size <= size:
         raise ValueError(
             f"batch_size must be between 1 and the {size} examples of data, got "
