@@ -8,12 +8,24 @@ from optax_ev3._src.adapt import (
     greedy,
     lower_bound,
 )
+from optax_ev3._src.objectives import (
+    constrained,
+    lexicase,
+    lexicographic,
+    pareto,
+    weighted,
+)
 
 __all__ = [
     "Decision",
     "Rule",
     "choose_and_confirm",
     "confident",
+    "constrained",
     "greedy",
+    "lexicase",
+    "lexicographic",
     "lower_bound",
+    "pareto",
+    "weighted",
 ]

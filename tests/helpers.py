@@ -1,12 +1,14 @@
 """Problems, rules and comparisons that several test files use."""
 
 import contextlib
+import re
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import optax_ev3
 from optax_ev3 import adapt
@@ -141,6 +143,11 @@ def stepper(tx):
 
 
 # Comparisons.
+
+
+def says(error, *parts):
+    """Expects an error whose message has all parts, in this order."""
+    return pytest.raises(error, match="(?s)" + ".*".join(map(re.escape, parts)))
 
 
 def types(tree):

@@ -1,14 +1,21 @@
 """Bad arguments, bad callbacks, and numbers that are not finite."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import RULES, always, assert_finite, assert_identical, score, weights
+from helpers import (
+    RULES,
+    always,
+    assert_finite,
+    assert_identical,
+    says,
+    score,
+    weights,
+)
 
 import optax_ev3
 from optax_ev3 import adapt, ev3, explorer, held_out
@@ -18,11 +25,6 @@ SGD = optax.sgd(0.1)
 
 def metric(w):
     return -jnp.square(w)
-
-
-def says(error, *parts):
-    """Expects an error whose message has all parts, in this order."""
-    return pytest.raises(error, match="(?s)" + ".*".join(map(re.escape, parts)))
 
 
 # At construction.

@@ -1,14 +1,13 @@
 """Figures of all examples together, through ev3, against scikit-learn and NumPy."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close, assert_identical, assert_same_types
+from helpers import assert_close, assert_identical, assert_same_types, says
 from sklearn.metrics import f1_score, roc_auc_score
 
 import optax_ev3
@@ -557,10 +556,6 @@ BAD_FIGURES = {
         (ValueError, "assess_fn", "one leading size"),
     ),
 }
-
-
-def says(error, *parts):
-    return pytest.raises(error, match="(?s)" + ".*".join(map(re.escape, parts)))
 
 
 @pytest.mark.parametrize("case", BAD_FIGURES)

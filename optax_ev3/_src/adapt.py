@@ -16,10 +16,10 @@ from optax_ev3._src.bounds import (
     CORRECTIONS,
     Bound,
     best_rho,
+    checked_bound,
     corrected,
     mixture_log_e,
     spend,
-    standard,
     z_value,
 )
 from optax_ev3._src.checks import error_rate
@@ -57,10 +57,13 @@ class Rule(NamedTuple):
       decide: Maps ``(evidence, memory, key)`` to ``(Decision, memory)``; pure, with
         the same shapes and dtypes of memory. It must never adopt an invalid
         candidate, save ``current`` where nothing is valid.
+      objectives: Names of the objectives that it takes, the main one first; none for
+        a single one of any name.
     """
 
     init: Callable[[int], Any]
     decide: Callable[[Evidence, Any, jax.Array], tuple[Decision, Any]]
+    objectives: tuple[str, ...] = ()
 
 
 def greedy(
@@ -98,7 +101,7 @@ def greedy(
       ... )
     """
     alpha = error_rate(confidence)
-    bound = _bound(bound)
+    bound = checked_bound(bound)
     if correction not in CORRECTIONS:
         raise ValueError(
             f"correction must be one of {CORRECTIONS}, got {correction!r}."
@@ -110,7 +113,7 @@ def greedy(
         mean = estimate(evidence, objective).mean
         best = jnp.max(mean, where=evidence.valid, initial=-jnp.inf)
         order = jnp.append(jax.random.uniform(key, [explorers]), jnp.array([-1.0, -2]))
-        adopted = _first(evidence.valid & (mean == best), order, explorers)
+        adopted = first_of(evidence.valid & (mean == best), order, explorers)
         tested = jnp.arange(explorers + 2) <= explorers
         p = corrected(bound, correction, evidence, objective, explorers + 1, tested)
         return Decision(adopted, p[adopted] < alpha), memory
@@ -220,7 +223,7 @@ def choose_and_confirm(
       ... )
     """
     alpha = error_rate(confidence)
-    bound = _bound(bound)
+    bound = checked_bound(bound)
     if not 0 < fraction < 1:
         raise ValueError(f"fraction must be between 0 and 1, got {fraction}.")
 
@@ -240,7 +243,7 @@ def choose_and_confirm(
         valid = evidence.valid[:explorers]
         best = jnp.max(mean, where=valid, initial=-jnp.inf)
         lot = jax.random.uniform(key, [explorers])
-        chosen = _first(valid & (mean == best), lot, explorers)
+        chosen = first_of(valid & (mean == best), lot, explorers)
         better = bound.p_value(confirm, objective, explorers + 1)[chosen] < alpha
         beaten = bound.p_value(confirm, objective, chosen) < alpha
         rivals = jnp.where(beaten, estimate(confirm, objective).mean, -jnp.inf)
@@ -432,7 +435,7 @@ def confident(
         eligible = _narrow(eligible, z_of(current) >= -critical)
         merit = jnp.mean(z_of(pairs), axis=1, where=eligible[None, :])
         merit += jax.random.normal(key, merit.shape)
-        chosen = _first(eligible, merit, explorers)
+        chosen = first_of(eligible, merit, explorers)
 
         trial = _tried(memory.stable, to_stable.z[explorers])
         better, worse = _verdict(trial, alpha / 2, alpha / _BACK)
@@ -517,18 +520,7 @@ def _step(gain: jax.Array, adopted: jax.Array, valid: jax.Array) -> jax.Array:
     return jnp.where(taken, gain[adopted], smallest).astype(jnp.float32)
 
 
-def _bound(bound: Any) -> Bound:
-    if bound is None:
-        return standard()
-    if not isinstance(bound, Bound):
-        raise TypeError(
-            f"bound must be a bound, such as optax_ev3.evidence.paired_t(), got "
-            f"{bound!r} of type {type(bound).__name__}."
-        )
-    return bound
-
-
-def _first(mask: jax.Array, order: jax.Array, otherwise: int) -> jax.Array:
+def first_of(mask: jax.Array, order: jax.Array, otherwise: int) -> jax.Array:
     """Index of the highest ``order`` within ``mask``, int32."""
     best = jnp.argmax(jnp.where(mask, order, -jnp.inf)).astype(jnp.int32)
     return jnp.where(mask.any(), best, otherwise)

@@ -519,6 +519,18 @@ def standard() -> Bound:
     return Bound(p_value, usual.lower)
 
 
+def checked_bound(bound: Any) -> Bound:
+    """The bound, or the default; raises TypeError if it is none."""
+    if bound is None:
+        return standard()
+    if not isinstance(bound, Bound):
+        raise TypeError(
+            f"bound must be a bound, such as optax_ev3.evidence.paired_t(), got "
+            f"{bound!r} of type {type(bound).__name__}."
+        )
+    return bound
+
+
 # Parts.
 
 

@@ -249,7 +249,9 @@ def ev3(
             stable=jax.tree.map(trees.own, params),
             memory=rule.init(len(names) + len(more)),
             guarded=() if guard is None else guard.init(arguments.typed_key(key)),
-            record=record.empty(history_length, len(names) + len(more) + 2),
+            record=record.empty(
+                history_length, len(names) + len(more) + 2, rule.objectives
+            ),
         )
 
     def update_fn(
@@ -338,12 +340,17 @@ class _Judge(NamedTuple):
             scores.values, valid, uphill, self.axis_name, scores.binary, scores.seen
         )
 
+    def main(self, seen: Any) -> str:
+        """The objective that comes first."""
+        return evidence.main_objective(seen, self.rule.objectives)
+
     def decide(self, seen: Any, state: EV3State) -> tuple[Any, Any, Any, Any]:
         """The decision, the evidence that it rests on, and what is remembered."""
         guarded = state.guarded
         if self.guard is not None:
             key = jax.random.fold_in(self.key, 1)
             seen, guarded = self.guard.release(seen, guarded, key)
+        self.main(seen)  # What the rule cannot use is an error.
         decision, memory = self.rule.decide(seen, state.memory, self.key)
         return decision, seen, memory, guarded
 
@@ -425,8 +432,9 @@ def _finish(explorers, plan, update, state, params, judge):
     update = trees.where(same, update, _minus(moved, params))
     visible = optax.apply_updates(params, update)
     opt_states = {name: one.opt_state for name, one in state.explorers.items()}
+    objective = judge.main(seen)
     opt_states, walked = trajectory.restart(
-        explorers, plan, walked, opt_states, visible, decision, seen
+        explorers, plan, walked, opt_states, visible, decision, seen, objective
     )
 
     def promote(_):
@@ -483,7 +491,7 @@ def _assess_round(explorers, plan, state, params, judge, uphill):
 
 def _soup(one, ends, seen, judge):
     """The greedy soup of the ends, whether there is one, and its scores."""
-    objective = evidence.single_objective(seen)
+    objective = judge.main(seen)
     means = jnp.where(seen.valid, evidence.estimate(seen, objective).mean, -jnp.inf)
 
     def scores_of(params):
@@ -509,7 +517,8 @@ def _adapt(judge, seen, state, length):
     explored = seen.valid[:-2].any()
     adopted = jnp.where(explored, decision.adopted, rules.fallback(seen))
     promoted = adopted if decision.promoted is None else decision.promoted
-    appended = record.append(state.record, decision, seen, length, examples)
+    objective = judge.main(seen)
+    appended = record.append(state.record, decision, seen, objective, length, examples)
     significant = explored & decision.significant
     if judge.guard is not None:
         guarded = judge.guard.settle(guarded, seen, significant, promoted)

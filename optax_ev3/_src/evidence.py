@@ -5,7 +5,7 @@ Dimensions: ``C`` candidates, ``N`` examples on all devices, ``B`` resamples.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -282,6 +282,22 @@ def count(evidence: Evidence, objective: str) -> jax.Array:
     if objective in evidence.resamples:
         return jnp.asarray(evidence.resamples[objective].shape[1], values.dtype)
     return jnp.asarray(len(_COINS), values.dtype)
+
+
+def main_objective(evidence: Evidence, names: Sequence[str] = ()) -> str:
+    """The first of the names, else that of the only objective.
+
+    Raises:
+      ValueError: If the objectives are not those named, or, without names, several.
+    """
+    if not names:
+        return single_objective(evidence)
+    if set(names) != set(evidence.scores):
+        raise ValueError(
+            f"this rule takes the objectives {list(names)}, assess_fn returned "
+            f"{sorted(evidence.scores)}."
+        )
+    return names[0]
 
 
 def single_objective(evidence: Evidence) -> str:

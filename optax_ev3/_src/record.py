@@ -3,6 +3,7 @@
 Dimensions: ``H`` rounds kept, ``C`` candidates.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from jax import core
 
 from optax_ev3._src import explore
 from optax_ev3._src.adapt import Decision
-from optax_ev3._src.evidence import Evidence, estimate, single_objective
+from optax_ev3._src.evidence import Estimate, Evidence, estimate
 
 
 class Record(NamedTuple):
@@ -23,8 +24,10 @@ class Record(NamedTuple):
       rounds: ``[]`` int32, rounds recorded.
       adopted: ``[H]`` int32, index of the adopted candidate.
       significant: ``[H]`` int32, 1 where stable was replaced.
-      mean: ``[H, C]`` float32, mean scores; zero where not valid.
+      mean: ``[H, C]`` float32, mean scores by the main objective; zero where not
+        valid.
       stderr: ``[H, C]`` float32, their standard errors; zero where not valid.
+      others: The same of the other objectives, by name.
       valid: ``[H, C]`` int32, 1 where update and scores were finite.
       length: ``[H]`` int32, calls of ``update`` in each branch of the round.
       examples: ``[H]`` int32, examples with scores of their own.
@@ -36,20 +39,26 @@ class Record(NamedTuple):
     significant: jax.Array
     mean: jax.Array
     stderr: jax.Array
+    others: dict[str, Estimate]
     valid: jax.Array
     length: jax.Array
     examples: jax.Array
     adoptions: jax.Array
 
 
-def empty(length: int, candidates: int) -> Record:
+def empty(length: int, candidates: int, objectives: Sequence[str] = ()) -> Record:
     """A record of nothing, for H = ``length`` and C = ``candidates``."""
+
+    def blank():
+        return jnp.zeros([length, candidates], jnp.float32)
+
     return Record(
         rounds=jnp.zeros([], jnp.int32),
         adopted=jnp.zeros([length], jnp.int32),
         significant=jnp.zeros([length], jnp.int32),
-        mean=jnp.zeros([length, candidates], jnp.float32),
-        stderr=jnp.zeros([length, candidates], jnp.float32),
+        mean=blank(),
+        stderr=blank(),
+        others={name: Estimate(blank(), blank()) for name in objectives[1:]},
         valid=jnp.zeros([length, candidates], jnp.int32),
         length=jnp.zeros([length], jnp.int32),
         examples=jnp.zeros([length], jnp.int32),
@@ -61,15 +70,21 @@ def append(
     record: Record,
     decision: Decision,
     seen: Evidence,
+    objective: str,
     length: jax.Array,
     examples: jax.Array,
 ) -> Record:
     """The record with one more round, which takes the place of the oldest."""
     row = record.rounds % record.adopted.shape[0]
-    mean, stderr = estimate(seen, single_objective(seen))
 
-    def clean(values):
-        return jnp.where(seen.valid, values, 0).astype(jnp.float32)
+    def put(past, name):
+        new = jax.tree.map(
+            lambda x: jnp.where(seen.valid, x, 0).astype(jnp.float32),
+            estimate(seen, name),
+        )
+        return jax.tree.map(lambda x, y: x.at[row].set(y), past, new)
+
+    main = put(Estimate(record.mean, record.stderr), objective)
 
     return Record(
         rounds=jnp.asarray(optax.safe_increment(record.rounds)),
@@ -77,8 +92,9 @@ def append(
         significant=record.significant.at[row].set(
             decision.significant.astype(jnp.int32)
         ),
-        mean=record.mean.at[row].set(clean(mean)),
-        stderr=record.stderr.at[row].set(clean(stderr)),
+        mean=main.mean,
+        stderr=main.stderr,
+        others={name: put(past, name) for name, past in record.others.items()},
         valid=record.valid.at[row].set(seen.valid.astype(jnp.int32)),
         length=record.length.at[row].set(length),
         examples=record.examples.at[row].set(examples),
@@ -128,8 +144,10 @@ def summary(state: Any) -> dict[str, jax.Array]:
       - ``ev3/significant``: 1 if that round replaced the stable parameters, else 0;
       - ``ev3/examples``: how many examples it looked at, on all devices; 0 where scores
         are single figures;
-      - ``ev3/score``, ``ev3/stderr``: mean score of the adopted one and its error;
+      - ``ev3/score``, ``ev3/stderr``: mean score of the adopted one and its error, by
+        the main objective where the rule takes several;
       - ``ev3/score/NAME``: mean score of each candidate, NaN where not finite;
+      - ``ev3/objective/OTHER/NAME``: the same by each further objective;
       - ``ev3/share/NAME``: how often it was adopted, as a share of all rounds.
 
     Raises:
@@ -161,7 +179,12 @@ def summary(state: Any) -> dict[str, jax.Array]:
     record = state.record
     row = (record.rounds - 1) % record.adopted.shape[0]
     adopted = record.adopted[row]
-    mean = jnp.where(record.valid[row] > 0, record.mean[row], jnp.nan)
+    valid = record.valid[row] > 0
+    mean = jnp.where(valid, record.mean[row], jnp.nan)
+    others = {
+        name: jnp.where(valid, past.mean[row], jnp.nan)
+        for name, past in record.others.items()
+    }
     share = record.adoptions / jnp.maximum(record.rounds, 1)
     positions = _positions(state)
     return {
@@ -174,6 +197,11 @@ def summary(state: Any) -> dict[str, jax.Array]:
         "ev3/score": mean[adopted],
         "ev3/stderr": record.stderr[row, adopted],
         **{f"ev3/score/{name}": mean[at] for name, at in positions.items()},
+        **{
+            f"ev3/objective/{other}/{name}": values[at]
+            for other, values in others.items()
+            for name, at in positions.items()
+        },
         **{f"ev3/share/{name}": share[at] for name, at in positions.items()},
     }
 
@@ -194,7 +222,9 @@ def history(state: Any) -> dict[str, np.ndarray]:
       - ``significant`` ``[R]`` bool: whether stable was replaced;
       - ``length`` ``[R]``: calls of ``update`` in each branch of the round;
       - ``examples`` ``[R]``: how many were looked at, 0 for single figures;
-      - ``mean``, ``stderr`` ``[R, C]``: scores and their errors, NaN where not finite.
+      - ``mean``, ``stderr`` ``[R, C]``: scores and their errors, NaN where not finite,
+        by the main objective where the rule takes several;
+      - ``mean/OTHER``, ``stderr/OTHER``: the same by each further objective.
 
     Raises:
       TypeError: If ``state`` is traced.
@@ -233,6 +263,11 @@ def history(state: Any) -> dict[str, np.ndarray]:
         "examples": record.examples[rows],
         "mean": np.where(valid, record.mean[rows], np.nan),
         "stderr": np.where(valid, record.stderr[rows], np.nan),
+        **{
+            f"{kind}/{name}": np.where(valid, values[rows], np.nan)
+            for name, past in record.others.items()
+            for kind, values in past._asdict().items()
+        },
     }
 
 

@@ -299,6 +299,7 @@ def restart(
     visible: optax.Params,
     decision: adapt.Decision,
     seen: evidence.Evidence,
+    objective: str,
 ) -> tuple[dict[str, Any], Trajectory]:
     """The next round: which branches start from the visible parameters.
 
@@ -310,6 +311,7 @@ def restart(
       visible: The adopted parameters.
       decision: What was decided.
       seen: The evidence of the round.
+      objective: The one by which branches are shown to be worse.
 
     Returns:
       The inner states, and where the branches are.
@@ -327,7 +329,6 @@ def restart(
         lead = jnp.where(owner < total, owner, state.lead)
         fresh = jnp.ones([total], bool)
     if plan.restart == "significant":
-        objective = evidence.single_objective(seen)
         against = evidence.compare(seen, objective, adopted)
         worse = against.z[:total] < -_WORSE
         fresh = worse | ~seen.valid[:total] | (index == lead)

@@ -1,0 +1,469 @@
+"""Rules for several objectives: against NumPy, in training, and bad input."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import assert_same_types, says
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+import optax_ev3
+from optax_ev3 import adapt, metrics
+from optax_ev3._src import evidence
+
+KEY = jax.random.key(0)
+COUNT = 5  # Candidates: three explorers, current, stable.
+CURRENT, STABLE = 3, 4
+
+
+def gather(scores, finite=None):
+    scores = {k: jnp.asarray(v, jnp.float32) for k, v in scores.items()}
+    finite = jnp.ones([COUNT], bool) if finite is None else jnp.asarray(finite)
+    return evidence.gather(scores, finite, jnp.zeros([COUNT], bool))
+
+
+@functools.cache
+def _jitted(rule):
+    return jax.jit(rule.decide)
+
+
+def decide(rule, scores, memory=None, key=KEY, finite=None):
+    memory = rule.init(COUNT - 2) if memory is None else memory
+    decision, memory = _jitted(rule)(gather(scores, finite), memory, key)
+    promoted = decision.adopted if decision.promoted is None else decision.promoted
+    return int(decision.adopted), bool(decision.significant), int(promoted), memory
+
+
+def choices(rule, scores, count=300, finite=None):
+    """How often each candidate is adopted over ``count`` keys."""
+    seen, memory = gather(scores, finite), rule.init(COUNT - 2)
+    keys = jax.random.split(KEY, count)
+    adopted = jax.jit(jax.vmap(lambda k: rule.decide(seen, memory, k)[0].adopted))(keys)
+    return np.bincount(np.asarray(adopted), minlength=COUNT)
+
+
+def draws(gains, spread=0.1, examples=100, seed=0):
+    """Scores ``[C, N]`` around gains ``[C]``, with a part shared by all."""
+    rng = np.random.default_rng(seed)
+    own = spread * rng.normal(size=(COUNT, examples))
+    return rng.normal(size=examples) + own + np.asarray(gains)[:, None]
+
+
+def lower_t(scores, reference, alpha):
+    """Lower bounds ``[C]`` of the gain over the reference, by SciPy's t quantile."""
+    d = scores - scores[reference]
+    n = d.shape[1]
+    error = d.std(axis=1, ddof=1) / np.sqrt(n)
+    return d.mean(1) - stats.t.ppf(1 - alpha, n - 1) * error
+
+
+class TestConstrained:
+    rule = adapt.constrained("main", {"other": 0.05}, rule=adapt.greedy())
+
+    @settings(max_examples=40, deadline=None)
+    @given(st.integers(0, 10**6))
+    def test_equals_numpy(self, seed):
+        rng = np.random.default_rng(seed)
+        main = draws(rng.normal(0, 0.05, COUNT), seed=seed)
+        other = draws(rng.normal(0, 0.05, COUNT), seed=seed + 1)
+        kept = lower_t(other, STABLE, 0.05 / (COUNT - 1)) + 0.05
+        if (np.abs(kept[:STABLE]) < 1e-3).any():
+            return  # Too close for float32 and the approximation to the quantile.
+        allowed = np.append(kept[:STABLE] >= 0, True)
+        expected = np.argmax(np.where(allowed, main.mean(1), -np.inf))
+        scores = {"main": main, "other": other}
+        assert decide(self.rule, scores)[0] == expected
+
+    def test_a_better_one_that_breaks_the_constraint_is_passed_over(self):
+        main = draws([9, 1, 0, 0, 0])
+        other = draws([-1, 0, 0, 0, 0], seed=1)
+        for rule in (self.rule, adapt.constrained("main", {"other": 0.05})):
+            found = decide(rule, {"main": main, "other": other})
+            assert found[:3] == (1, True, 1)
+
+    def test_back_to_stable_where_nothing_is_proven(self):
+        scores = {"main": draws([9, 9, 9, 9, 0])}
+        scores["other"] = draws(np.zeros(5), spread=5.0, seed=1)
+        for rule in (self.rule, adapt.constrained("main", {"other": 0.05})):
+            assert decide(rule, scores)[:2] == (STABLE, False)
+
+    def test_small_losses_do_not_add_up(self):
+        """Each replacement loses half of the tolerance: the third is not allowed."""
+        memory, adopted = None, []
+        for seed in range(4):
+            scores = {
+                "main": draws([9, 0, 0, 0, 0], seed=seed),
+                "other": draws([-0.02, 0, 0, 0, 0], spread=1e-4, seed=seed + 9),
+            }
+            *found, memory = decide(self.rule, scores, memory)
+            adopted.append(found[0])
+            assert 0 <= float(memory.fallen["other"]) < 0.05
+        assert adopted[:2] == [0, 0] and 0 not in adopted[2:]
+        # What rises again may fall again.
+        rise = {"main": draws([9, 0, 0, 0, 0]), "other": draws([1, 0, 0, 0, 0])}
+        *found, memory = decide(self.rule, rise, memory)
+        assert found == [0, True, 0] and float(memory.fallen["other"]) == 0
+
+    def test_equal_candidates_seldom_break_a_tight_constraint(self):
+        """Worse by the tolerance: adopted in 5% of the rounds at most."""
+        rng = np.random.default_rng(3)
+        gains = np.array([-0.05, -0.05, -0.05, 0, 0])[:, None]
+        other = rng.normal(0, 0.3, (2000, COUNT, 100)) + gains
+        main = np.broadcast_to(np.array([9.0, 8, 7, 0, 0])[:, None], (COUNT, 100))
+
+        def one(other, key):
+            seen = gather({"main": main, "other": other})
+            memory = self.rule.init(COUNT - 2)
+            return self.rule.decide(seen, memory, key)[0].adopted
+
+        keys = jax.random.split(KEY, 2000)
+        adopted = jax.jit(jax.vmap(one))(jnp.float32(other), keys)
+        share = float((adopted < CURRENT).mean())
+        assert 0.02 < share < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 2000)
+
+    def test_figures(self):
+        scores = {"main": [1.0, 3, 2, 0, 0], "other": [0.0, -0.06, -0.04, 0, 0]}
+        assert decide(self.rule, scores)[:2] == (2, True)
+
+
+class TestWeighted:
+    def test_is_the_rule_of_the_sum(self):
+        for seed in range(5):
+            a, b = (draws(np.zeros(5), seed=s) for s in (seed, seed + 50))
+            rule = adapt.weighted({"a": 1.0, "b": 3.0}, rule=adapt.greedy())
+            found = decide(rule, {"a": a, "b": b})
+            assert found[0] == np.argmax(a.mean(1) + 3 * b.mean(1))
+
+    def test_figures_beside_examples(self):
+        rule = adapt.weighted({"a": 1.0, "b": 1.0}, rule=adapt.greedy())
+        scores = {"a": draws([0, 0, 0.5, 0, 0]), "b": [2.0, 0, 0, 0, 0]}
+        assert decide(rule, scores)[:2] == (0, True)
+
+    def test_fixed_weights_stay(self):
+        rule = adapt.weighted({"a": 1.0, "b": 3.0})
+        memory = None
+        for seed in range(3):
+            scores = {k: draws(np.zeros(5), seed=seed) for k in "ab"}
+            memory = decide(rule, scores, memory)[3]
+        assert {k: float(v) for k, v in memory.weights.items()} == {"a": 1, "b": 3}
+
+    def test_weights_move_to_what_is_far_from_its_target(self):
+        rule = adapt.weighted(
+            {"a": 1.0, "b": 1.0}, targets={"a": 1.0, "b": 1.0}, rate=0.5
+        )
+        memory, expected = None, 1.0
+        for score in (0.0, 0.75, 0.75):
+            scores = {"a": np.full(5, score), "b": np.zeros(5)}
+            memory = decide(rule, scores, memory)[3]
+            left = 1 - score
+            expected += 0.5 * (2 * left / (left + 1) - expected)
+            assert float(memory.weights["a"]) == pytest.approx(expected, rel=1e-5)
+            assert float(sum(memory.weights.values())) == pytest.approx(2)
+        # One that is reached keeps a twentieth.
+        for _ in range(30):
+            scores = {"a": np.full(5, 2.0), "b": np.zeros(5)}
+            memory = decide(rule, scores, memory)[3]
+        assert float(memory.weights["a"]) == pytest.approx(2 * 0.05 / 1.05, rel=1e-3)
+
+    def test_weights_move_to_what_has_not_improved(self):
+        rule = adapt.weighted({"a": 1.0, "b": 1.0}, rate=0.2, rule=adapt.greedy())
+        memory = None
+        for seed in range(10):
+            scores = {
+                "a": draws([0.5, 0, 0, 0, 0], seed=seed),
+                "b": draws(np.zeros(5), seed=seed + 50),
+            }
+            memory = decide(rule, scores, memory)[3]
+        assert memory.weights["b"] > 1.5 > 0.5 > memory.weights["a"]
+
+    def test_the_higher_weight_decides(self):
+        a, b = np.float32([1, 0, 0, 0, 0]), np.float32([0, 1, 0, 0, 0])
+        for weight, adopted in {0.5: 0, 2.0: 1}.items():
+            rule = adapt.weighted({"a": 1.0, "b": weight}, rule=adapt.greedy())
+            assert decide(rule, {"a": a, "b": b})[0] == adopted
+
+
+figures = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=5, max_size=5)
+
+
+class TestLexicographic:
+    @settings(max_examples=60, deadline=None)
+    @given(figures, figures, st.sampled_from([0.0, 0.3]))
+    def test_equals_python_for_figures(self, a, b, tolerance):
+        rule = self.rule(tolerance)
+        left = [i for i in range(5) if a[i] >= max(a) - tolerance]
+        left = [i for i in left if b[i] >= max(b[j] for j in left)]
+        explorers = [i for i in left if i < CURRENT]
+        adopted, significant, _, _ = decide(rule, {"a": a, "b": b})
+        assert adopted in (explorers or left[:1])
+        gain_a, gain_b = (x[adopted] - x[STABLE] for x in (a, b))
+        assert significant == (gain_a > 0 or (gain_a >= -tolerance and gain_b > 0))
+
+    @staticmethod
+    @functools.cache
+    def rule(tolerance):
+        return adapt.lexicographic({"a": tolerance, "b": 0.0})
+
+    def test_noise_does_not_shut_out(self):
+        """What is not shown to be worse goes on to the next objective."""
+        rule = self.rule(0.0)
+        scores = {"a": draws(np.zeros(5)), "b": draws([0, 1, 0, 0, 0], seed=1)}
+        assert choices(rule, scores)[1] == 300
+        scores["a"] = draws([0, -1, 0, 0, 0])
+        counts = choices(rule, scores)
+        assert counts[1] == 0 and (counts[[0, 2]] > 100).all()
+
+
+class TestLexicase:
+    def shares(self, cases):
+        """The chance of each candidate, over all orders of cases ``[C, cases]``."""
+        orders = list(itertools.permutations(range(cases.shape[1])))
+        chances = np.zeros(COUNT)
+        for order in orders:
+            left = np.arange(COUNT)
+            for case in order:
+                values = cases[left, case]
+                left = left[values >= values.max()]
+            explorers = left[left < CURRENT]
+            winners = explorers if len(explorers) else left[:1]
+            chances[winners] += 1 / len(winners) / len(orders)
+        return chances
+
+    def test_chances_are_those_of_all_orders(self):
+        cases = np.random.default_rng(1).integers(0, 3, (COUNT, 4))
+        rule = adapt.lexicase(epsilon=0)
+        expected = self.shares(cases)
+        assert ((expected > 0).sum()) > 1
+        counts = choices(rule, {"score": cases.astype(float)}, 2000)
+        error = np.sqrt(expected * (1 - expected) * 2000)
+        assert (np.abs(counts - 2000 * expected) <= 4 * error + 1e-9).all()
+
+    def test_objectives_are_cases(self):
+        scores = {k: [*row, 0, 0] for k, row in zip("abc", np.eye(3), strict=True)}
+        rule = adapt.lexicase(["a", "b", "c"], epsilon=0.0)
+        counts = choices(rule, scores, 600)
+        assert (counts[:3] > 140).all() and counts.sum() == counts[:3].sum()
+
+    def test_median_absolute_deviation(self):
+        """By default what is near to the best stays: no case decides alone."""
+        case = np.array([[1.0], [0.9], [0.2], [0.1], [0.0]])
+        scores = {"score": np.repeat(case, 3, axis=1)}
+        # Median 0.2, deviations 0.8, 0.7, 0, 0.1, 0.2, of which the median is 0.2.
+        counts = choices(adapt.lexicase(), scores)
+        assert (counts[:2] > 100).all() and counts[2:].sum() == 0
+        assert choices(adapt.lexicase(epsilon=0.05), scores)[0] == 300
+
+    def test_invalid_ones_are_out(self):
+        finite = [False, True, True, True, True]
+        scores = {"score": draws([9, 0, 0, 0, 0])}
+        for epsilon in (None, 0.0, 99.0):
+            rule = adapt.lexicase(epsilon=epsilon)
+            assert choices(rule, scores, finite=finite)[0] == 0
+
+    def test_stable_is_replaced_by_what_is_better_everywhere(self):
+        rule = adapt.lexicase(["a", "b"], epsilon=0.0)
+        better, equal = draws([1, 1, 1, 0, 0]), draws(np.zeros(5), seed=1)
+        assert decide(rule, {"a": better, "b": better})[1]
+        assert not decide(rule, {"a": better, "b": equal})[1]
+
+
+class TestPareto:
+    rule = adapt.pareto({"a": 0.0, "b": 0.0})
+
+    def test_the_front_is_visited_and_nothing_else(self):
+        # The third is worse than current by both, the others gain by one.
+        scores = {"a": [1.0, 0, -1, 0, 0], "b": [0.0, 1, -1, 0, 0]}
+        counts = choices(self.rule, scores)
+        assert (counts[:2] > 100).all() and counts[2:].sum() == 0
+
+    def test_a_trade_is_not_a_step_to_stable(self):
+        for loss, significant in {0.5: False, 0.0: True, 0.05: True}.items():
+            rule = adapt.pareto({"a": 0.1, "b": 0.1})
+            scores = {"a": [1.0, -9, -9, 0, 0], "b": [-loss, -9, -9, 0, 0]}
+            assert decide(rule, scores)[:2] == (0, significant)
+
+    def test_stays_or_goes_back(self):
+        worse = {k: draws([-9, -9, -9, 0, 0], seed=i) for i, k in enumerate("ab")}
+        assert choices(self.rule, worse)[CURRENT] == 300
+        worse = {k: draws([-9, -9, -9, -5, 0], seed=i) for i, k in enumerate("ab")}
+        assert choices(self.rule, worse)[STABLE] == 300
+
+    def test_noise_seldom_becomes_stable(self):
+        rng = np.random.default_rng(0)
+        values = jnp.float32(rng.normal(size=(2000, 2, COUNT, 50)))
+
+        def one(values, key):
+            seen = gather({"a": values[0], "b": values[1]})
+            return self.rule.decide(seen, (), key)[0].significant
+
+        found = jax.jit(jax.vmap(one))(values, jax.random.split(KEY, 2000))
+        assert float(found.mean()) < 0.05
+
+
+# In training.
+
+RULES = {
+    "constrained": adapt.constrained("fit", {"small": 0.5}),
+    "weighted": adapt.weighted({"fit": 1.0, "small": 0.1}, rate=0.1),
+    "lexicographic": adapt.lexicographic({"fit": 0.5, "small": 0.0}),
+    "lexicase": adapt.lexicase(["fit", "small"]),
+    "pareto": adapt.pareto({"fit": 0.1, "small": 0.1}),
+}
+X = jnp.linspace(-1.0, 1.0, 32)
+
+
+def assess(w):
+    return {"fit": -jnp.square(w * X - 3 * X), "small": -0.01 * jnp.abs(w) + 0 * X}
+
+
+def loss(w):
+    return -assess(w)["fit"].mean()
+
+
+def make(rule, **kwargs):
+    inner = {"slow": optax.sgd(0.1), "fast": optax.sgd(1.0), "back": optax.sgd(-0.1)}
+    return optax_ev3.ev3(inner, assess, adapt=rule, **kwargs)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("name", RULES)
+def test_trains(name, length):
+    kwargs = {} if length == 1 else {"loss_fn": loss, "restart": "significant"}
+    tx = make(RULES[name], trajectory_length=length, **kwargs)
+    w = jnp.zeros([])
+    start = tx.init(w)
+
+    def body(carry, _):
+        w, state = carry
+        updates, state = tx.update(jax.grad(loss)(w), state, w)
+        return (optax.apply_updates(w, updates), state), None
+
+    w, state = jax.jit(lambda c: jax.lax.scan(body, c, length=30)[0])((w, start))
+    assert_same_types(state, start)
+    assert abs(float(w) - 3) < 0.5
+    past, last = optax_ev3.history(state), optax_ev3.summary(state)
+    assert past["mean/small"].shape == past["mean"].shape == (30 // length, 5)
+    assert float(last["ev3/objective/small/stable"]) == past["mean/small"][-1, -1]
+
+
+def test_the_record_holds_the_means_of_every_objective():
+    tx = make(adapt.weighted({"fit": 1.0, "small": 1.0}))
+    w = jnp.array(1.0)
+    _, state = jax.jit(tx.update)(jnp.array(-1.0), tx.init(w), w)
+    past = optax_ev3.history(state)
+    candidates = [1.1, 2.0, 0.9, 1.0, 1.0]
+    for name, key in {"fit": "", "small": "/small"}.items():
+        rows = np.stack([assess(c)[name] for c in candidates])
+        np.testing.assert_allclose(past["mean" + key][0], rows.mean(1), rtol=1e-5)
+        error = rows.std(1, ddof=1) / np.sqrt(32)
+        np.testing.assert_allclose(past["stderr" + key][0], error, rtol=1e-4, atol=1e-8)
+
+
+# Bad input.
+
+BAD = {
+    "no tolerance": (lambda: adapt.constrained("a", {}), (ValueError, "tolerances")),
+    "tolerance of the main one": (
+        lambda: adapt.constrained("a", {"a": 0.1}),
+        (ValueError, "'a'", "maximized"),
+    ),
+    "negative tolerance": (
+        lambda: adapt.lexicographic({"a": -0.1}),
+        (ValueError, "tolerances['a']", "-0.1"),
+    ),
+    "tolerance no number": (
+        lambda: adapt.pareto({"a": "much"}),
+        (TypeError, "tolerances['a']", "'much'"),
+    ),
+    "tolerances no mapping": (
+        lambda: adapt.pareto(0.1),
+        (TypeError, "tolerances must be a mapping", "0.1"),
+    ),
+    "an objective named by a number": (
+        lambda: adapt.constrained(1, {"a": 0.1}),
+        (TypeError, "maximize", "1"),
+    ),
+    "weights all zero": (
+        lambda: adapt.weighted({"a": 0.0, "b": 0}),
+        (ValueError, "all be zero", "'b': 0"),
+    ),
+    "negative weight": (
+        lambda: adapt.weighted({"a": -1.0}),
+        (ValueError, "weights['a']", "-1.0"),
+    ),
+    "rate": (lambda: adapt.weighted({"a": 1.0}, rate=2.0), (ValueError, "rate", "2.0")),
+    "targets without a rate": (
+        lambda: adapt.weighted({"a": 1.0}, targets={"a": 1.0}),
+        (ValueError, "rate above 0"),
+    ),
+    "targets of others": (
+        lambda: adapt.weighted({"a": 1.0}, targets={"b": 1.0}, rate=0.1),
+        (ValueError, "targets", "['a']", "['b']"),
+    ),
+    "one name as a string": (
+        lambda: adapt.lexicase("ab"),
+        (TypeError, "names of objectives", "'ab'"),
+    ),
+    "the same name twice": (
+        lambda: adapt.lexicase(["a", "a"]),
+        (ValueError, "differ", "'a'"),
+    ),
+    "epsilon": (lambda: adapt.lexicase(epsilon=-1), (ValueError, "epsilon", "-1")),
+    "confidence": (
+        lambda: adapt.pareto({"a": 0.0}, confidence=0.1),
+        (ValueError, "confidence", "0.1"),
+    ),
+    "rule of several": (
+        lambda: adapt.weighted({"a": 1.0}, rule=adapt.pareto({"a": 0.0})),
+        (ValueError, "single objective", "['a']"),
+    ),
+    "no rule": (
+        lambda: adapt.weighted({"a": 1.0}, rule=3),
+        (TypeError, "rule must be a rule", "3"),
+    ),
+    "no bound": (
+        lambda: adapt.pareto({"a": 0.0}, bound="t"),
+        (TypeError, "bound", "'t'"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments(case):
+    make, (error, *parts) = BAD[case]
+    with says(error, *parts):
+        make()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_objectives_that_are_not_those_of_the_rule(name):
+    for scores in ({"fit": X}, {"fit": X, "small": X, "more": X}, X):
+        tx = optax_ev3.ev3([optax.sgd(0.1)], lambda w, s=scores: s, adapt=RULES[name])
+        w = jnp.zeros([])
+        with says(ValueError, "takes the objectives", "'small'"):
+            tx.update(w, tx.init(w), w)
+
+
+def test_weighted_sums_of_resampled_figures():
+    def mixed(w):
+        area = metrics.Figure(metrics.roc_auc, (w * X, X > 0), 8)
+        return {"area": area, "fit": assess(w)["fit"]}
+
+    rule = adapt.weighted({"area": 1.0, "fit": 1.0})
+    w = jnp.zeros([])
+    tx = optax_ev3.ev3([optax.sgd(0.1)], mixed, adapt=rule)
+    with says(ValueError, "resamples", "['area']", "['fit']", "samples=0"):
+        tx.update(w, tx.init(w), w)
+
+    def both(w):
+        return {**mixed(w), "fit": assess(w)["fit"].mean()}
+
+    tx = optax_ev3.ev3([optax.sgd(0.1)], both, adapt=rule)
+    updates, _ = tx.update(w - 1, tx.init(w), w)
+    assert float(updates) == pytest.approx(0.1)
