@@ -54,7 +54,8 @@ test-fast: ## Run the tests that are not marked slow
 	@$(MAKE) --no-print-directory test SELECT='-m "not slow"'
 
 test-oldest: ## Run test-fast with the oldest promised releases (.venv-oldest)
-	@XLA_FLAGS=--xla_backend_optimization_level=3 $(MAKE) --no-print-directory test-fast VENV=.venv-oldest \
+	@XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true" \
+	    $(MAKE) --no-print-directory test-fast VENV=.venv-oldest \
 	    LOCK=requirements/oldest.txt PYTHONS="python3.11 python3.12 $(PYTHONS)"
 
 lint: $(VENV)/.has-dev ## Check the style (ruff)
