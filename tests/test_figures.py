@@ -304,9 +304,9 @@ def test_in_a_mapping():
         only = {"area": evidence.scores["area"]}
         return adapt.Decision(jnp.int32(0), jnp.asarray(bool(only))), memory
 
-    tx = make(assess_fn, adapt=adapt.Rule(lambda explorers: (), decide))
-    with pytest.raises(ValueError, match="one objective"):  # Of history, after it.
-        once(tx, wrap=lambda fn: fn)
+    names = ("area", "right", "harmonic")
+    tx = make(assess_fn, adapt=adapt.Rule(lambda explorers: (), decide, names))
+    once(tx, wrap=lambda fn: fn)
     (found,) = seen
     assert found.binary == {"right"}
     assert list(found.resamples) == ["area"]

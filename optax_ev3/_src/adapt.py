@@ -41,11 +41,14 @@ class Decision(NamedTuple):
       significant: ``[]`` bool, whether stable parameters are replaced.
       promoted: ``[]`` int32, index of the candidate that then becomes stable; None for
         the adopted one.
+      priorities: ``[M]``, what each objective weighed, in the order of
+        ``Rule.objectives``; None where they were not weighed. For the history.
     """
 
     adopted: jax.Array
     significant: jax.Array
     promoted: jax.Array | None = None
+    priorities: jax.Array | None = None
 
 
 class Rule(NamedTuple):
@@ -59,11 +62,15 @@ class Rule(NamedTuple):
         candidate, save ``current`` where nothing is valid.
       objectives: Names of the objectives that it takes, the main one first; none for
         a single one of any name.
+      forget: Maps ``(memory, fresh)`` to memory without what it knows of explorers
+        that are others from now on, ``[K]`` bool; None where nothing is remembered of
+        single explorers. For :func:`optax_ev3.evolve`.
     """
 
     init: Callable[[int], Any]
     decide: Callable[[Evidence, Any, jax.Array], tuple[Decision, Any]]
     objectives: tuple[str, ...] = ()
+    forget: Callable[[Any, jax.Array], Any] | None = None
 
 
 def greedy(
@@ -74,7 +81,8 @@ def greedy(
     """Adopts the candidate with the highest mean score.
 
     Ties go to explorers before ``current``, to ``current`` before ``stable``, and
-    among explorers by lot. Stable parameters are replaced where the adopted ones are
+    among explorers to the one with most credit (:func:`optax_ev3.credit`), or by lot.
+    Stable parameters are replaced where the adopted ones are
     shown to be better by the round's examples.
 
     Args:
@@ -112,8 +120,7 @@ def greedy(
         explorers = evidence.valid.shape[0] - 2
         mean = estimate(evidence, objective).mean
         best = jnp.max(mean, where=evidence.valid, initial=-jnp.inf)
-        order = jnp.append(jax.random.uniform(key, [explorers]), jnp.array([-1.0, -2]))
-        adopted = first_of(evidence.valid & (mean == best), order, explorers)
+        adopted = untied(evidence, evidence.valid & (mean == best), key)
         tested = jnp.arange(explorers + 2) <= explorers
         p = corrected(bound, correction, evidence, objective, explorers + 1, tested)
         return Decision(adopted, p[adopted] < alpha), memory
@@ -193,9 +200,9 @@ def choose_and_confirm(
 
     The paper's optimize and decide. Choosing favours the lucky; on examples that had
     no part in it there is one comparison, and nothing to correct for. The explorer with
-    the highest mean on the first part, ties by lot, is adopted unless the second part
-    shows it to be worse than ``current`` or ``stable``; then that one is, and of both
-    the one with the higher mean on the second part. What was chosen becomes stable
+    the highest mean on the first part, ties by credit, is adopted unless the second
+    part shows it to be worse than ``current`` or ``stable``; then that one is, and of
+    both the one with the higher mean on the second part. What was chosen becomes stable
     where the second part shows it to be better.
 
     Args:
@@ -242,8 +249,8 @@ def choose_and_confirm(
         mean = estimate(choose, objective).mean[:explorers]
         valid = evidence.valid[:explorers]
         best = jnp.max(mean, where=valid, initial=-jnp.inf)
-        lot = jax.random.uniform(key, [explorers])
-        chosen = first_of(valid & (mean == best), lot, explorers)
+        none = jnp.zeros([2], bool)
+        chosen = untied(evidence, jnp.append(valid & (mean == best), none), key)
         better = bound.p_value(confirm, objective, explorers + 1)[chosen] < alpha
         beaten = bound.p_value(confirm, objective, chosen) < alpha
         rivals = jnp.where(beaten, estimate(confirm, objective).mean, -jnp.inf)
@@ -461,7 +468,16 @@ def confident(
             noise=_root_mean_square(memory.noise, step),
         )
 
-    return Rule(init, decide)
+    return Rule(init, decide, forget=_forget)
+
+
+def _forget(memory: ConfidentMemory, fresh: jax.Array) -> ConfidentMemory:
+    """Nothing is known of explorers that are others from now on."""
+    either = fresh[:, None] | fresh[None, :]
+    return memory._replace(
+        current=jax.tree.map(lambda x: jnp.where(fresh, 0, x), memory.current),
+        pairs=jax.tree.map(lambda x: jnp.where(either, 0, x), memory.pairs),
+    )
 
 
 def _tried(trial: Trial, z: jax.Array) -> Trial:
@@ -518,6 +534,17 @@ def _step(gain: jax.Array, adopted: jax.Array, valid: jax.Array) -> jax.Array:
     smallest = jnp.where(valid.any(), sizes.min(), 0)
     taken = adopted < valid.shape[0]
     return jnp.where(taken, gain[adopted], smallest).astype(jnp.float32)
+
+
+def untied(evidence: Evidence, mask: jax.Array, key: jax.Array) -> jax.Array:
+    """One of the mask: an explorer by credit, else ``current``, else ``stable``."""
+    explorers = mask.shape[0] - 2
+    # Equal credit is decided by lot.
+    order = 1e-4 * jax.random.uniform(key, [explorers])
+    if evidence.credit is not None:
+        order += evidence.credit
+    last = jnp.array([-1e3, -2e3], order.dtype)
+    return first_of(mask, jnp.append(order, last), explorers)
 
 
 def first_of(mask: jax.Array, order: jax.Array, otherwise: int) -> jax.Array:

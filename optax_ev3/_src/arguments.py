@@ -65,6 +65,23 @@ def plan(
     )
 
 
+def check_race(race: Any, history_length: int, plan: trajectory.Plan) -> int | None:
+    """How many rounds without a win let an explorer rest; None for never."""
+    if race is None:
+        return None
+    race = checks.integer(race, "race", 1, f"a Python integer or None. {_STATIC}")
+    if race >= history_length:
+        raise ValueError(
+            f"race must be below history_length, {history_length}, got {race}."
+        )
+    if plan.gradients == "turns":
+        raise ValueError(
+            'race cannot be used with gradients="turns", where each branch has its '
+            "calls."
+        )
+    return race
+
+
 def typed_key(key: Any) -> jax.Array:
     """A typed PRNG key from a seed, a typed or a raw key."""
     if trees.is_key(key):

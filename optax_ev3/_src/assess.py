@@ -275,12 +275,7 @@ def _score(assess, candidates, mode):
         return _as_scores(assess(candidate))
 
     if mode == "unroll":
-        each = [
-            jax.tree.map(lambda x: x[None], one(batch.tree))
-            if batch.size is None
-            else lax.map(one, batch.tree)
-            for batch in candidates
-        ]
+        each = [_score_batch(one, batch) for batch in candidates]
         return jax.tree.map(lambda *values: jnp.concatenate(values), *each)
     stacks = [
         batch.tree if batch.size else jax.tree.map(lambda x: x[None], batch.tree)
@@ -288,6 +283,21 @@ def _score(assess, candidates, mode):
     ]
     stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *stacks)
     return jax.vmap(one)(stacked) if mode == "vmap" else lax.map(one, stacked)
+
+
+def _score_batch(one, batch):
+    """Scores of the trees of a batch, stacked; zeros where it rests."""
+
+    def score():
+        if batch.size is None:
+            return jax.tree.map(lambda x: x[None], one(batch.tree))
+        return lax.map(one, batch.tree)
+
+    if batch.rests is None:
+        return score()
+    kinds = jax.eval_shape(score)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kinds)
+    return lax.cond(batch.rests, lambda: zeros, score)
 
 
 def _objectives(output: Any) -> dict[str, Any]:

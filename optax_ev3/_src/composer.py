@@ -1,5 +1,6 @@
 """The composer: explore, assess and adapt as one optax transformation."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +15,9 @@ from optax_ev3._src import adapt as rules
 from optax_ev3._src import (
     arguments,
     assess,
+    credit,
     evidence,
+    evolve,
     explore,
     guards,
     named,
@@ -33,10 +36,12 @@ class ExplorerState(NamedTuple):
       positions: By name, ``[]`` int32, the index among the candidates: of the explorer,
         or of every member of a sweep.
       opt_state: State of its inner optimizer; PRNG keys in it are raw key data.
+      evolution: The hyperparameters of a group that evolves, else nothing.
     """
 
     positions: dict[str, jax.Array]
     opt_state: Any
+    evolution: Any = ()
 
 
 class EV3State(NamedTuple):
@@ -79,6 +84,7 @@ def ev3(
     restart: str = "always",
     restart_state: str = "keep",
     combine: Sequence[combinations.Combination] = (),
+    race: int | None = None,
     adapt: rules.Rule | None = None,
     guard: guards.Guard | None = None,
     assess_mode: str = "unroll",
@@ -141,6 +147,11 @@ def ev3(
         parameters that are not its own: ``"keep"`` (as the paper), ``"new"``, or
         ``"copy"`` (the winner's, where its structure is the same, else kept).
       combine: More candidates at no gradient cost, see :mod:`optax_ev3.combine`.
+      race: An explorer rests, and costs nothing, while the history shows it in at
+        least this many rounds and adopted in none of them: it takes part in at most
+        ``race`` of any ``history_length`` rounds, until it wins one. A sweep or a group
+        that evolves races as one. Assessments are saved in the mode ``"unroll"``.
+        Default: nobody rests.
       adapt: The rule, see :mod:`optax_ev3.adapt`; default
         ``optax_ev3.adapt.confident()``, with ``clip=10, prior_rounds=1`` unless rounds
         have one step.
@@ -194,6 +205,7 @@ def ev3(
       <https://arxiv.org/abs/2310.18893>`_, 2023.
     """
     explorers = explore.collect(inner)
+    explore.check_spaces(explorers, loss_fn)
     names = [m for name, one in explorers.items() for m in one.members(name)]
     if not isinstance(assess_fn, assess.InChunks):
         named.check_callback(assess_fn, "assess_fn")
@@ -224,6 +236,7 @@ def ev3(
         rule = rules.confident(clip=10.0, prior_rounds=1.0)
     _check_judges(rule, guard, plan, assess_fn)
     history_length = arguments.static_int(history_length, "history_length")
+    race = arguments.check_race(race, history_length, plan)
     key_impl = arguments.check_key(key)
 
     def init_fn(params: optax.Params) -> EV3State:
@@ -233,7 +246,9 @@ def ev3(
                 member: jnp.asarray(first + i, jnp.int32)
                 for i, member in enumerate(one.members(name))
             }
-            states[name] = ExplorerState(positions, steps.init_state(one, params))
+            states[name] = ExplorerState(
+                positions, steps.init_state(one, params), evolve.init(one)
+            )
             first += len(positions)
         return EV3State(
             ev3_round=jnp.zeros([], jnp.int32),
@@ -250,7 +265,10 @@ def ev3(
             memory=rule.init(len(names) + len(more)),
             guarded=() if guard is None else guard.init(arguments.typed_key(key)),
             record=record.empty(
-                history_length, len(names) + len(more) + 2, rule.objectives
+                history_length,
+                len(names) + len(more) + 2,
+                rule.objectives,
+                _hyperparams(states),
             ),
         )
 
@@ -267,7 +285,11 @@ def ev3(
             )
         _check_call(state, params, explorers, init_fn)
         keys = _keys(state, key_impl, axis_name)
-        call = steps.Call(updates, loss_fn, extra_args, keys.loss, axis_name)
+        hyperparams = _hyperparams(state.explorers)
+        call = steps.Call(
+            updates, loss_fn, extra_args, keys.loss, axis_name, hyperparams
+        )
+        rests = _resting(explorers, plan, state, race)
         offered = {
             "key": keys.assess,
             "round": state.ev3_round,
@@ -280,11 +302,35 @@ def ev3(
         )
         judge = _Judge(rule, guard, rule_key, score, axis_name)
         walk = _one_step if plan.one_step else _trajectories
-        update, state = walk(explorers, plan, state, params, call, judge)
+        update, state = walk(explorers, plan, state, params, call, judge, rests)
         calls = jnp.asarray(optax.safe_increment(state.ev3_calls))
         return update, state._replace(ev3_calls=calls)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _hyperparams(states):
+    """By evolving group, the numbers of its members."""
+    return {
+        name: one.evolution.hyperparams
+        for name, one in states.items()
+        if one.evolution != ()
+    }
+
+
+def _resting(explorers, plan, state, race):
+    """By name, which explorers rest in this round; nothing without a race."""
+    if race is None:
+        return {}
+    places = explore.places(explorers)
+    total = sum(map(len, places.values()))
+    own = [[*p, *(total + i for i in p if plan.averaged)] for p in places.values()]
+    rests = credit.resting(state.record, own, race)
+    if not plan.one_step:
+        # The visible parameters follow the lead branch.
+        lead = state.trajectory.lead
+        rests &= jnp.stack([(jnp.asarray(p) != lead).all() for p in places.values()])
+    return dict(zip(explorers, rests, strict=True))
 
 
 def _score(assess_fn, extra_args, offered, mode, key, candidates, judge):
@@ -347,6 +393,10 @@ class _Judge(NamedTuple):
     def decide(self, seen: Any, state: EV3State) -> tuple[Any, Any, Any, Any]:
         """The decision, the evidence that it rests on, and what is remembered."""
         guarded = state.guarded
+        groups = record.groups(state)
+        seen = dataclasses.replace(
+            seen, past=state.record, credit=credit.estimate(state.record, groups)
+        )
         if self.guard is not None:
             key = jax.random.fold_in(self.key, 1)
             seen, guarded = self.guard.release(seen, guarded, key)
@@ -364,67 +414,72 @@ class _Judge(NamedTuple):
         return judge
 
 
-def _one_step(explorers, plan, state, params, call, judge):
+def _one_step(explorers, plan, state, params, call, judge, rests):
     """A round of one step of all explorers from the same parameters."""
-    del plan
     opt_states = {name: one.opt_state for name, one in state.explorers.items()}
-    proposed = steps.propose(explorers, opt_states, params, call)
+    proposed = steps.propose(explorers, opt_states, params, call, rests)
     moves = [
-        trees.Batch(step.update, explorers[name].size)
+        trees.Batch(step.update, explorers[name].size, rests.get(name))
         for name, step in proposed.items()
     ]
-    candidates = [trees.Batch(_apply(params, move), move.size) for move in moves] + [
-        trees.Batch(params),
-        trees.Batch(state.stable),
-    ]
+    candidates = [m._replace(tree=_apply(params, m)) for m in moves]
+    candidates += [trees.Batch(params), trees.Batch(state.stable)]
     valid = _flags([step.finite for step in proposed.values()], True)
     uphill = _flags([step.uphill for step in proposed.values()], False)
     scores = judge.score(candidates, judge.preview(state, valid, uphill))
     seen = judge.gather(scores, valid, uphill)
     moves.append(trees.Batch(lambda: trees.zeros_like(params)))
     moves.append(trees.Batch(lambda: _minus(state.stable, params)))
-    decision, state, _ = _adapt(judge, seen, state, jnp.ones([], jnp.int32))
+    lasted = _Lasted(explorers, plan, rests, jnp.ones([], jnp.int32))
+    state = state._replace(
+        explorers=_with(state, {k: s.opt_state for k, s in proposed.items()})
+    )
+    decision, state, _ = _adapt(judge, seen, state, lasted)
     update = trees.pick(decision.adopted, moves)
 
     def promote(_):
         return optax.apply_updates(params, trees.pick(decision.promoted, moves))
 
     return update, state._replace(
-        explorers={
-            name: one._replace(opt_state=proposed[name].opt_state)
-            for name, one in state.explorers.items()
-        },
         stable=trees.once(decision.significant, promote, state.stable),
     )
 
 
-def _trajectories(explorers, plan, state, params, call, judge):
+def _trajectories(explorers, plan, state, params, call, judge, rests):
     """One step of the branches; at the end of a round, assess and adapt as well."""
     opt_states = {name: one.opt_state for name, one in state.explorers.items()}
     update, opt_states, walked = trajectory.advance(
-        explorers, plan, state.trajectory, opt_states, params, call, state.ev3_calls
+        explorers,
+        plan,
+        state.trajectory,
+        opt_states,
+        params,
+        call,
+        state.ev3_calls,
+        rests,
     )
     state = state._replace(trajectory=walked, explorers=_with(state, opt_states))
 
     def finish(carry):
         update, state = carry
-        return _finish(explorers, plan, update, state, params, judge)
+        return _finish(explorers, plan, update, state, params, judge, rests)
 
     turns = walked.alive.shape[0] if plan.gradients == "turns" else 1
     done = walked.step >= turns * walked.length
     return trees.once(done, finish, (update, state))
 
 
-def _finish(explorers, plan, update, state, params, judge):
+def _finish(explorers, plan, update, state, params, judge, rests):
     """The end of a round: adopt a candidate, and start the next round."""
     walked = state.trajectory
     more = len(state.combined)
     uphill = jnp.append(walked.uphill > 0, jnp.zeros([more + 2], bool))
     candidates, scores, valid = _assess_round(
-        explorers, plan, state, params, judge, uphill
+        explorers, plan, state, params, judge, uphill, rests
     )
     seen = judge.gather(scores, valid, uphill)
-    decision, state, seen = _adapt(judge, seen, state, walked.length)
+    lasted = _Lasted(explorers, plan, rests, walked.length)
+    decision, state, past = _adapt(judge, seen, state, lasted)
     adopted = decision.adopted
     moved = trees.pick(adopted, candidates)
     # Adopting the lead branch takes the step that it made, without rounding.
@@ -432,9 +487,9 @@ def _finish(explorers, plan, update, state, params, judge):
     update = trees.where(same, update, _minus(moved, params))
     visible = optax.apply_updates(params, update)
     opt_states = {name: one.opt_state for name, one in state.explorers.items()}
-    objective = judge.main(seen)
+    since = state.record.since
     opt_states, walked = trajectory.restart(
-        explorers, plan, walked, opt_states, visible, decision, seen, objective
+        explorers, plan, walked, opt_states, visible, decision, past, since
     )
 
     def promote(_):
@@ -448,17 +503,20 @@ def _finish(explorers, plan, update, state, params, judge):
     )
 
 
-def _assess_round(explorers, plan, state, params, judge, uphill):
+def _assess_round(explorers, plan, state, params, judge, uphill, rests):
     """All candidates, their scores, and which of them are finite."""
     walked = state.trajectory
-    alive = walked.alive > 0
-    ends = [trees.Batch(walked.ends[k], one.size) for k, one in explorers.items()]
+    alive = (walked.alive > 0) & ~explore.spread(explorers, rests)
+    ends = [
+        trees.Batch(walked.ends[k], one.size, rests.get(k))
+        for k, one in explorers.items()
+    ]
     valid = [alive]
     for one in plan.combinations:
         if isinstance(one, combinations.TrajectoryAverage):
             ends += [
-                trees.Batch(combinations.like(mean, walked.ends[k]), explorers[k].size)
-                for k, mean in ((k, walked.means[k]) for k in explorers)
+                end._replace(tree=combinations.like(walked.means[k], end.tree))
+                for k, end in zip(explorers, ends, strict=True)
             ]
             valid.append(alive)
     count = sum(map(trees.count, ends))
@@ -509,16 +567,44 @@ def _soup(one, ends, seen, judge):
     return mix, ok, scores_of(mix)
 
 
-def _adapt(judge, seen, state, length):
-    """The decision, the state with what is remembered, and what the rule has seen."""
+class _Lasted(NamedTuple):
+    """A round that ends: who took part, and how long.
+
+    Attributes:
+      explorers: By name.
+      plan: How trajectories go on.
+      rests: By name ``[]`` bool, who did not; none for all who did.
+      length: ``[]`` int32, calls of ``update`` in each branch.
+    """
+
+    explorers: Mapping[str, explore.Explorer]
+    plan: trajectory.Plan
+    rests: Mapping[str, jax.Array]
+    length: jax.Array
+
+
+def _adapt(judge, seen, state, lasted):
+    """The decision, the state with what is remembered, and what the round was."""
     examples = evidence.examples(seen)
     decision, seen, memory, guarded = judge.decide(seen, state)
     # A round without any valid proposal decides nothing and teaches nothing.
     explored = seen.valid[:-2].any()
     adopted = jnp.where(explored, decision.adopted, rules.fallback(seen))
     promoted = adopted if decision.promoted is None else decision.promoted
-    objective = judge.main(seen)
-    appended = record.append(state.record, decision, seen, objective, length, examples)
+    rested = explore.spread(lasted.explorers, lasted.rests)
+    if lasted.plan.averaged:
+        rested = jnp.tile(rested, 2)
+    rested = jnp.pad(rested, (0, seen.valid.shape[0] - rested.shape[0]))
+    past = record.Round(
+        seen,
+        judge.main(seen),
+        judge.rule.objectives,
+        rested,
+        lasted.length,
+        examples,
+        _hyperparams(state.explorers),
+    )
+    appended = record.append(state.record, decision, past)
     significant = explored & decision.significant
     if judge.guard is not None:
         guarded = judge.guard.settle(guarded, seen, significant, promoted)
@@ -528,7 +614,48 @@ def _adapt(judge, seen, state, length):
         guarded=trees.where(explored, guarded, state.guarded),
         record=trees.where(explored, appended, state.record),
     )
-    return rules.Decision(adopted, significant, promoted), state, seen
+    decision = rules.Decision(adopted, significant, promoted)
+    return decision, _evolved(judge, state, lasted, adopted, past), past
+
+
+def _evolved(judge, state, lasted, adopted, past):
+    """The state with other hyperparameters in groups that evolve."""
+    explorers, plan = lasted.explorers, lasted.plan
+    places = explore.places(explorers)
+    total = sum(map(len, places.values()))
+    mean = evidence.estimate(past.seen, past.objective).mean
+    mean = jnp.where(past.seen.valid, mean, -jnp.inf)[:-2]
+    # A branch is as good as its end, or as its average.
+    score = mean[:total]
+    if plan.averaged:
+        score = jnp.maximum(score, mean[total : 2 * total])
+    owner = plan.owner(adopted, total)
+    moved, fresh = dict(state.explorers), jnp.zeros([total], bool)
+    for number, (name, one) in enumerate(explorers.items()):
+        if one.space is None:
+            continue
+        first, last = places[name][0], places[name][-1]
+        own = (first <= owner) & (owner <= last)
+        best = jnp.argmax(score[first : last + 1])
+        winner = jnp.where(own, owner - first, best).astype(jnp.int32)
+        # A group that rests stays as it is.
+        rests = past.rests[first]
+        key = jax.random.fold_in(jax.random.fold_in(judge.key, 2), number)
+        found = jnp.isfinite(score[first + winner])
+        group = moved[name].evolution
+        new = evolve.move(one.space, group, winner, found, key)
+        new = trees.where(rests, group, new)
+        moved[name] = moved[name]._replace(evolution=new)
+        index = jnp.arange(total)
+        others = (first <= index) & (index <= last) & (index != first + winner)
+        fresh |= others & ~rests
+    state = state._replace(explorers=moved)
+    forget = judge.rule.forget
+    if forget is None or not any(one.space for one in explorers.values()):
+        return state
+    fresh = jnp.tile(fresh, 2) if plan.averaged else fresh
+    fresh = jnp.pad(fresh, (0, mean.shape[0] - fresh.shape[0]))
+    return state._replace(memory=forget(state.memory, fresh))
 
 
 def _with(state, opt_states):

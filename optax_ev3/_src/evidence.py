@@ -70,7 +70,15 @@ class Resampled(NamedTuple):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["scores", "valid", "uphill", "resamples", "seen"],
+    data_fields=[
+        "scores",
+        "valid",
+        "uphill",
+        "resamples",
+        "seen",
+        "past",
+        "credit",
+    ],
     meta_fields=["binary"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +97,9 @@ class Evidence:
       binary: Names of the objectives whose scores are known to be 0 or 1, static.
       seen: ``[N]`` bool, the examples that were looked at; None for all. The scores of
         the others are zero.
+      past: The record of past rounds, or None: ring buffers, see
+        :func:`optax_ev3.history` for what they hold.
+      credit: ``[K]``, see :func:`optax_ev3.credit`; None where nothing is known.
     """
 
     scores: Mapping[str, jax.Array]
@@ -97,6 +108,8 @@ class Evidence:
     resamples: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
     binary: frozenset[str] = frozenset()
     seen: jax.Array | None = None
+    past: Any = None
+    credit: jax.Array | None = None
 
 
 def gather(
@@ -241,7 +254,7 @@ def compare(
     if values.ndim == 2:
         found = differences(evidence, objective, reference)
         mean, stderr, n = _mean_and_stderr(found.values, evidence.seen)
-        return Comparison(mean, stderr, _normal_units(mean, stderr, n))
+        return Comparison(mean, stderr, normal_units(mean, stderr, n))
     both = evidence.valid & evidence.valid[reference]
     gain = jnp.where(both, values - values[reference], 0)
     if objective in evidence.resamples:
@@ -368,7 +381,7 @@ def _mean_and_stderr(values: jax.Array, seen: jax.Array | None):
     return mean, scale * jnp.sqrt(variance / jnp.maximum(n, 1)), n
 
 
-def _normal_units(mean: jax.Array, stderr: jax.Array, n: jax.Array) -> jax.Array:
+def normal_units(mean: jax.Array, stderr: jax.Array, n: jax.Array) -> jax.Array:
     """The z value of a mean with its standard error, n examples; zero if n is 1."""
     freedom = jnp.maximum(n - 1, 1)
     # t beyond this is past the cap; dividing by its inverse times the mean at the

@@ -25,6 +25,8 @@ class Explorer(NamedTuple):
       merge_fn: How auxiliary outputs of the loss become part of the parameters.
       grid: For a :func:`sweep`, G numbers by name; None for a single explorer.
       factory: For a sweep, makes the optimizer from one number of each name.
+      space: For a group that evolves, the range of each number; the grid is then where
+        they begin.
     """
 
     tx: optax.GradientTransformation
@@ -33,6 +35,7 @@ class Explorer(NamedTuple):
     merge_fn: Callable[[Any, Any], Any] | None = None
     grid: Mapping[str, tuple[float, ...]] | None = None
     factory: Callable[..., optax.GradientTransformation] | None = None
+    space: Mapping[str, Any] | None = None
 
     @property
     def size(self) -> int | None:
@@ -43,6 +46,8 @@ class Explorer(NamedTuple):
         """Names of all explorers that this one, called ``name``, stands for."""
         if self.grid is None:
             return [name]
+        if self.space is not None:
+            return [f"{name}[{i}]" for i in range(self.size or 0)]
         rows = zip(*self.grid.values(), strict=True)
         labels = [
             ", ".join(f"{k}={v:.6g}" for k, v in zip(self.grid, row, strict=True))
@@ -50,16 +55,24 @@ class Explorer(NamedTuple):
         ]
         return [f"{name}({label})" for label in labels]
 
-    def each(self, fn: Callable[..., Any], *args: Any) -> Any:
-        """``fn(tx, *args)``; for a sweep, of every member, its args stacked."""
+    def each(self, fn: Callable[..., Any], *args: Any, hyperparams: Any = None) -> Any:
+        """``fn(tx, hyperparams, *args)``; for a sweep, of every member, args stacked.
+
+        Args:
+          fn: What to do with an optimizer and its numbers by name.
+          *args: More arguments.
+          hyperparams: Numbers ``[G]`` by name; default: the grid.
+        """
         if self.grid is None or self.factory is None:
-            return fn(self.tx, *args)
+            return fn(self.tx, {}, *args)
         factory = self.factory
 
         def one(numbers, *args):
-            return fn(factory(**numbers), *args)
+            own = {k: v for k, v in numbers.items() if _takes(factory, k)}
+            return fn(factory(**own), numbers, *args)
 
-        return jax.vmap(one)({k: jnp.asarray(v) for k, v in self.grid.items()}, *args)
+        grid = {k: jnp.asarray(v) for k, v in self.grid.items()}
+        return jax.vmap(one)(hyperparams or grid, *args)
 
 
 def explorer(
@@ -228,6 +241,37 @@ def sweep(
     )
 
 
+def group(
+    factory: Callable[..., optax.GradientTransformation],
+    grid: Mapping[str, tuple[float, ...]],
+    space: Mapping[str, Any],
+) -> Explorer:
+    """Explorers whose numbers move within ``space``, beginning on the grid."""
+    first = {k: v[0] for k, v in grid.items() if _takes(factory, k)}
+    name = getattr(factory, "__name__", None)
+    made = explorer(factory(**first), name=None if name == "<lambda>" else name)
+    return made._replace(grid=grid, factory=factory, space=space)
+
+
+def _takes(factory: Callable[..., Any], name: str) -> bool:
+    """Whether a factory takes a number of this name."""
+    names, takes_any = named.accepted(factory, 0)
+    return takes_any or name in names
+
+
+def check_spaces(explorers: Mapping[str, Explorer], loss_fn: Any) -> None:
+    """Raises unless somebody takes every hyperparameter."""
+    for name, one in explorers.items():
+        loss = one.loss_fn or loss_fn
+        names, takes_any = (set(), False) if loss is None else named.accepted(loss, 1)
+        for wanted in one.space or ():
+            if not (_takes(one.factory, wanted) or takes_any or wanted in names):
+                raise ValueError(
+                    f"nobody takes the hyperparameter {wanted!r} of explorer {name!r}: "
+                    f"neither its factory nor its loss_fn has an argument of this name."
+                )
+
+
 def _abstract_state(factory, numbers):
     """Structure, shapes and dtypes of the state for parameters of two shapes."""
     made = explorer(factory(**numbers)).tx
@@ -271,6 +315,27 @@ def check_names(names: Sequence[str]) -> None:
             f"explorers cannot be named {reserved}: candidates that are always there "
             f"have these names."
         )
+
+
+def places(explorers: Mapping[str, Explorer]) -> dict[str, list[int]]:
+    """By name, which candidates the explorers are."""
+    found, first = {}, 0
+    for name, one in explorers.items():
+        found[name] = list(range(first, first + (one.size or 1)))
+        first += one.size or 1
+    return found
+
+
+def spread(
+    explorers: Mapping[str, Explorer], flags: Mapping[str, jax.Array]
+) -> jax.Array:
+    """One flag for each candidate that is an explorer, from those by name; else 0."""
+    return jnp.concatenate(
+        [
+            jnp.broadcast_to(flags.get(name, False), [one.size or 1])
+            for name, one in explorers.items()
+        ]
+    )
 
 
 def _as_explorer(value: Any, name: str | None) -> Explorer:

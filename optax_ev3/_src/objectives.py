@@ -6,13 +6,13 @@ Dimensions: ``K`` explorers, ``C`` = K + 2 candidates, in the order explorers,
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from optax_ev3._src.adapt import Decision, Rule, confident, fallback, first_of
+from optax_ev3._src.adapt import Decision, Rule, confident, fallback, first_of, untied
 from optax_ev3._src.bounds import Bound, checked_bound
 from optax_ev3._src.checks import error_rate
 from optax_ev3._src.evidence import (
@@ -122,7 +122,7 @@ def constrained(
         decision = Decision(adopted, decision.significant, promoted)
         return decision, ConstrainedMemory(inner, {name: fall(name) for name in limits})
 
-    return Rule(init, decide, (maximize, *limits))
+    return Rule(init, decide, (maximize, *limits), _forgetting(rule))
 
 
 class WeightedMemory(NamedTuple):
@@ -249,9 +249,12 @@ def weighted(
             lambda x: x.astype(jnp.float32), (moved, start, progress)
         )
         rounds = memory.rounds + 1
+        decision = decision._replace(
+            priorities=jnp.stack([memory.weights[k] for k in first])
+        )
         return decision, WeightedMemory(inner, moved, start, progress, rounds)
 
-    return Rule(init, decide, tuple(first))
+    return Rule(init, decide, tuple(first), _forgetting(rule))
 
 
 def lexicographic(
@@ -264,10 +267,10 @@ def lexicographic(
 
     Of all candidates those remain that are not shown to be worse than the best one by
     more than :math:`\epsilon_1` in objective 1, of these those that are not in
-    objective 2, and so on. Of what is left an explorer is adopted, by lot, else
-    ``current``, else ``stable``. Stable is replaced by what is adopted where it is
-    shown to be better in one objective and, in all more important ones, to lose less
-    than their tolerances.
+    objective 2, and so on. Of what is left the explorer with most credit
+    (:func:`optax_ev3.credit`) is adopted, else ``current``, else ``stable``. Stable
+    is replaced by what is adopted where it is shown to be better in one objective and,
+    in all more important ones, to lose less than their tolerances.
 
     Args:
       tolerances: By name, in the order of priority: differences that do not count, in
@@ -310,7 +313,7 @@ def lexicographic(
             best = jnp.argmax(jnp.where(left, mean, -jnp.inf))
             ahead = _ahead(evidence, name, best, bound, alpha / stable)
             left &= ahead <= limit
-        adopted = _by_lot(left, key)
+        adopted = untied(evidence, left, key)
         adopted = jnp.where(left.any(), adopted, fallback(evidence))
         level = alpha / stable / len(limits)
         proven, safe = jnp.zeros([stable + 1], bool), evidence.valid
@@ -337,7 +340,8 @@ def lexicase(
     first case, of these those that do so on the second, until one is left, or no case.
     Specialists get their turn, which do well on cases where others fail, however low
     their mean is. Ties go to explorers before ``current``, to ``current`` before
-    ``stable``, and among explorers by lot.
+    ``stable``, and among explorers to the one with most credit
+    (:func:`optax_ev3.credit`), or by lot.
 
     Stable is replaced by what is adopted where that is shown to have a higher mean by
     every objective.
@@ -384,7 +388,7 @@ def lexicase(
         stable = evidence.valid.shape[0] - 1
         lot, order = jax.random.split(key)
         left = _pass_cases(evidence, taken, epsilon, order)
-        adopted = jnp.where(left.any(), _by_lot(left, lot), fallback(evidence))
+        adopted = jnp.where(left.any(), untied(evidence, left, lot), fallback(evidence))
         better = jnp.ones([stable + 1], bool)
         for name in taken:
             better &= bound.p_value(evidence, name, stable) < alpha / stable
@@ -466,7 +470,8 @@ def pareto(
         back = loses & ~gains
         adopted = jnp.where(back[current] & back[chosen], stable, chosen)
         adopted = jnp.where(evidence.valid[adopted], adopted, fallback(evidence))
-        return Decision(adopted, (gains & holds)[adopted]), memory
+        decision = Decision(adopted, (gains & holds)[adopted], priorities=weights)
+        return decision, memory
 
     return Rule(lambda explorers: (), decide, tuple(limits))
 
@@ -560,11 +565,12 @@ def _pass_cases(evidence, names, epsilon, key):
     return jax.lax.while_loop(goes_on, one, (0, evidence.valid))[1]
 
 
-def _by_lot(mask, key):
-    """One of the mask: an explorer by lot, else ``current``, else ``stable``."""
-    explorers = mask.shape[0] - 2
-    order = jnp.append(jax.random.uniform(key, [explorers]), jnp.array([-1.0, -2]))
-    return first_of(mask, order, explorers)
+def _forgetting(rule: Rule) -> Callable[[Any, jax.Array], Any] | None:
+    """How a memory forgets that holds the one of ``rule`` as ``inner``."""
+    forget = rule.forget
+    if forget is None:
+        return None
+    return lambda memory, fresh: memory._replace(inner=forget(memory.inner, fresh))
 
 
 def _promoted(decision: Decision) -> jax.Array:

@@ -1,9 +1,11 @@
 """Record: what happened in past rounds, and what a person wants to know of it.
 
-Dimensions: ``H`` rounds kept, ``C`` candidates.
+Dimensions: ``H`` rounds kept, ``C`` candidates, ``M`` objectives, ``G`` members of an
+evolving group.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +16,10 @@ from jax import core
 
 from optax_ev3._src import explore
 from optax_ev3._src.adapt import Decision
-from optax_ev3._src.evidence import Estimate, Evidence, estimate
+from optax_ev3._src.evidence import Estimate, Evidence, compare, estimate
+
+# Candidates that are no explorers.
+ALWAYS = (explore.CURRENT, explore.STABLE)
 
 
 class Record(NamedTuple):
@@ -22,84 +27,144 @@ class Record(NamedTuple):
 
     Attributes:
       rounds: ``[]`` int32, rounds recorded.
+      since: ``[]`` int32, rounds since stable was last replaced.
       adopted: ``[H]`` int32, index of the adopted candidate.
       significant: ``[H]`` int32, 1 where stable was replaced.
       mean: ``[H, C]`` float32, mean scores by the main objective; zero where not
         valid.
       stderr: ``[H, C]`` float32, their standard errors; zero where not valid.
-      others: The same of the other objectives, by name.
-      valid: ``[H, C]`` int32, 1 where update and scores were finite.
+      z: ``[H, C]`` float32, the evidence against ``current``, paired, in standard
+        normal units; zero where not valid.
+      others: Means and standard errors of the other objectives, by name.
+      valid: ``[H, C]`` int32, 1 where update and scores were finite, 0 where not, and
+        -1 where the candidate rested.
       length: ``[H]`` int32, calls of ``update`` in each branch of the round.
       examples: ``[H]`` int32, examples with scores of their own.
+      objectives: By name, ``[]`` int32, the place of each objective that the rule
+        names.
+      priorities: By name, ``[H]`` float32, what each of them weighed; all zero where
+        the rule does not weigh them.
+      hyperparams: By evolving group and name ``[H, G]`` float32.
       adoptions: ``[C]`` int32, how often each candidate was adopted, over all rounds.
     """
 
     rounds: jax.Array
+    since: jax.Array
     adopted: jax.Array
     significant: jax.Array
     mean: jax.Array
     stderr: jax.Array
+    z: jax.Array
     others: dict[str, Estimate]
     valid: jax.Array
     length: jax.Array
     examples: jax.Array
+    objectives: dict[str, jax.Array]
+    priorities: dict[str, jax.Array]
+    hyperparams: dict[str, dict[str, jax.Array]]
     adoptions: jax.Array
 
 
-def empty(length: int, candidates: int, objectives: Sequence[str] = ()) -> Record:
+def empty(
+    length: int,
+    candidates: int,
+    objectives: Sequence[str] = (),
+    hyperparams: Mapping[str, Mapping[str, jax.Array]] | None = None,
+) -> Record:
     """A record of nothing, for H = ``length`` and C = ``candidates``."""
 
     def blank():
         return jnp.zeros([length, candidates], jnp.float32)
 
+    def rows(row):
+        return jnp.zeros([length, *jnp.shape(row)], jnp.float32)
+
     return Record(
         rounds=jnp.zeros([], jnp.int32),
+        since=jnp.zeros([], jnp.int32),
         adopted=jnp.zeros([length], jnp.int32),
         significant=jnp.zeros([length], jnp.int32),
         mean=blank(),
         stderr=blank(),
+        z=blank(),
         others={name: Estimate(blank(), blank()) for name in objectives[1:]},
         valid=jnp.zeros([length, candidates], jnp.int32),
         length=jnp.zeros([length], jnp.int32),
         examples=jnp.zeros([length], jnp.int32),
+        objectives={k: jnp.asarray(i, jnp.int32) for i, k in enumerate(objectives)},
+        priorities={name: rows(0.0) for name in objectives},
+        hyperparams=jax.tree.map(rows, _dicts(hyperparams or {})),
         adoptions=jnp.zeros([candidates], jnp.int32),
     )
 
 
-def append(
-    record: Record,
-    decision: Decision,
-    seen: Evidence,
-    objective: str,
-    length: jax.Array,
-    examples: jax.Array,
-) -> Record:
+class Round(NamedTuple):
+    """What the record keeps of a round, beside the decision.
+
+    Attributes:
+      seen: The evidence, after the guard.
+      objective: The main one.
+      objectives: All that the rule names, in its order.
+      rests: ``[C]`` bool, which candidates were not explored.
+      length: ``[]`` int32, calls of ``update`` in each branch.
+      examples: ``[]`` int32, how many had scores of their own.
+      hyperparams: By evolving group and name ``[G]``.
+    """
+
+    seen: Evidence
+    objective: str
+    objectives: tuple[str, ...]
+    rests: jax.Array
+    length: jax.Array
+    examples: jax.Array
+    hyperparams: Mapping[str, Mapping[str, jax.Array]]
+
+
+def append(record: Record, decision: Decision, last: Round) -> Record:
     """The record with one more round, which takes the place of the oldest."""
     row = record.rounds % record.adopted.shape[0]
+    seen = last.seen
+    current = seen.valid.shape[0] - 2
 
-    def put(past, name):
-        new = jax.tree.map(
-            lambda x: jnp.where(seen.valid, x, 0).astype(jnp.float32),
-            estimate(seen, name),
-        )
-        return jax.tree.map(lambda x, y: x.at[row].set(y), past, new)
+    def put(past, new):
+        return past.at[row].set(new.astype(past.dtype))
 
-    main = put(Estimate(record.mean, record.stderr), objective)
+    def clean(past, new):
+        return put(past, jnp.where(seen.valid, new, 0))
 
-    return Record(
+    mean, stderr = estimate(seen, last.objective)
+    others = {
+        name: Estimate(*map(clean, past, estimate(seen, name)))
+        for name, past in record.others.items()
+    }
+    weights = decision.priorities
+    priorities = {
+        name: put(past, jnp.zeros([]) if weights is None else weights[number])
+        for name, past in record.priorities.items()
+        for number in [last.objectives.index(name)]
+    }
+    hyperparams = jax.tree.map(put, record.hyperparams, _dicts(last.hyperparams))
+    since = jnp.asarray(optax.safe_increment(record.since))
+    return record._replace(
         rounds=jnp.asarray(optax.safe_increment(record.rounds)),
-        adopted=record.adopted.at[row].set(decision.adopted),
-        significant=record.significant.at[row].set(
-            decision.significant.astype(jnp.int32)
-        ),
-        mean=main.mean,
-        stderr=main.stderr,
-        others={name: put(past, name) for name, past in record.others.items()},
-        valid=record.valid.at[row].set(seen.valid.astype(jnp.int32)),
-        length=record.length.at[row].set(length),
-        examples=record.examples.at[row].set(examples),
+        since=jnp.where(decision.significant, 0, since),
+        adopted=put(record.adopted, decision.adopted),
+        significant=put(record.significant, decision.significant),
+        mean=clean(record.mean, mean),
+        stderr=clean(record.stderr, stderr),
+        z=clean(record.z, compare(seen, last.objective, current).z),
+        others=others,
+        valid=put(record.valid, jnp.where(last.rests, -1, seen.valid)),
+        length=put(record.length, last.length),
+        examples=put(record.examples, last.examples),
+        priorities=priorities,
+        hyperparams=hyperparams,
         adoptions=record.adoptions.at[decision.adopted].add(1),
     )
+
+
+def _dicts(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {group: dict(names) for group, names in groups.items()}
 
 
 def stable_params(state: Any) -> Any:
@@ -123,7 +188,7 @@ def stable_params(state: Any) -> Any:
       >>> print(optax_ev3.stable_params(tx.init(jnp.array(2.0))))
       2.0
     """
-    return _find(state).stable
+    return find(state).stable
 
 
 def summary(state: Any) -> dict[str, jax.Array]:
@@ -175,7 +240,7 @@ def summary(state: Any) -> dict[str, jax.Array]:
       ev3/share/current 0.00
       ev3/share/stable 0.00
     """
-    state = _find(state)
+    state = find(state)
     record = state.record
     row = (record.rounds - 1) % record.adopted.shape[0]
     adopted = record.adopted[row]
@@ -186,7 +251,7 @@ def summary(state: Any) -> dict[str, jax.Array]:
         for name, past in record.others.items()
     }
     share = record.adoptions / jnp.maximum(record.rounds, 1)
-    positions = _positions(state)
+    places = positions(state)
     return {
         "ev3/calls": state.ev3_calls,
         "ev3/round": state.ev3_round,
@@ -196,25 +261,26 @@ def summary(state: Any) -> dict[str, jax.Array]:
         "ev3/examples": record.examples[row],
         "ev3/score": mean[adopted],
         "ev3/stderr": record.stderr[row, adopted],
-        **{f"ev3/score/{name}": mean[at] for name, at in positions.items()},
+        **{f"ev3/score/{name}": mean[at] for name, at in places.items()},
         **{
             f"ev3/objective/{other}/{name}": values[at]
             for other, values in others.items()
-            for name, at in positions.items()
+            for name, at in places.items()
         },
-        **{f"ev3/share/{name}": share[at] for name, at in positions.items()},
+        **{f"ev3/share/{name}": share[at] for name, at in places.items()},
     }
 
 
-def history(state: Any) -> dict[str, np.ndarray]:
+def history(state: Any, confidence: float = 0.95) -> dict[str, np.ndarray]:
     """The last rounds, oldest first.
 
     Args:
       state: As for :func:`stable_params`, with concrete arrays: not under ``jit``.
+      confidence: Of ``lower`` and ``upper``, two-sided.
 
     Returns:
-      NumPy arrays, R rounds by C candidates; R is at most ``history_length``, and
-      rounds in which nothing was valid are not among them:
+      NumPy arrays, R rounds by C candidates by M objectives; R is at most
+      ``history_length``, and rounds in which nothing was valid are not among them:
 
       - ``round`` ``[R]``: the number of the round among the recorded ones, from 0;
       - ``candidates`` ``[C]``: the names of the candidates, in their order;
@@ -222,14 +288,24 @@ def history(state: Any) -> dict[str, np.ndarray]:
       - ``significant`` ``[R]`` bool: whether stable was replaced;
       - ``length`` ``[R]``: calls of ``update`` in each branch of the round;
       - ``examples`` ``[R]``: how many were looked at, 0 for single figures;
-      - ``mean``, ``stderr`` ``[R, C]``: scores and their errors, NaN where not finite,
-        by the main objective where the rule takes several;
-      - ``mean/OTHER``, ``stderr/OTHER``: the same by each further objective.
+      - ``mean``, ``stderr`` ``[R, C]``: scores and their errors, by the main objective
+        where the rule takes several; NaN where they are not finite, or the candidate
+        rested (see ``race`` of :func:`optax_ev3.ev3`);
+      - ``lower``, ``upper`` ``[R, C]``: normal bounds of these means, each alone;
+      - ``z`` ``[R, C]``: the evidence that a candidate is better than ``current``,
+        paired, in standard normal units; NaN like the means;
+      - ``mean/OTHER``, ``stderr/OTHER``: by each further objective;
+      - ``objectives`` ``[M]``: the names that the rule gives, the main one first;
+        empty for a rule that takes one of any name;
+      - ``priorities`` ``[R, M]``: what each of them weighed, NaN where the rule does
+        not weigh them;
+      - ``hyperparams/GROUP/NAME`` ``[R, G]``: numbers of the G members of an evolving
+        group (:func:`optax_ev3.evolve`) in that round.
 
     Raises:
       TypeError: If ``state`` is traced.
-      ValueError: If ``state`` holds no state of ev3, or more than one, or is that of
-        several runs under ``vmap``.
+      ValueError: If ``confidence`` is not between 0 and 1; if ``state`` holds no state
+        of ev3, or more than one, or is that of several runs under ``vmap``.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_ev3
@@ -240,7 +316,10 @@ def history(state: Any) -> dict[str, np.ndarray]:
       >>> print(past["candidates"][past["adopted"]], past["mean"].shape)
       ['sgd'] (1, 3)
     """
-    state = _find(state)
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence}.")
+    wide = NormalDist().inv_cdf((1 + confidence) / 2)
+    state = find(state)
     if any(isinstance(leaf, core.Tracer) for leaf in jax.tree.leaves(state)):
         raise TypeError("history needs concrete arrays: call it outside of jit.")
     record = jax.tree.map(np.asarray, state.record)
@@ -253,16 +332,34 @@ def history(state: Any) -> dict[str, np.ndarray]:
     number = np.arange(int(record.rounds) - kept, int(record.rounds))
     rows = number % len(record.adopted)
     valid = record.valid[rows] > 0
-    positions = _positions(state)
+    mean, stderr, z = (
+        np.where(valid, values[rows], np.nan)
+        for values in (record.mean, record.stderr, record.z)
+    )
+    places = positions(state)
+    named = record.objectives
+    objectives = sorted(named, key=lambda name: named[name])
+    weights = np.stack([record.priorities[k][rows] for k in objectives] or [rows * 0.0])
+    weighed = weights.any(axis=0)
     return {
         "round": number,
-        "candidates": np.array(sorted(positions, key=lambda name: positions[name])),
+        "candidates": np.array(sorted(places, key=lambda name: places[name])),
         "adopted": record.adopted[rows],
         "significant": record.significant[rows] > 0,
         "length": record.length[rows],
         "examples": record.examples[rows],
-        "mean": np.where(valid, record.mean[rows], np.nan),
-        "stderr": np.where(valid, record.stderr[rows], np.nan),
+        "mean": mean,
+        "stderr": stderr,
+        "lower": mean - wide * stderr,
+        "upper": mean + wide * stderr,
+        "z": z,
+        "objectives": np.array(objectives, str),
+        "priorities": np.where(weighed, weights, np.nan).T[:, : len(objectives)],
+        **{
+            f"hyperparams/{group}/{name}": values[rows]
+            for group, names in record.hyperparams.items()
+            for name, values in names.items()
+        },
         **{
             f"{kind}/{name}": np.where(valid, values[rows], np.nan)
             for name, past in record.others.items()
@@ -271,7 +368,7 @@ def history(state: Any) -> dict[str, np.ndarray]:
     }
 
 
-def _positions(state: Any) -> dict[str, Any]:
+def positions(state: Any) -> dict[str, Any]:
     """Index of every candidate by its name."""
     named = dict(state.combined)
     for one in state.explorers.values():
@@ -280,7 +377,16 @@ def _positions(state: Any) -> dict[str, Any]:
     return {**named, explore.CURRENT: count, explore.STABLE: count + 1}
 
 
-def _find(tree: Any) -> Any:
+def groups(state: Any) -> list[jax.Array]:
+    """Where the members of evolving groups are among the candidates."""
+    found = []
+    for one in state.explorers.values():
+        if one.evolution != ():
+            found.append(jnp.stack([*one.positions.values()]))
+    return found
+
+
+def find(tree: Any) -> Any:
     """The only state of ev3 in ``tree``, recognized by its record of past rounds."""
 
     def is_state(node):

@@ -1,5 +1,6 @@
 """Steps: what an explorer's inner optimizer does to parameters, checked."""
 
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ class Call(NamedTuple):
       extra_args: The extra arguments of ``update``.
       key: PRNG key of the call, for losses that name it.
       axis_name: Mapped axis over which losses and own gradients are averaged, or None.
+      hyperparams: By evolving group and name ``[G]``, the numbers of its members.
     """
 
     grads: optax.Updates
@@ -31,6 +33,7 @@ class Call(NamedTuple):
     extra_args: Mapping[str, Any]
     key: jax.Array
     axis_name: Any = None
+    hyperparams: Mapping[str, Mapping[str, jax.Array]] = types.MappingProxyType({})
 
 
 class Step(NamedTuple):
@@ -63,7 +66,7 @@ class Loss(NamedTuple):
 
 def init_state(one: Explorer, params: optax.Params) -> Any:
     """The inner optimizer's state as arrays that we own, none weakly typed."""
-    return one.each(lambda tx: jax.tree.map(trees.own, tx.init(params)))
+    return one.each(lambda tx, _: jax.tree.map(trees.own, tx.init(params)))
 
 
 def propose(
@@ -71,20 +74,38 @@ def propose(
     opt_states: Mapping[str, Any],
     params: optax.Params,
     call: Call,
+    rests: Mapping[str, jax.Array],
 ) -> dict[str, Step]:
-    """One step of every explorer from the same parameters; those of a sweep stacked."""
+    """One step of every explorer from the same parameters; those of a sweep stacked.
+
+    Explorers that rest propose nothing, and are not finite.
+    """
     steps = {}
     for name, one in explorers.items():
-        loss = loss_of(one, name, call)
-        given, aux = call.grads, call.extra_args.get("aux")
-        if one.loss_fn is not None and loss is not None:
-            given, aux = loss.gradient(params)
 
-        def step(tx, state, one=one, name=name, given=given, aux=aux, loss=loss):
+        def step(tx, hyperparams, state, one=one, name=name):
+            loss = loss_of(one, name, call, hyperparams)
+            given, aux = call.grads, call.extra_args.get("aux")
+            if one.loss_fn is not None and loss is not None:
+                given, aux = loss.gradient(params)
             merge = merge_of(one, name, aux)
             return _checked(tx, one, name, given, state, params, merge, loss, call)
 
-        steps[name] = one.each(step, opt_states[name])
+        numbers = call.hyperparams.get(name)
+
+        def go(state, one=one, step=step, numbers=numbers):
+            return one.each(step, state, hyperparams=numbers)
+
+        def idle(state, go=go):
+            kinds = jax.eval_shape(go, state)
+            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kinds)
+            return nothing._replace(opt_state=state)
+
+        state = opt_states[name]
+        if name in rests:
+            steps[name] = lax.cond(rests[name], idle, go, state)
+        else:
+            steps[name] = go(state)
     return steps
 
 
@@ -193,14 +214,20 @@ def slope(update: optax.Updates, grads: optax.Updates) -> jax.Array | None:
     return sum(jax.tree.leaves(jax.tree.map(product, update, grads)), jnp.zeros([]))
 
 
-def loss_of(one: Explorer, name: str, call: Call) -> Loss | None:
-    """The explorer's loss, or None where it has none."""
+def loss_of(
+    one: Explorer, name: str, call: Call, hyperparams: Mapping[str, jax.Array]
+) -> Loss | None:
+    """The explorer's loss, or None where it has none.
+
+    A loss that names hyperparameters of an evolving group gets them.
+    """
     fn, role = call.loss_fn, "loss_fn"
     if one.loss_fn is not None:
         fn, role = one.loss_fn, f"loss_fn of explorer {name!r}"
     if fn is None:
         return None
-    bound = named.bind(fn, role, call.extra_args, {"key": call.key})
+    numbers = hyperparams if one.space else {}
+    bound = named.bind(fn, role, call.extra_args, {"key": call.key, **numbers})
 
     def with_aux(params):
         value, aux = bound(_averaging(params, call.axis_name)), None

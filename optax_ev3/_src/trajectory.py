@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_ev3._src import adapt, combine, evidence, steps, trees
+from optax_ev3._src import adapt, combine, evidence, record, steps, trees
 from optax_ev3._src.explore import Explorer
 
 GRADIENTS = ("own", "shared", "turns")
@@ -40,6 +40,16 @@ class Plan(NamedTuple):
         elsewhere = self.restart != "always" or self.restart_state != "keep"
         return not (longer or elsewhere or self.combinations)
 
+    @property
+    def averaged(self) -> bool:
+        """Whether the averages of the branches are candidates."""
+        return any(isinstance(x, combine.TrajectoryAverage) for x in self.combinations)
+
+    def owner(self, candidate: jax.Array, total: int) -> jax.Array:
+        """The explorer whose branch a candidate is, or its average; else ``total``."""
+        count = 2 * total if self.averaged else total
+        return jnp.where(candidate < count, candidate % total, total)
+
 
 class Trajectory(NamedTuple):
     """Where the branches are.
@@ -47,7 +57,6 @@ class Trajectory(NamedTuple):
     Attributes:
       step: ``[]`` int32, calls of ``update`` since the round's start.
       length: ``[]`` int32, calls that a branch takes in this round.
-      stalled: ``[]`` int32, rounds since the last significant improvement.
       lead: ``[]`` int32, the explorer whose branch is visible; K if none is.
       start: The parameters at the round's start.
       ends: By name, the parameters of the branches, those of a sweep stacked.
@@ -60,7 +69,6 @@ class Trajectory(NamedTuple):
 
     step: jax.Array
     length: jax.Array
-    stalled: jax.Array
     lead: jax.Array
     start: optax.Params
     ends: dict[str, optax.Params]
@@ -75,17 +83,15 @@ def init(explorers: Mapping[str, Explorer], plan: Plan, params: Any) -> Trajecto
     total = sum(one.size or 1 for one in explorers.values())
     kinds = [type(one) for one in plan.combinations]
     ends = {name: _spread(params, one.size) for name, one in explorers.items()}
-    averaged = combine.TrajectoryAverage in kinds
     state = Trajectory(
         step=jnp.zeros([], jnp.int32),
         length=jnp.asarray(plan.length, jnp.int32),
-        stalled=jnp.zeros([], jnp.int32),
         lead=jnp.zeros([], jnp.int32),
         start=params,
         ends=ends,
         alive=jnp.ones([total], jnp.int32),
         uphill=jnp.zeros([total], jnp.int32),
-        means={k: combine.wide(v) for k, v in ends.items()} if averaged else {},
+        means={k: combine.wide(v) for k, v in ends.items()} if plan.averaged else {},
         average=combine.wide(params) if combine.ExponentialAverage in kinds else (),
     )
     # Buffers of their own, so that all can be donated.
@@ -100,6 +106,7 @@ def advance(
     params: optax.Params,
     call: steps.Call,
     calls: jax.Array,
+    rests: Mapping[str, jax.Array],
 ) -> tuple[optax.Updates, dict[str, Any], Trajectory]:
     """One call: every branch, or the one whose turn it is, takes a step.
 
@@ -111,6 +118,7 @@ def advance(
       params: The visible parameters: those of the lead branch.
       call: What the caller gave.
       calls: ``[]`` int32, calls of ``update`` before this one.
+      rests: By name ``[]`` bool, explorers that take no step; none for all.
 
     Returns:
       The update of the visible parameters, the inner states, and where the branches
@@ -126,10 +134,16 @@ def advance(
         branch = _branch(state, opt_states, name, one, first)
         first += one.size or 1
 
-        def go(tx, branch, one=one, name=name):
-            return _go(tx, one, name, branch, walk)
+        def go(tx, hyperparams, branch, one=one, name=name):
+            loss = steps.loss_of(one, name, call, hyperparams)
+            return _go(tx, one, name, branch, loss, walk)
 
-        branches[name] = one.each(go, branch)
+        numbers = call.hyperparams.get(name)
+
+        def step(branch, one=one, go=go, numbers=numbers):
+            return one.each(go, branch, hyperparams=numbers)
+
+        branches[name] = trees.unless(rests.get(name), step, branch)
     branches = _mended(explorers, branches, params)
     walked = state._replace(
         step=state.step + 1,
@@ -206,12 +220,11 @@ def _branch(state, opt_states, name, one, first):
     )
 
 
-def _go(tx, one, name, branch, walk):
+def _go(tx, one, name, branch, loss, walk):
     """The branch after a step, if one is due and its gradients are finite."""
     leads = branch.number == walk.lead
     # Others may have changed the visible parameters: a projection, a weight decay.
     end = trees.once(leads, lambda _: walk.params, branch.end)
-    loss = steps.loss_of(one, name, walk.call)
     grads, aux = _gradients(one, loss, end, leads, walk)
     merge = steps.merge_of(one, name, aux)
 
@@ -298,8 +311,8 @@ def restart(
     opt_states: Mapping[str, Any],
     visible: optax.Params,
     decision: adapt.Decision,
-    seen: evidence.Evidence,
-    objective: str,
+    past: record.Round,
+    since: jax.Array,
 ) -> tuple[dict[str, Any], Trajectory]:
     """The next round: which branches start from the visible parameters.
 
@@ -310,8 +323,8 @@ def restart(
       opt_states: The inner states, by name.
       visible: The adopted parameters.
       decision: What was decided.
-      seen: The evidence of the round.
-      objective: The one by which branches are shown to be worse.
+      past: The round that ends.
+      since: ``[]`` int32, rounds since stable was last replaced.
 
     Returns:
       The inner states, and where the branches are.
@@ -319,9 +332,7 @@ def restart(
     adopted = decision.adopted
     total = state.alive.shape[0]
     index = jnp.arange(total, dtype=jnp.int32)
-    # The average of a branch belongs to its explorer; other candidates to nobody.
-    averages = total if state.means else 0
-    owner = jnp.where(adopted < total + averages, adopted % total, total)
+    owner = plan.owner(adopted, total)
     if plan.restart == "never":
         lead = jnp.where(adopted < total, adopted, total)
         fresh = index == lead
@@ -329,9 +340,9 @@ def restart(
         lead = jnp.where(owner < total, owner, state.lead)
         fresh = jnp.ones([total], bool)
     if plan.restart == "significant":
-        against = evidence.compare(seen, objective, adopted)
+        against = evidence.compare(past.seen, past.objective, adopted)
         worse = against.z[:total] < -_WORSE
-        fresh = worse | ~seen.valid[:total] | (index == lead)
+        fresh = worse | ~past.seen.valid[:total] | (index == lead)
     ends = {}
     first = 0
     for name, one in explorers.items():
@@ -343,13 +354,11 @@ def restart(
     states = _renew(
         explorers, plan, opt_states, visible, fresh & (index != owner), owner
     )
-    stalled = jnp.where(decision.significant, 0, state.stalled + 1)
-    grown = plan.length * plan.growth ** stalled.astype(jnp.float32)
+    grown = plan.length * plan.growth ** since.astype(jnp.float32)
     length = jnp.minimum(jnp.round(grown), float(plan.longest)).astype(jnp.int32)
     return states, state._replace(
         step=jnp.zeros([], jnp.int32),
         length=length,
-        stalled=stalled,
         lead=lead.astype(jnp.int32),
         start=visible,
         ends=ends,

@@ -15,10 +15,12 @@ class Batch(NamedTuple):
     Attributes:
       tree: The tree; with a leading axis where there are several.
       size: How many there are, None for a single tree that is not stacked.
+      rests: ``[]`` bool, whether nobody needs to look at it; None for no.
     """
 
     tree: Any
     size: int | None = None
+    rests: Any = None
 
 
 def count(batch: Batch) -> int:
@@ -74,6 +76,11 @@ def once(condition: Any, fn: Callable[[Any], Any], tree: Any) -> Any:
         lambda carry: (jnp.zeros_like(carry[0]), fn(carry[1])),
         carry,
     )[1]
+
+
+def unless(condition: Any, fn: Callable[[Any], Any], tree: Any) -> Any:
+    """``fn(tree)``, or ``tree`` where the condition holds; None for never."""
+    return fn(tree) if condition is None else once(~condition, fn, tree)
 
 
 def where(condition: Any, new: Any, old: Any) -> Any:

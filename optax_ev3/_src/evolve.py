@@ -1,0 +1,354 @@
+"""Evolution: explorers whose hyperparameters move with training.
+
+Dimensions: ``G`` members of a group.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.scipy.stats import norm
+
+from optax_ev3._src import checks, explore, record
+
+# Of a step, as a share of the range: at the start, at the least, at the most.
+_FIRST, _LEAST, _MOST = 0.1, 0.005, 0.25
+_LATELY = 0.3  # what the last round weighs in the path
+_CHANGE = 0.3  # the most by which the logarithm of a spread changes in a round
+
+
+class Range(NamedTuple):
+    """Where a hyperparameter may lie, and how it moves.
+
+    Attributes:
+      low: The least value.
+      high: The greatest.
+      start: Where the search begins, or None for all over the range.
+      logarithmic: Whether it moves by factors, and not by differences.
+    """
+
+    low: float
+    high: float
+    start: float | None
+    logarithmic: bool
+
+    def place(self, value: Any) -> Any:
+        """Where a value lies between ``low``, 0, and ``high``, 1."""
+        if self.logarithmic:
+            return jnp.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
+    def value(self, place: Any) -> jax.Array:
+        """The value at a place, brought into the bounds: float32."""
+        if self.logarithmic:
+            found = self.low * jnp.exp(place * math.log(self.high / self.low))
+        else:
+            found = self.low + place * (self.high - self.low)
+        return jnp.clip(found, self.low, self.high).astype(jnp.float32)
+
+
+def log_uniform(low: float, high: float, start: float | None = None) -> Range:
+    """A range of positive numbers that is searched by factors, as for learning rates.
+
+    Args:
+      low: The least value, above 0.
+      high: The greatest.
+      start: Where the search begins; default: all over the range.
+
+    Returns:
+      A range, for :func:`optax_ev3.evolve`.
+
+    Raises:
+      TypeError: If a bound is no number.
+      ValueError: If the bounds are the wrong way round or not above 0, or ``start`` is
+        not between them.
+
+    Examples:
+      >>> import optax_ev3
+      >>> rate = optax_ev3.log_uniform(1e-6, 1.0, start=1e-3)
+    """
+    return _range(low, high, start, True)
+
+
+def uniform(low: float, high: float, start: float | None = None) -> Range:
+    """A range that is searched by differences, as for momentum.
+
+    Args:
+      low: The least value.
+      high: The greatest.
+      start: Where the search begins; default: all over the range.
+
+    Returns:
+      A range, for :func:`optax_ev3.evolve`.
+
+    Raises:
+      TypeError: If a bound is no number.
+      ValueError: If the bounds are the wrong way round, or ``start`` is not between
+        them.
+
+    Examples:
+      >>> import optax_ev3
+      >>> momentum = optax_ev3.uniform(0.0, 0.99, start=0.9)
+    """
+    return _range(low, high, start, False)
+
+
+def _range(low, high, start, logarithmic):
+    low, high = checks.real(low, "low"), checks.real(high, "high")
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"low must be below high, both finite, got {low} and {high}.")
+    if logarithmic and low <= 0:
+        raise ValueError(f"low must be above 0 in a logarithmic range, got {low}.")
+    if start is not None:
+        start = checks.real(start, "start")
+        if not low <= start <= high:
+            raise ValueError(f"start must be from {low} to {high}, got {start}.")
+    return Range(low, high, start, logarithmic)
+
+
+def evolve(
+    factory: Callable[..., optax.GradientTransformation],
+    space: Mapping[str, Range],
+    population: int = 4,
+) -> explore.Explorer:
+    r"""A group of explorers whose hyperparameters move: no sweep, and no schedule.
+
+    After each round the winner's hyperparameters are kept, those of all others are
+    drawn around it: normal, by factors in a :func:`optax_ev3.log_uniform` range and by
+    differences in a :func:`optax_ev3.uniform` one, in mirrored pairs, within the
+    bounds. The winner is the member that was adopted; if none was, the one with the
+    highest score. How far they are drawn follows from the history (cumulative step
+    size adaptation): with :math:`\delta` the winner's step in units of the spread
+    :math:`\sigma`,
+
+    .. math:: p \leftarrow (1 - c) p + \sqrt{c (2 - c)}\, \delta, \qquad
+              \ln \sigma \leftarrow \ln \sigma + d (p^2 - 1),
+
+    so that it grows while winners lead on in one direction, and shrinks where they
+    don't. Where no member is finite it grows.
+
+    The hyperparameters are part of the state: nothing is compiled again when they move.
+    Short rounds favour learning rates that are too small (Wu et al.); see
+    ``trajectory_length`` and ``trajectory_growth`` of :func:`optax_ev3.ev3`. With
+    ``restart_state="copy"`` inner states follow the winner, too.
+
+    Args:
+      factory: Makes an optax transformation from one number of each name, as
+        keywords. It is called under ``jax.vmap``: the numbers are traced float32
+        scalars.
+      space: By name, the range of each hyperparameter. Names that ``factory`` does not
+        take are for the ``loss_fn`` of the explorer, as arguments of these names.
+      population: How many members the group has, at least 2.
+
+    Returns:
+      An explorer for the ``inner`` argument of :func:`optax_ev3.ev3`, that counts as
+      many. They are called NAME[0], NAME[1], ...
+
+    Raises:
+      TypeError: If ``factory`` does not make optax transformations, or something else
+        than a range is in the space.
+      ValueError: If the space is empty, or there are less than two members.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_ev3
+      >>> adams = optax_ev3.evolve(
+      ...     optax.adam, {"learning_rate": optax_ev3.log_uniform(1e-6, 1.0, 1e-3)}
+      ... )
+      >>> adams.members("adam")
+      ['adam[0]', 'adam[1]', 'adam[2]', 'adam[3]']
+
+    References:
+      Jaderberg et al., `Population based training of neural networks
+      <https://arxiv.org/abs/1711.09846>`_, 2017; Hansen and Ostermeier, `Completely
+      derandomized self-adaptation in evolution strategies
+      <https://doi.org/10.1162/106365601750190398>`_, 2001; Wu et al., `Understanding
+      short-horizon bias in stochastic meta-optimization
+      <https://arxiv.org/abs/1803.02021>`_, 2018.
+    """
+    if not callable(factory):
+        raise TypeError(f"evolve needs a factory of optimizers, got {factory!r}.")
+    if not isinstance(space, Mapping):
+        raise TypeError(f"space must be a mapping from names, got {space!r}.")
+    if not space:
+        raise ValueError("space must hold at least one hyperparameter, got none.")
+    for name, one in space.items():
+        if not isinstance(one, Range):
+            raise TypeError(
+                f"space[{name!r}] must be a range, such as "
+                f"optax_ev3.log_uniform(1e-5, 1.0), got {one!r}."
+            )
+    size = checks.integer(population, "population", 2)
+    # Spread over the range, or around the start, the same at every construction.
+    quantiles = (np.arange(size) + 0.5) / size
+    steps = _FIRST * np.asarray(norm.ppf(quantiles))
+    grid = {}
+    for number, (name, one) in enumerate(space.items()):
+        order = np.random.default_rng(number).permutation(size) if number else ...
+        places = quantiles if one.start is None else one.place(one.start) + steps
+        grid[name] = tuple(np.asarray(one.value(places))[order].tolist())
+    return explore.group(factory, grid, dict(space))
+
+
+class Evolution(NamedTuple):
+    """Where the hyperparameters of a group are.
+
+    Attributes:
+      hyperparams: By name ``[G]`` float32.
+      center: By name ``[]`` float32, the place in the range of what won last.
+      spread: By name ``[]`` float32, the standard deviation of a step, as a share of
+        the range.
+      path: By name ``[]`` float32, the way that winners have gone lately, in steps.
+    """
+
+    hyperparams: dict[str, jax.Array]
+    center: dict[str, jax.Array]
+    spread: dict[str, jax.Array]
+    path: dict[str, jax.Array]
+
+
+def init(one: explore.Explorer) -> Evolution | tuple[()]:
+    """Where a group begins; nothing for explorers that don't evolve."""
+    if one.space is None or one.grid is None:
+        return ()
+    grid, space = one.grid, one.space
+
+    def each(fill):
+        return {k: jnp.asarray(fill(k), jnp.float32) for k in space}
+
+    def center(name):
+        start = space[name].start
+        return 0.5 if start is None else space[name].place(start)
+
+    return Evolution(
+        each(lambda k: grid[k]), each(center), each(lambda _: _FIRST), each(lambda _: 0)
+    )
+
+
+def move(
+    space: Mapping[str, Range],
+    group: Evolution,
+    winner: jax.Array,
+    found: jax.Array,
+    key: jax.Array,
+) -> Evolution:
+    """The group after a round: the winner's hyperparameters, and others around them.
+
+    Args:
+      space: The ranges.
+      group: Where the group is.
+      winner: ``[]`` int32, the member that stays.
+      found: ``[]`` bool, whether there was a winner; if not, all are drawn anew.
+      key: PRNG key of the round.
+    """
+    moved = {}
+    for number, (name, one) in enumerate(space.items()):
+        values, last = group.hyperparams[name], group.center[name]
+        center = jnp.where(found, one.place(values[winner]), last)
+        step = (center - last) / group.spread[name]
+        path = (1 - _LATELY) * group.path[name]
+        path += math.sqrt(_LATELY * (2 - _LATELY)) * step
+        change = jnp.where(found, jnp.clip(path**2 - 1, -1, 1), 1) * _CHANGE
+        spread = jnp.clip(group.spread[name] * jnp.exp(change), _LEAST, _MOST)
+        size = values.shape[0]
+        places = center + spread * _mirrored(jax.random.fold_in(key, number), size)
+        # Reflected at the bounds, which else would collect what lies beyond.
+        places = 1 - jnp.abs(1 - jnp.abs(places))
+        stays = found & (jnp.arange(size) == winner)
+        values = jnp.where(stays, values, one.value(places))
+        moved[name] = values, center, spread, path
+    columns = zip(*moved.values(), strict=True)
+    return Evolution(
+        *(
+            {k: x.astype(jnp.float32) for k, x in zip(moved, column, strict=True)}
+            for column in columns
+        )
+    )
+
+
+def _mirrored(key: jax.Array, size: int) -> jax.Array:
+    """Normal draws in pairs of opposite signs, in any order: ``[size]``."""
+    half, order = jax.random.split(key)
+    draws = jax.random.normal(half, [(size + 1) // 2])
+    return jax.random.permutation(order, jnp.concatenate([draws, -draws])[:size])
+
+
+def found_schedule(
+    state: Any, name: str, explorer: str | None = None
+) -> optax.Schedule:
+    """The schedule that evolution found, to train again without EV3.
+
+    By step, the number of the member whose branch was adopted at the end of the round;
+    where none of the group was, the one before goes on, and after the end the last one.
+
+    Args:
+      state: As for :func:`optax_ev3.stable_params`, with concrete arrays.
+      name: The hyperparameter.
+      explorer: The name of the group; default: the only one that has it.
+
+    Returns:
+      A schedule: maps the count of steps, ``[]`` integer, to ``[]`` float32.
+
+    Raises:
+      ValueError: If there is no such hyperparameter or several groups have it, if no
+        round has ended, or if the history does not reach back to the first one: give
+        ``ev3`` a longer ``history_length``.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_ev3
+      >>> sgd = optax_ev3.evolve(
+      ...     optax.sgd, {"learning_rate": optax_ev3.log_uniform(0.01, 0.1, 0.05)}
+      ... )
+      >>> tx = optax_ev3.ev3({"sgd": sgd}, lambda w: -(w**2))
+      >>> w = jnp.array(2.0)
+      >>> _, state = tx.update(2 * w, tx.init(w), w)
+      >>> schedule = optax_ev3.found_schedule(state, "learning_rate")
+      >>> again = optax.sgd(schedule)
+    """
+    past = record.history(state)
+    having = [
+        key.removeprefix("hyperparams/").removesuffix("/" + name)
+        for key in past
+        if key.startswith("hyperparams/") and key.endswith("/" + name)
+    ]
+    groups = having if explorer is None else [g for g in having if g == explorer]
+    if len(groups) != 1:
+        raise ValueError(
+            f"expected one evolving group with {name!r}, found {groups}; "
+            f"hyperparameters in the history: "
+            f"{[k for k in past if k.startswith('hyperparams/')]}."
+        )
+    if not len(past["round"]):
+        raise ValueError("no round has ended yet: there is no schedule.")
+    if past["round"][0] > 0:
+        raise ValueError(
+            f"the history holds the last {len(past['round'])} of "
+            f"{past['round'][-1] + 1} rounds, a schedule needs all: give ev3 a longer "
+            f"history_length."
+        )
+    members = past[f"hyperparams/{groups[0]}/{name}"]
+    winner = _winners(past, groups[0], members.shape[1])
+    rows = np.arange(len(members))
+    known = np.maximum.accumulate(np.where(winner >= 0, rows, -1))
+    known = np.where(known < 0, rows[winner >= 0][:1].sum(), known)
+    values = jnp.asarray(members[known, winner[known]], jnp.float32)
+    ends = jnp.asarray(np.cumsum(past["length"]))
+
+    def schedule(count):
+        row = jnp.searchsorted(ends, count, side="right")
+        return values[jnp.minimum(row, len(values) - 1)]
+
+    return schedule
+
+
+def _winners(past, group, size):
+    """By round, the member whose end or average was adopted, else -1."""
+    owners = {}
+    for member in range(size):
+        for number, name in enumerate(past["candidates"]):
+            if name in (f"{group}[{member}]", f"average({group}[{member}])"):
+                owners[number] = member
+    return np.array([owners.get(int(a), -1) for a in past["adopted"]])
