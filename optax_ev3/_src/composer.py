@@ -434,7 +434,9 @@ def _one_step(explorers, plan, state, params, call, judge, rests):
     state = state._replace(
         explorers=_with(state, {k: s.opt_state for k, s in proposed.items()})
     )
-    decision, state, _ = _adapt(judge, seen, state, lasted)
+    decision, state, past = _adapt(judge, seen, state, lasted)
+    everybody = jnp.ones(explore.spread(explorers, rests).shape, bool)
+    state = _evolved(judge, state, lasted, decision.adopted, past, everybody)
     update = trees.pick(decision.adopted, moves)
 
     def promote(_):
@@ -488,7 +490,7 @@ def _finish(explorers, plan, update, state, params, judge, rests):
     visible = optax.apply_updates(params, update)
     opt_states = {name: one.opt_state for name, one in state.explorers.items()}
     since = state.record.since
-    opt_states, walked = trajectory.restart(
+    opt_states, walked, restarted = trajectory.restart(
         explorers, plan, walked, opt_states, visible, decision, past, since
     )
 
@@ -496,9 +498,9 @@ def _finish(explorers, plan, update, state, params, judge, rests):
         promoted = trees.pick(decision.promoted, candidates)
         return trees.where(decision.promoted == adopted, visible, promoted)
 
+    state = state._replace(explorers=_with(state, opt_states), trajectory=walked)
+    state = _evolved(judge, state, lasted, adopted, past, restarted)
     return update, state._replace(
-        explorers=_with(state, opt_states),
-        trajectory=walked,
         stable=trees.once(decision.significant, promote, state.stable),
     )
 
@@ -614,48 +616,49 @@ def _adapt(judge, seen, state, lasted):
         guarded=trees.where(explored, guarded, state.guarded),
         record=trees.where(explored, appended, state.record),
     )
-    decision = rules.Decision(adopted, significant, promoted)
-    return decision, _evolved(judge, state, lasted, adopted, past), past
+    return rules.Decision(adopted, significant, promoted), state, past
 
 
-def _evolved(judge, state, lasted, adopted, past):
-    """The state with other hyperparameters in groups that evolve."""
+def _evolved(judge, state, lasted, adopted, past, restarted):
+    """The state after groups that evolve have moved on.
+
+    Where a branch goes on, so do its hyperparameters; those of one that starts from
+    other parameters are drawn anew.
+    """
     explorers, plan = lasted.explorers, lasted.plan
-    places = explore.places(explorers)
-    total = sum(map(len, places.values()))
-    mean = evidence.estimate(past.seen, past.objective).mean
-    mean = jnp.where(past.seen.valid, mean, -jnp.inf)[:-2]
-    # A branch is as good as its end, or as its average.
-    score = mean[:total]
-    if plan.averaged:
-        score = jnp.maximum(score, mean[total : 2 * total])
+    evolving = [name for name, one in explorers.items() if one.space is not None]
+    if not evolving:
+        return state
+    seen, objective = past.seen, past.objective
+    total = restarted.shape[0]
+    mean = evidence.estimate(seen, objective).mean
+    mean = jnp.where(seen.valid, mean, -jnp.inf)[:-2]
     owner = plan.owner(adopted, total)
+    places = explore.places(explorers)
     moved, fresh = dict(state.explorers), jnp.zeros([total], bool)
-    for number, (name, one) in enumerate(explorers.items()):
-        if one.space is None:
-            continue
-        first, last = places[name][0], places[name][-1]
-        own = (first <= owner) & (owner <= last)
-        best = jnp.argmax(score[first : last + 1])
-        winner = jnp.where(own, owner - first, best).astype(jnp.int32)
-        # A group that rests stays as it is.
-        rests = past.rests[first]
+    for number, name in enumerate(evolving):
+        own = jnp.asarray(places[name])
+        # A branch is as good as its end or, where there is one, its average.
+        tried = jnp.stack([own, total + own]) if plan.averaged else own[None]
+        best = tried.ravel()[jnp.argmax(mean[tried.ravel()])]
+        z = evidence.compare(seen, objective, best).z
+        z = jnp.where(seen.valid, z, -jnp.inf)[tried].max(axis=0)
+        first = places[name][0]
+        winner = jnp.where(jnp.isin(owner, own), owner, first + jnp.argmax(z))
+        dead = ~seen.valid[own] & ~past.rests[own]
+        draws = (restarted[own] | dead) & (own != winner) & ~past.rests[first]
         key = jax.random.fold_in(jax.random.fold_in(judge.key, 2), number)
-        found = jnp.isfinite(score[first + winner])
         group = moved[name].evolution
-        new = evolve.move(one.space, group, winner, found, key)
-        new = trees.where(rests, group, new)
+        new = evolve.move(explorers[name].space, group, z, ~draws, key)
+        new = trees.where(past.rests[first], group, new)
         moved[name] = moved[name]._replace(evolution=new)
-        index = jnp.arange(total)
-        others = (first <= index) & (index <= last) & (index != first + winner)
-        fresh |= others & ~rests
+        fresh = fresh.at[own].set(draws)
     state = state._replace(explorers=moved)
-    forget = judge.rule.forget
-    if forget is None or not any(one.space for one in explorers.values()):
+    if judge.rule.forget is None:
         return state
     fresh = jnp.tile(fresh, 2) if plan.averaged else fresh
     fresh = jnp.pad(fresh, (0, mean.shape[0] - fresh.shape[0]))
-    return state._replace(memory=forget(state.memory, fresh))
+    return state._replace(memory=judge.rule.forget(state.memory, fresh))
 
 
 def _with(state, opt_states):

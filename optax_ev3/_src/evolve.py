@@ -18,6 +18,7 @@ from optax_ev3._src import checks, explore, record
 # Of a step, as a share of the range: at the start, at the least, at the most.
 _FIRST, _LEAST, _MOST = 0.1, 0.005, 0.25
 _LATELY = 0.3  # what the last round weighs in the path
+_NOISE = 0.4  # standard deviation of a step, in spreads, where all are equally good
 _CHANGE = 0.3  # the most by which the logarithm of a spread changes in a round
 
 
@@ -231,24 +232,28 @@ def init(one: explore.Explorer) -> Evolution | tuple[()]:
 def move(
     space: Mapping[str, Range],
     group: Evolution,
-    winner: jax.Array,
-    found: jax.Array,
+    z: jax.Array,
+    stays: jax.Array,
     key: jax.Array,
 ) -> Evolution:
-    """The group after a round: the winner's hyperparameters, and others around them.
+    """The group after a round: some members stay, the others are drawn around the best.
 
     Args:
       space: The ranges.
       group: Where the group is.
-      winner: ``[]`` int32, the member that stays.
-      found: ``[]`` bool, whether there was a winner; if not, all are drawn anew.
+      z: ``[G]``, the evidence of the round for each member, in standard normal units;
+        minus infinity where it was not finite.
+      stays: ``[G]`` bool, members whose hyperparameters are kept.
       key: PRNG key of the round.
     """
+    found = jnp.isfinite(z).any()
+    weights = jax.nn.softmax(jnp.where(found, z, 0))
     moved = {}
     for number, (name, one) in enumerate(space.items()):
         values, last = group.hyperparams[name], group.center[name]
-        center = jnp.where(found, one.place(values[winner]), last)
-        step = (center - last) / group.spread[name]
+        # Members of equal merit pull to all sides: noise does not carry us off.
+        center = jnp.where(found, weights @ one.place(values), last)
+        step = (center - last) / group.spread[name] / _NOISE
         path = (1 - _LATELY) * group.path[name]
         path += math.sqrt(_LATELY * (2 - _LATELY)) * step
         change = jnp.where(found, jnp.clip(path**2 - 1, -1, 1), 1) * _CHANGE
@@ -257,8 +262,7 @@ def move(
         places = center + spread * _mirrored(jax.random.fold_in(key, number), size)
         # Reflected at the bounds, which else would collect what lies beyond.
         places = 1 - jnp.abs(1 - jnp.abs(places))
-        stays = found & (jnp.arange(size) == winner)
-        values = jnp.where(stays, values, one.value(places))
+        values = jnp.where(stays & found, values, one.value(places))
         moved[name] = values, center, spread, path
     columns = zip(*moved.values(), strict=True)
     return Evolution(

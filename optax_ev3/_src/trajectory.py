@@ -313,7 +313,7 @@ def restart(
     decision: adapt.Decision,
     past: record.Round,
     since: jax.Array,
-) -> tuple[dict[str, Any], Trajectory]:
+) -> tuple[dict[str, Any], Trajectory, jax.Array]:
     """The next round: which branches start from the visible parameters.
 
     Args:
@@ -327,7 +327,8 @@ def restart(
       since: ``[]`` int32, rounds since stable was last replaced.
 
     Returns:
-      The inner states, and where the branches are.
+      The inner states, where the branches are, and ``[K]`` bool, which branches
+      start from parameters that are not their own.
     """
     adopted = decision.adopted
     total = state.alive.shape[0]
@@ -351,12 +352,11 @@ def restart(
         spread = _spread(visible, one.size)
         ends[name] = _select(mask, spread, state.ends[name])
         first += one.size or 1
-    states = _renew(
-        explorers, plan, opt_states, visible, fresh & (index != owner), owner
-    )
+    moved = fresh & (index != owner)
+    states = _renew(explorers, plan, opt_states, visible, moved, owner)
     grown = plan.length * plan.growth ** since.astype(jnp.float32)
     length = jnp.minimum(jnp.round(grown), float(plan.longest)).astype(jnp.int32)
-    return states, state._replace(
+    state = state._replace(
         step=jnp.zeros([], jnp.int32),
         length=length,
         lead=lead.astype(jnp.int32),
@@ -365,6 +365,7 @@ def restart(
         alive=jnp.ones_like(state.alive),
         uphill=jnp.zeros_like(state.uphill),
     )
+    return states, state, moved
 
 
 def _renew(explorers, plan, opt_states, visible, fresh, owner):
