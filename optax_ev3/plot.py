@@ -1,0 +1,484 @@
+"""For matplotlib: pictures of a run.
+
+Dimensions: ``R`` rounds, ``C`` candidates, ``M`` objectives, ``K`` members of a group
+whose hyperparameters evolve.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import optax_ev3
+
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+except ImportError as error:
+    raise ImportError(
+        'optax_ev3.plot needs matplotlib: pip install "optax_ev3[plot]"'
+    ) from error
+
+__all__ = ["history"]
+
+# Okabe and Ito's colours, told apart by the colour-blind, too; the first ones are of
+# what was adopted and of stable, and the rest, with them, of the objectives.
+_BLUE, _ORANGE, _GREEN, _RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+_GREY, _PALE = "#666666", "#DDDDDD"
+_CYCLE = [_BLUE, _ORANGE, _GREEN, _RED, "#CC79A7", "#56B4E9"]
+_DASHES = ["-", "--", ":", "-."]
+
+_Z = 1.96  # Standard errors each way where the history has no bounds: 95%.
+_DECADE = 10.0  # What spans more is drawn on a logarithmic scale.
+_MANY = 30  # With more candidates, rows of those never adopted are left out.
+_WIDTH = 32  # Characters of a name.
+
+
+class _Panel(NamedTuple):
+    """One panel: its height in inches, and what draws it."""
+
+    height: float
+    draw: Callable[[Axes], None]
+
+
+class _Scores(NamedTuple):
+    """Scores by one objective: ``[R, C]`` float, and whether they bring bounds."""
+
+    mean: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+    bounded: bool
+
+
+class _Past(NamedTuple):
+    """A checked history.
+
+    Attributes:
+      x: ``[R]``, where the rounds are on the x axis, and ``unit``, what it counts.
+      names: ``[C]`` names of the candidates.
+      adopted: ``[R]`` int, and ``replaced``, ``[R]`` bool: whether stable was.
+      scores: By name of the objective, the one of the first panel first.
+      priorities: By name of the objective, ``[R]``; empty where there are none.
+      hyperparams: By name, GROUP/NAME, ``[R, K]``.
+    """
+
+    x: np.ndarray
+    unit: str
+    names: list[str]
+    adopted: np.ndarray
+    replaced: np.ndarray
+    scores: dict[str, _Scores]
+    priorities: dict[str, np.ndarray]
+    hyperparams: dict[str, np.ndarray]
+
+
+def history(
+    state_or_history: Any,
+    *,
+    axes: Mapping[str, Axes] | None = None,
+    objective: str | None = None,
+) -> Figure:
+    """Draws the last rounds: scores, choices, priorities, evolved hyperparameters.
+
+    The panels, from top to bottom, for R rounds and C candidates:
+
+    - ``score``: mean score of what was adopted in each round, with its bounds (1.96
+      standard errors each way where the history has none), and that of the stable
+      parameters it was compared with; rounds that replaced these are marked below.
+      The scale is logarithmic where all means are negative, as log-likelihoods are,
+      and span more than a decade;
+    - ``adopted``: the candidate adopted in each round, one row each, and its share of
+      the R rounds; where C > 30, only rows of those that ever were;
+    - ``priorities``: what the rule gave each of several objectives, where it has any;
+    - ``score/OTHER``: as ``score``, by each of the other objectives;
+    - ``hyperparams/GROUP/NAME``: a hyperparameter that evolves: every member of the
+      group as a point, those adopted joined by a line; logarithmic where all are
+      positive and span more than a decade.
+
+    The x axis counts rounds, from 0, if each had one step, else the calls of ``update``
+    in each branch up to the round's end, from the first of the rounds drawn.
+
+    Args:
+      state_or_history: A state as for :func:`optax_ev3.history`, or the dictionary that
+        it returns.
+      axes: Axes to draw in, by the names of the panels above; others are not drawn.
+        Default: all panels, in a new figure.
+      objective: Name of the objective whose scores are in the first panel, in their
+        own units; default: the main one.
+
+    Returns:
+      The figure, or the one that ``axes`` are in. A new one is unknown to ``pyplot``,
+      so there is nothing to close; ``figure.savefig(path)`` writes it, and a notebook
+      shows it after ``%matplotlib inline``.
+
+    Raises:
+      TypeError: If an argument is of the wrong kind, or the state is traced.
+      ValueError: If no round has ended, if a name is unknown, if the history lacks
+        something or its shapes don't fit; for states, as :func:`optax_ev3.history`.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_ev3, optax_ev3.plot
+      >>> tx = optax_ev3.ev3([optax.sgd(0.1), optax.sgd(0.3)], lambda w: -(w**2))
+      >>> w = jnp.array(2.0)
+      >>> _, state = tx.update(2 * w, tx.init(w), w)
+      >>> figure = optax_ev3.plot.history(state)
+      >>> print(*(axes.get_title("left") for axes in figure.axes), sep="; ")
+      Score; Adopted
+    """
+    past = _read(_as_mapping(state_or_history), objective)
+    panels = _panels(past)
+    own = axes is None
+    chosen = _new_axes(panels) if own else _checked_axes(axes, panels)
+    explained = set()
+    for name, place in chosen.items():
+        panels[name].draw(place)
+        _tidy(place)
+        labels = set(place.get_legend_handles_labels()[1])
+        if not labels <= explained:
+            _explain(place)
+        explained |= labels if own else set()
+    for place in list(chosen.values())[-1:] if own else chosen.values():
+        place.set_xlabel(past.unit, fontsize=9)
+    return next(iter(chosen.values())).figure.figure
+
+
+# What is there.
+
+
+def _as_mapping(given: Any) -> Mapping[str, Any]:
+    """The history, of whichever kind was given."""
+    if isinstance(given, Mapping) and "candidates" in given:
+        return given
+    try:
+        return optax_ev3.history(given)
+    except ValueError as error:
+        is_state = lambda node: isinstance(node, optax_ev3.EV3State)
+        if any(map(is_state, jax.tree.leaves(given, is_leaf=is_state))):
+            raise
+        raise TypeError(
+            "expected a state of ev3, or what optax_ev3.history returns, got "
+            f"{type(given).__name__}."
+        ) from error
+
+
+def _read(past: Mapping[str, Any], objective: str | None) -> _Past:
+    """Checks a history, and takes it apart."""
+    needed = ("round", "adopted", "significant", "length", "mean", "stderr")
+    missing = [name for name in needed if name not in past]
+    if missing:
+        raise ValueError(f"the history lacks {', '.join(missing)}.")
+    names = [str(name) for name in np.asarray(past["candidates"])]
+    rounds, count = np.size(past["round"]), len(names)
+    if not rounds:
+        raise ValueError("there is nothing to draw: no round has ended yet.")
+    one = functools.partial(_array, past, shape=(rounds,))
+    adopted = one("adopted").astype(int)
+    if not ((adopted >= 0) & (adopted < count)).all():
+        raise ValueError(f"adopted must be from 0 to {count - 1}, got {adopted}.")
+    number, length = one("round"), one("length")
+    first = int(number[0])
+    steps = "Calls of update in each branch"
+    single = bool((length == 1).all())
+    objectives = _objectives(past)
+    shown = _first(list(objectives), objective)
+    table = functools.partial(_scores, past, shape=(rounds, count))
+    return _Past(
+        x=number if single else np.cumsum(length),
+        unit="Round" if single else steps + f", since round {first}" * (first > 0),
+        names=names,
+        adopted=adopted,
+        replaced=one("significant") > 0,
+        scores={name: table(objectives[name]) for name in shown},
+        priorities=_priorities(past, list(objectives), rounds),
+        hyperparams={
+            key.split("/", 1)[1]: _array(past, key, (rounds, None))
+            for key in past
+            if key.startswith("hyperparams/")
+        },
+    )
+
+
+def _array(
+    past: Mapping[str, Any], name: str, shape: tuple[int | None, ...]
+) -> np.ndarray:
+    """An entry as float, NaN where not finite; None stands for any size."""
+    values = np.asarray(past[name]).astype(float)
+    fits = len(values.shape) == len(shape) and all(
+        size in (None, found) for size, found in zip(shape, values.shape, strict=True)
+    )
+    if not fits:
+        wanted = str(shape).replace("None", "any")
+        raise ValueError(f"{name} must have shape {wanted}, got {values.shape}.")
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _objectives(past: Mapping[str, Any]) -> dict[str, str]:
+    """By name of the objective, the main one first: how its entries' names end."""
+    names = [str(name) for name in np.asarray(past.get("objectives", []))]
+    others = names[1:] or [k.split("/", 1)[1] for k in past if k.startswith("mean/")]
+    main = names[0] if names else "main objective" if others else "score"
+    return {main: "", **{name: f"/{name}" for name in others}}
+
+
+def _first(names: list[str], objective: str | None) -> list[str]:
+    """The names of the objectives, with this one before the others."""
+    if objective is None:
+        return names
+    if not isinstance(objective, str):
+        raise TypeError(f"objective must be a name, got {objective!r}.")
+    if objective not in names:
+        raise ValueError(f"objective must be one of {names}, got {objective!r}.")
+    return [objective, *(name for name in names if name != objective)]
+
+
+def _scores(past: Mapping[str, Any], ending: str, shape: tuple[int, int]) -> _Scores:
+    """The scores by one objective, whose entries' names end like this."""
+    mean = _array(past, "mean" + ending, shape)
+    if "lower" + ending in past and "upper" + ending in past:
+        bounds = (_array(past, end + ending, shape) for end in ("lower", "upper"))
+        return _Scores(mean, *bounds, bounded=True)
+    error = _Z * _array(past, "stderr" + ending, shape)
+    return _Scores(mean, mean - error, mean + error, bounded=False)
+
+
+def _priorities(
+    past: Mapping[str, Any], names: list[str], rounds: int
+) -> dict[str, np.ndarray]:
+    """By name of the objective, ``[R]``; empty where the rule gave none."""
+    if "priorities" not in past or len(names) < 2:
+        return {}
+    values = _array(past, "priorities", (rounds, len(names)))
+    if np.isnan(values).all():
+        return {}
+    return dict(zip(names, values.T, strict=True))
+
+
+# Where it goes.
+
+
+def _panels(past: _Past) -> dict[str, _Panel]:
+    """All panels by their names, from top to bottom."""
+    main, *others = past.scores
+    title = "Score" if main == "score" else f"Score: {_short(main)}"
+    rows = _rows(past)
+    panels = {
+        "score": _Panel(2.3, functools.partial(_draw_scores, past, main, title)),
+        "adopted": _Panel(0.6 + 0.17 * len(rows), functools.partial(_draw_rows, past)),
+    }
+    if past.priorities:
+        panels["priorities"] = _Panel(1.6, functools.partial(_draw_priorities, past))
+    for name in others:
+        draw = functools.partial(_draw_scores, past, name, f"Score: {_short(name)}")
+        panels[f"score/{name}"] = _Panel(1.6, draw)
+    for name in past.hyperparams:
+        draw = functools.partial(_draw_hyperparam, past, name)
+        panels[f"hyperparams/{name}"] = _Panel(1.6, draw)
+    return panels
+
+
+def _new_axes(panels: Mapping[str, _Panel]) -> dict[str, Axes]:
+    """Axes of a new figure, one below the other."""
+    heights = [panel.height for panel in panels.values()]
+    figure = Figure(figsize=(9, sum(heights) + 0.4), layout="constrained")
+    places = figure.subplots(
+        len(panels), 1, sharex=True, squeeze=False, height_ratios=heights
+    )
+    return dict(zip(panels, places[:, 0], strict=True))
+
+
+def _checked_axes(axes: Any, panels: Mapping[str, _Panel]) -> dict[str, Axes]:
+    """The axes given, if they are what was asked for."""
+    if not isinstance(axes, Mapping):
+        raise TypeError(
+            "axes must be a mapping from names of panels to matplotlib's Axes, got "
+            f"{type(axes).__name__}."
+        )
+    unknown = [name for name in axes if name not in panels]
+    if unknown or not axes:
+        raise ValueError(f"axes may be for {list(panels)}, got {list(axes)}.")
+    for name, place in axes.items():
+        if not isinstance(place, Axes):
+            raise TypeError(
+                f"axes[{name!r}] must be matplotlib's Axes, got {type(place).__name__}."
+            )
+    return dict(axes)
+
+
+def _tidy(axes: Axes) -> None:
+    """What all panels have in common."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.set_axisbelow(True)
+
+
+def _explain(axes: Axes) -> None:
+    """A legend beside the panel, where it hides nothing."""
+    axes.legend(
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1),
+        borderaxespad=0,
+        fontsize=8,
+        frameon=False,
+    )
+
+
+# What is drawn.
+
+
+def _draw_scores(past: _Past, name: str, title: str, axes: Axes) -> None:
+    """Scores of what was adopted, and of stable, by one objective."""
+    scores, x, size = past.scores[name], past.x, _marker_size(past)
+    row = np.arange(len(x))
+    mean, lower, upper = (values[row, past.adopted] for values in scores[:3])
+    stable = scores.mean[:, -1]
+    line = functools.partial(axes.plot, lw=_line_width(past), ms=size - 1)
+    line(x, mean, "o-", color=_BLUE, zorder=3, label="adopted")
+    if (upper > lower).any():
+        label = "its bounds" if scores.bounded else f"± {_Z} standard errors"
+        axes.fill_between(x, lower, upper, color=_BLUE, alpha=0.2, lw=0, label=label)
+    line(x, stable, "s--", color=_ORANGE, zorder=2, label="stable")
+    if past.replaced.any():
+        # At the bottom, where any number of them hides nothing.
+        axes.plot(
+            x[past.replaced],
+            np.full(past.replaced.sum(), 0.03),
+            "|",
+            color=_RED,
+            ms=8,
+            transform=axes.get_xaxis_transform(),
+            label="stable replaced",
+        )
+        axes.margins(y=0.1)
+    sizes = -np.concatenate([mean, stable])
+    if _spans_decades(sizes):
+        _scale_negative(axes, np.nanmin(sizes), np.nanmax(sizes))
+    axes.grid(axis="y", color=_PALE, lw=0.6)
+    axes.set_title(title, loc="left", fontsize=10)
+
+
+def _scale_negative(axes: Axes, smallest: float, largest: float) -> None:
+    """Logarithmic below the negative of ``smallest``, linear above it, for bounds."""
+    axes.set_yscale("symlog", linthresh=smallest, linscale=0.3)
+    exponents = np.arange(np.floor(np.log10(smallest)), np.log10(largest) + 1)
+    steps = [1, 2, 5] if largest < _DECADE**3 * smallest else [1]
+    ticks = np.outer(_DECADE**exponents, steps).ravel()
+    axes.yaxis.set_major_locator(FixedLocator([0, *-ticks[ticks >= smallest]]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda y, _: FuncFormatter.fix_minus(f"{y:g}"))
+    )
+
+
+def _rows(past: _Past) -> list[int]:
+    """Indices of the candidates that have a row."""
+    count = len(past.names)
+    if count <= _MANY:
+        return list(range(count))
+    return sorted(set(past.adopted.tolist()))
+
+
+def _draw_rows(past: _Past, axes: Axes) -> None:
+    """Which candidate was adopted, one row each, and how often."""
+    rows, count = _rows(past), len(past.names)
+    colours = [_BLUE] * (count - 2) + [_GREY, _ORANGE]
+    shares = []
+    for row, index in enumerate(rows):
+        chosen = past.adopted == index
+        x = past.x[chosen]
+        y = np.full(len(x), row)
+        axes.plot(x, y, "o", color=colours[index], ms=_marker_size(past))
+        shares.append(f"{chosen.mean():.0%}")
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_yticks(range(len(rows)), _labels([past.names[i] for i in rows]))
+    right = axes.secondary_yaxis("right")
+    right.set_yticks(range(len(rows)), shares)
+    right.tick_params(length=0, labelsize=8)
+    right.spines["right"].set_visible(False)
+    axes.grid(axis="y", color=_PALE, lw=0.6)
+    left_out = count - len(rows)
+    more = f" ({left_out} others never)" if left_out else ""
+    axes.set_title(f"Adopted{more}", loc="left", fontsize=10)
+    axes.set_title("Share of rounds", loc="right", fontsize=8)
+
+
+def _draw_priorities(past: _Past, axes: Axes) -> None:
+    """What the rule gave each objective."""
+    for i, (name, values) in enumerate(past.priorities.items()):
+        axes.plot(
+            past.x,
+            values,
+            color=_CYCLE[i % len(_CYCLE)],
+            ls=_DASHES[i % len(_DASHES)],
+            lw=_line_width(past),
+            marker="o",
+            ms=_marker_size(past) - 1,
+            label=_short(name, 24),
+        )
+    axes.grid(axis="y", color=_PALE, lw=0.6)
+    axes.set_title("Priorities of the objectives", loc="left", fontsize=10)
+
+
+def _draw_hyperparam(past: _Past, name: str, axes: Axes) -> None:
+    """One hyperparameter of all members, and of the one adopted."""
+    values, group = past.hyperparams[name], name.split("/", 1)[0]
+    size = _marker_size(past)
+    axes.plot(
+        np.repeat(past.x, values.shape[1]),
+        values.ravel(),
+        "o",
+        color=_GREY,
+        alpha=0.35,
+        markeredgewidth=0,
+        ms=size - 1,
+        label="all members",
+    )
+    member = {f"{group}[{k}]": k for k in range(values.shape[1])}
+    indices = [member.get(past.names[index], -1) for index in past.adopted]
+    at = np.flatnonzero(np.array(indices) >= 0)
+    chosen = values[at, [indices[i] for i in at]]
+    width = _line_width(past)
+    axes.plot(past.x[at], chosen, "o-", color=_BLUE, lw=width, ms=size, label="adopted")
+    if _spans_decades(values):
+        axes.set_yscale("log")
+    axes.grid(axis="y", color=_PALE, lw=0.6)
+    axes.set_title(_short(name, 60), loc="left", fontsize=10)
+
+
+def _marker_size(past: _Past) -> float:
+    """In points: smaller where there are many rounds."""
+    return float(np.clip(300 / len(past.x), 2, 5))
+
+
+def _line_width(past: _Past) -> float:
+    """In points: thinner where there are many rounds."""
+    return float(np.clip(200 / len(past.x), 0.7, 1.4))
+
+
+def _spans_decades(values: np.ndarray) -> bool:
+    """Whether what is finite is positive, and spans more than a decade."""
+    finite = values[np.isfinite(values)]
+    return finite.size > 0 and 0 < _DECADE * finite.min() < finite.max()
+
+
+def _short(name: str, width: int = _WIDTH) -> str:
+    """The name, without its middle where it is long, and taken literally.
+
+    More is left of the end, where the numbers of members stand.
+    """
+    if len(name) > width:
+        head = (width - 1) // 3
+        name = f"{name[:head]}…{name[head + 1 - width :]}"
+    return name.replace("$", r"\$")
+
+
+def _labels(names: list[str]) -> list[str]:
+    """The names, shortened; numbered where that makes them equal."""
+    short = [_short(name) for name in names]
+    return [
+        f"{label} #{i}" if short.count(label) > 1 else label
+        for i, label in enumerate(short)
+    ]
