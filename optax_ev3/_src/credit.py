@@ -65,7 +65,7 @@ def resting(past: Any, members: Sequence[Sequence[int]], race: int) -> jax.Array
     rests = []
     for own in members:
         took = (past.valid[:, jnp.asarray(own)] >= 0).any(axis=1) & known
-        won = (past.adopted[:, None] == jnp.asarray(own)).any(axis=1) & known
+        won = jnp.isin(past.adopted, jnp.asarray(own)) & known
         rests.append((took.sum() >= race) & ~won.any())
     found = jnp.stack(rests)
     return found & ~found.all()

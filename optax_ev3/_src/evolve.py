@@ -40,13 +40,18 @@ class Range(NamedTuple):
     def place(self, value: Any) -> Any:
         """Where a value lies between ``low``, 0, and ``high``, 1."""
         if self.logarithmic:
-            return jnp.log(value / self.low) / math.log(self.high / self.low)
+            # No quotient: it may overflow.
+            return (jnp.log(value) - math.log(self.low)) / self._factors
         return (value - self.low) / (self.high - self.low)
+
+    @property
+    def _factors(self) -> float:
+        return math.log(self.high) - math.log(self.low)
 
     def value(self, place: Any) -> jax.Array:
         """The value at a place, brought into the bounds: float32."""
         if self.logarithmic:
-            found = self.low * jnp.exp(place * math.log(self.high / self.low))
+            found = jnp.exp(math.log(self.low) + place * self._factors)
         else:
             found = self.low + place * (self.high - self.low)
         return jnp.clip(found, self.low, self.high).astype(jnp.float32)

@@ -1,0 +1,308 @@
+"""Credit, racing, and when training gets nowhere: against Python, and in training."""
+
+import collections
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import assert_identical, says
+from scipy import stats
+
+import optax_ev3
+from optax_ev3 import adapt
+from optax_ev3._src import credit as credits
+from optax_ev3._src import record
+
+X = jnp.linspace(-1.0, 1.0, 16)
+
+
+def score(w):
+    return -jnp.square(w * X - 3 * X)
+
+
+def scripted(script, significant=None):
+    """A rule that adopts what the script says."""
+    script = jnp.asarray(script)
+    significant = jnp.zeros(script.shape, bool) if significant is None else significant
+
+    def decide(evidence, memory, key):
+        flag = jnp.asarray(significant)[memory]
+        return adapt.Decision(script[memory], flag), memory + 1
+
+    return adapt.Rule(lambda explorers: jnp.int32(0), decide)
+
+
+def run(tx, calls, w=0.0, seed=0, **extra):
+    """The states after every call."""
+    w = jnp.float32(w)
+    state, update = tx.init(w), jax.jit(tx.update)
+    states = []
+    for _ in range(calls):
+        grads = jax.grad(lambda w: -score(w).mean())(w)
+        updates, state = update(grads, state, w, **extra)
+        w = optax.apply_updates(w, updates)
+        states.append(state)
+    return states
+
+
+THREE = {"a": optax.sgd(0.1), "b": optax.sgd(-0.1), "nan": optax.sgd(jnp.nan)}
+
+
+class TestCredit:
+    @pytest.mark.parametrize("length", [3, 64])
+    def test_equals_python(self, length):
+        tx = optax_ev3.ev3(THREE, score, history_length=length)
+        state = run(tx, 8)[-1]
+        past = optax_ev3.history(state)
+        totals, weights = collections.Counter(), collections.Counter()
+        for age, mean in enumerate(past["mean"][::-1, :3]):
+            ahead = (mean - np.nanmean(mean)) / np.nanstd(mean)
+            for name, value in zip(THREE, ahead, strict=True):
+                value = -3 if np.isnan(value) else value
+                totals[name] += 0.9**age * value
+                weights[name] += 0.9**age
+        found = optax_ev3.credit(state)
+        assert set(found) == set(THREE)
+        for name, value in found.items():
+            assert float(value) == pytest.approx(totals[name] / weights[name], abs=1e-3)
+
+    def test_nothing_is_known_at_the_start(self):
+        tx = optax_ev3.ev3(THREE, score)
+        found = optax_ev3.credit(tx.init(jnp.zeros([])))
+        assert {float(value) for value in found.values()} == {0.0}
+
+    def test_huge_scores(self):
+        tx = optax_ev3.ev3(THREE, lambda w: 1e30 * score(w))
+        found = optax_ev3.credit(run(tx, 3)[-1])
+        assert float(found["a"]) == pytest.approx(1.0, rel=1e-3)
+
+    def test_members_of_a_group_share_theirs(self):
+        space = {"learning_rate": optax_ev3.log_uniform(1e-3, 1.0)}
+        group = optax_ev3.evolve(optax.sgd, space, 11)
+        tx = optax_ev3.ev3({"a": optax.sgd(-0.1), "group": group}, score)
+        found = optax_ev3.credit(run(tx, 3)[-1])
+        assert len({float(found[f"group[{i}]"]) for i in range(11)}) == 1
+        assert found["a"] < 0 < found["group[10]"]
+
+    @pytest.mark.parametrize("rule", [adapt.greedy(), adapt.lexicase(epsilon=0.0)])
+    def test_ties_go_to_credit(self, rule):
+        """A metric that tells apart in the first rounds, and then says nothing."""
+
+        def assess(w, blind):
+            return jnp.where(blind, 0.0, score(w))
+
+        inner = {"worse": optax.sgd(0.01), "better": optax.sgd(0.1)}
+        tx = optax_ev3.ev3(inner, assess, adapt=rule)
+        for worse_first in (False, True):
+            names = list(inner)[:: 1 if worse_first else -1]
+            tx = optax_ev3.ev3({k: inner[k] for k in names}, assess, adapt=rule)
+            w = jnp.zeros([])
+            state, update = tx.init(w), jax.jit(tx.update)
+            for call in range(8):
+                grads = jax.grad(lambda w: -score(w).mean())(w)
+                updates, state = update(grads, state, w, blind=call >= 3)
+                w = optax.apply_updates(w, updates)
+            past = optax_ev3.history(state)
+            chosen = past["candidates"][past["adopted"]]
+            assert chosen.tolist() == ["better"] * 8
+
+    def test_rules_of_ones_own_read_the_past(self):
+        """The explorer that was adopted least often in the history."""
+
+        def decide(evidence, memory, key):
+            past = evidence.past
+            known = jnp.arange(past.adopted.shape[0]) < past.rounds
+            counts = jnp.stack([((past.adopted == i) & known).sum() for i in range(2)])
+            adopted = jnp.argmin(counts).astype(jnp.int32)
+            return adapt.Decision(adopted, jnp.asarray(False)), memory
+
+        rule = adapt.Rule(lambda explorers: (), decide)
+        inner = [optax.sgd(0.1), optax.sgd(0.2)]
+        tx = optax_ev3.ev3(inner, score, adapt=rule)
+        past = optax_ev3.history(run(tx, 7)[-1])
+        assert past["adopted"].tolist() == [0, 1, 0, 1, 0, 1, 0]
+
+
+class TestRace:
+    @pytest.mark.parametrize("history", [4, 7])
+    @pytest.mark.parametrize("race", [1, 3])
+    def test_who_rests(self, race, history):
+        """Against the definition, for adoptions by lot; 30 rounds."""
+        rng = np.random.default_rng(race)
+        script = rng.choice(4, 30, p=[0.5, 0.1, 0.0, 0.4])
+        tx = optax_ev3.ev3(
+            {"a": optax.sgd(0.1), "b": optax.sgd(0.2), "c": optax.sgd(0.3)},
+            score,
+            adapt=scripted(script),
+            race=race,
+            history_length=history,
+        )
+        rounds = []  # of the adopted one, and who took part
+        for state in run(tx, 30):
+            window = rounds[-history:]
+            rests = []
+            for one in range(3):
+                took = sum(one in parts for _, parts in window)
+                won = any(adopted == one for adopted, _ in window)
+                rests.append(took >= race and not won)
+            parts = {i for i in range(3) if not rests[i]} or {0, 1, 2}
+            past = optax_ev3.history(state)
+            found = set(np.flatnonzero(~np.isnan(past["mean"][-1, :3])))
+            assert found == parts
+            rounds.append((past["adopted"][-1], parts))
+        assert 0 < sum(2 in parts for _, parts in rounds) < 30
+
+    def test_never_more_than_its_share(self):
+        def past(took):
+            empty = record.empty(8, 3)
+            rows = jnp.asarray(took, jnp.int32)
+            return empty._replace(
+                rounds=jnp.int32(8), valid=empty.valid.at[:, 0].set(rows - 1)
+            )
+
+        for took in itertools.product([0, 1], repeat=8):
+            own = past(took)._replace(adopted=jnp.ones([8], jnp.int32))
+            rests = credits.resting(own, [[0], [1]], 3)
+            assert bool(rests[0]) == (sum(took) >= 3)
+
+    @pytest.mark.parametrize("length", [1, 2])
+    def test_its_cost_goes_away(self, length):
+        """Losses and assessments are counted as they are run."""
+        runs = collections.Counter()
+
+        def loss(name):
+            def fn(w):
+                jax.debug.callback(lambda _: runs.update([name]), w)
+                return -score(w).mean()
+
+            return fn
+
+        def assess(w):
+            jax.debug.callback(lambda _: runs.update(["assess"]), w)
+            return score(w)
+
+        inner = [
+            optax_ev3.explorer(optax.sgd(0.1), loss("good"), name="good"),
+            optax_ev3.explorer(optax.sgd(-0.1), loss("bad"), name="bad"),
+        ]
+        tx = optax_ev3.ev3(
+            inner,
+            assess,
+            adapt=adapt.greedy(),
+            race=2,
+            history_length=8,
+            trajectory_length=length,
+        )
+        states = run(tx, 8 * length)
+        jax.effects_barrier()
+        past = optax_ev3.history(states[-1])
+        assert np.isnan(past["mean"][:, 1]).sum() == 6
+        # A loss is also offered to optimizers as a value: it runs more than once.
+        assert runs["good"] >= 8 * length and runs["bad"] * 8 == runs["good"] * 2
+        assert runs["assess"] == 8 * 4 - 6
+        assert past["adopted"].tolist() == [0] * 8
+
+    @pytest.mark.parametrize("mode", ["unroll", "vmap", "map"])
+    def test_nothing_changes_where_all_win(self, mode):
+        kwargs = {"adapt": scripted([0, 1] * 6), "assess_mode": mode}
+        inner = [optax.sgd(0.1), optax.adam(0.1)]
+        plain = run(optax_ev3.ev3(inner, score, **kwargs), 12)
+        raced = run(optax_ev3.ev3(inner, score, race=2, **kwargs), 12)
+        assert_identical(plain[-1], raced[-1])
+
+    def test_averages_win_for_their_branch(self):
+        average = optax_ev3.combine.trajectory_average()
+        tx = optax_ev3.ev3(
+            [optax.sgd(0.1), optax.sgd(0.2)],
+            score,
+            adapt=scripted([2] * 8),
+            combine=[average],
+            trajectory_length=2,
+            race=2,
+        )
+        mean = optax_ev3.history(run(tx, 16)[-1])["mean"]
+        assert not np.isnan(mean[:, [0, 2]]).any()
+        assert np.isnan(mean[2:, [1, 3]]).all()
+
+    @pytest.mark.parametrize(
+        ("kwargs", "error", "parts"),
+        [
+            ({"race": 0}, ValueError, ["race", "0"]),
+            ({"race": 64}, ValueError, ["race", "history_length, 64", "64"]),
+            ({"race": "a"}, TypeError, ["race", "'a'"]),
+            (
+                {"race": 2, "gradients": "turns", "trajectory_length": 2},
+                ValueError,
+                ["turns"],
+            ),
+        ],
+    )
+    def test_bad_input(self, kwargs, error, parts):
+        with says(error, *parts):
+            optax_ev3.ev3([optax.sgd(0.1)], score, **kwargs)
+
+
+class TestStalled:
+    def states(self, scores, significant=()):
+        """A state in which these scores were adopted, round by round."""
+        flags = np.zeros(len(scores), bool)
+        flags[list(significant)] = True
+
+        def assess(w, value):
+            return value + 0 * w
+
+        tx = optax_ev3.ev3(
+            [optax.sgd(0.0)],
+            assess,
+            adapt=scripted([0] * len(scores), jnp.asarray(flags)),
+            history_length=16,
+        )
+        w = jnp.zeros([])
+        state, update = tx.init(w), jax.jit(tx.update)
+        for value in scores:
+            _, state = update(w, state, w, value=jnp.float32(value))
+        return state
+
+    def test_should_grow_counts_rounds_without_improvement(self):
+        state = self.states(np.zeros(12), significant=[4])
+        for rounds in range(1, 20):
+            assert bool(optax_ev3.should_grow(state, rounds)) == (rounds <= 7)
+        assert bool(jax.jit(lambda s: optax_ev3.should_grow(s, 7))(state))
+
+    @pytest.mark.parametrize("slope", [-0.1, 0.0, 0.05, 0.1, 0.2])
+    def test_slope_is_the_t_test_of_scipy(self, slope):
+        rng = np.random.default_rng(1)
+        values = slope * np.arange(20) + rng.normal(size=20)
+        state = self.states(values)
+        for rounds in (4, 10, 16):
+            test = stats.linregress(
+                np.arange(rounds), values[-rounds:], alternative="greater"
+            )
+            assert abs(test.pvalue - 0.05) > 2e-3
+            found = jax.jit(lambda s, n=rounds: optax_ev3.stalled(s, n))(state)
+            assert bool(found) == (test.pvalue > 0.05)
+
+    def test_not_before_enough_rounds_or_after_an_improvement(self):
+        assert not optax_ev3.stalled(self.states(np.zeros(7)), 8)
+        assert optax_ev3.stalled(self.states(np.zeros(8)), 8)
+        assert not optax_ev3.stalled(self.states(np.zeros(12), significant=[5]), 8)
+
+    def test_huge_scores(self):
+        assert not optax_ev3.stalled(self.states(1e30 * np.arange(8.0)), 8)
+        assert optax_ev3.stalled(self.states(-1e30 * np.arange(8.0)), 8)
+
+    def test_bad_input(self):
+        state = self.states([0.0])
+        with says(ValueError, "rounds", "2"):
+            optax_ev3.stalled(state, 2)
+        with says(ValueError, "17 rounds", "history_length", "16"):
+            optax_ev3.stalled(state, 17)
+        with says(ValueError, "confidence", "0.2"):
+            optax_ev3.stalled(state, 8, confidence=0.2)
+        with says(ValueError, "rounds", "0"):
+            optax_ev3.should_grow(state, 0)
+        with says(TypeError, "rounds", "1.5"):
+            optax_ev3.should_grow(state, 1.5)
