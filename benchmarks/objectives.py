@@ -317,6 +317,7 @@ def priority_run(asked, make_rule, steps):
             lambda params: explained(asked, params, data.held_out),
             trajectory_length=LENGTH,
             loss_fn=losses["mean"],
+            assess_mode="map",
             adapt=make_rule(weights),
             key=seed,
         )
