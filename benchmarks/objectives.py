@@ -1,6 +1,6 @@
 """What the rules for several objectives are worth: a constraint, and a priority.
 
-    python benchmarks/objectives.py [--part safety] [--part priority]
+    python benchmarks/objectives.py [--part safety] [--part priority] [--lean 0.5]
 
 safety: a classifier for two groups. The minority, 10%, has other class boundaries and
   noisier labels, and only one feature hints at the group. Accuracy is to improve; the
@@ -8,13 +8,16 @@ safety: a classifier for two groups. The minority, 10%, has other class boundari
   with two rates of Adam each, branches of 10 steps, assessed on fresh examples. An
   adoption of an explorer is broken where its accuracy in the worse group, on a large
   sample that nothing else sees, is lower by more than 0.01 than that of the parameters
-  that were stable when the round began.
+  that were stable when the round began. The fall is that of the final parameters from
+  the best that were stable in any round.
 priority: digits, a network whose one or two bottleneck units must serve two or four
   questions. An objective is the share of the entropy of the labels that is explained:
-  0 for knowing just how frequent they are, 1 for certainty. One explorer for the loss
-  of each question, and one for their mean. Hypervolume: the product of the objectives
-  of the final point, on the test set, against the reference point 0. Fixed weights are
-  taken from a grid, the best of them chosen in hindsight, on the test set.
+  0 for knowing just how frequent they are, 1 for certainty. One explorer for the mean
+  loss, and one for each question, whose loss leans from the mean to that question:
+  half the way, or with --lean 1 all of it, so that the other questions are forgotten.
+  Hypervolume: the product of the objectives of the final point, on the test set,
+  against the reference point 0. Fixed weights are taken from a grid, the best of them
+  chosen in hindsight, on the test set.
 
 All rows have the same data, explorers, steps and seeds. It takes about ten minutes on
 two cores.
@@ -23,6 +26,7 @@ two cores.
 import itertools
 import json
 import pathlib
+import re
 import sys
 from typing import Any
 
@@ -40,6 +44,9 @@ from _digits import _data, load
 
 SEEDS = flags.DEFINE_integer("seeds", 20, "Runs of each method.", lower_bound=2)
 STEPS = flags.DEFINE_integer("steps", 400, "Training steps.", lower_bound=10)
+ROWS = flags.DEFINE_string("rows", "", "Only rules that match.")
+OBJECTIVES = flags.DEFINE_multi_integer("objectives", [2, 4], "How many: 2, 4 or both.")
+LEAN = flags.DEFINE_float("lean", 0.5, "From the mean loss to the own one.", 0, 1)
 JSON = flags.DEFINE_string("json", None, "Where to write the figures, too.")
 
 LENGTH = 10  # of a trajectory
@@ -51,6 +58,10 @@ def spread(values):
     values = np.asarray(values, float)
     error = values.std(ddof=1) / np.sqrt(len(values))
     return f"{values.mean():.4f} ± {error:.4f}"
+
+
+def wanted(rows):
+    return {name: row for name, row in rows.items() if re.search(ROWS.value, name)}
 
 
 def dense(key, sizes):
@@ -164,7 +175,7 @@ SAFETY = {
 
 
 def safety_runs(rule, steps, seeds):
-    """Final accuracy and worst group's ``[seeds]``; adoptions, and broken ones."""
+    """By name ``[seeds]``: final figures; how many adoptions, and how many broken."""
     large = draw(jax.random.key(1), LARGE)
 
     def groups(params):
@@ -196,34 +207,34 @@ def safety_runs(rule, steps, seeds):
         broken = explored & (after < before - TOLERANCE)
         final = groups(params)
         accuracy = (1 - SHARE) * final[0] + SHARE * final[1]
-        return accuracy, final.min(), explored.sum(), broken.sum()
+        return {
+            "accuracy": accuracy,
+            "worst group": final.min(),
+            "fall": before.max() - final.min(),
+            "adoptions": explored.sum(),
+            "broken": broken.sum(),
+        }
 
-    return [np.asarray(x) for x in jax.jit(jax.vmap(one))(jnp.arange(seeds))]
+    found = jax.jit(jax.vmap(one))(jnp.arange(seeds))
+    return {name: np.asarray(values) for name, values in found.items()}
 
 
 def safety(steps, seeds):
-    print(f"{'rule':18}{'broken':>8}{'of':>6}{'accuracy':>18}{'worst group':>18}")
-    figures = {}
-    for name, rule in SAFETY.items():
-        accuracy, worst, explored, broken = safety_runs(rule, steps, seeds)
-        share = broken.sum() / max(explored.sum(), 1)
-        cells = f"{share:8.2%}{explored.sum():6}{spread(accuracy):>18}"
-        print(f"{name:18}{cells}{spread(worst):>18}", flush=True)
-        figures[name] = {
-            "accuracy": accuracy.tolist(),
-            "worst group": worst.tolist(),
-            "adoptions": explored.tolist(),
-            "broken": broken.tolist(),
-        }
-    ours = figures["constrained"]
-    print("\nconstrained less others, same seeds")
-    for name, row in figures.items():
-        if row is not ours:
-            cells = [
-                spread(np.subtract(ours[k], row[k])) for k in ("accuracy", "worst group")
-            ]
-            print(f"{name:32}{cells[0]:>18}{cells[1]:>18}")
-    return figures
+    shown = ("accuracy", "worst group", "fall")
+    title = "".join(f"{name:>18}" for name in shown)
+    print(f"{'rule':32}{'broken':>8}{'of':>6}{title}")
+    found = {}
+    for name, rule in wanted(SAFETY).items():
+        row = found[name] = safety_runs(rule, steps, seeds)
+        count = row["adoptions"].sum()
+        share = row["broken"].sum() / max(count, 1)
+        cells = "".join(f"{spread(row[what]):>18}" for what in shown)
+        print(f"{name:32}{share:8.2%}{count:6}{cells}", flush=True)
+    for name in [name for name in found if name != "constrained"]:
+        less = [found["constrained"][what] - found[name][what] for what in shown]
+        cells = "".join(f"{spread(values):>18}" for values in less)
+        print(f"{'constrained less ' + name:46}{cells}")
+    return jax.tree.map(np.ndarray.tolist, found)
 
 
 # Priority.
@@ -267,10 +278,11 @@ def explained(asked, params, batch):
 
 
 def grid(count):
-    """All ways to deal out the parts: ``[ways, count]``."""
+    """All ways to deal out the parts: ``[ways, count]``; last, equal weights."""
     parts = PARTS_OF_WEIGHT[count]
     cuts = itertools.combinations(range(1, parts), count - 1)
     ways = [np.diff([0, *cut, parts]) / parts for cut in cuts]
+    ways = [way for way in ways if len(set(way)) > 1]
     return np.array([*ways, np.full(count, 1 / count)], np.float32)
 
 
@@ -302,16 +314,18 @@ def priority_run(asked, make_rule, steps):
     """A function of seed and weights: the objectives of the final point ``[M]``."""
     data = load()
 
-    def loss(params, batch, names):
-        found = explained(asked, params, batch)
-        return -sum(found[name].mean() for name in names) / len(names)
+    def leaning(own, lean):
+        def loss(params, batch):
+            found = explained(asked, params, batch)
+            losses = {name: -values.mean() for name, values in found.items()}
+            mean = sum(losses.values()) / len(losses)
+            return mean if own is None else lean * losses[own] + (1 - lean) * mean
 
-    def loss_named(names):
-        return lambda params, batch: loss(params, batch, names)
+        return loss
 
     def one(seed, weights):
-        losses = {name: loss_named([name]) for name in asked}
-        losses["mean"] = loss_named(list(asked))
+        losses = {name: leaning(name, LEAN.value) for name in asked}
+        losses["mean"] = leaning(None, 0.0)
         tx = optax_ev3.ev3(
             optax_ev3.product({"adam": optax.adam(3e-3)}, losses),
             lambda params: explained(asked, params, data.held_out),
@@ -324,8 +338,8 @@ def priority_run(asked, make_rule, steps):
         keys = jax.random.split(jax.random.key(seed), len(asked) + 1)
         units = UNITS[len(asked)]
         heads = {
-            name: dense(key, (units, classes))[0]
-            for key, (name, (_, classes, _)) in zip(keys[1:], asked.items(), strict=True)
+            name: dense(keys[i], (units, classes))[0]
+            for i, (name, (_, classes, _)) in enumerate(asked.items(), 1)
         }
         params, _ = rounds(
             tx,
@@ -349,7 +363,7 @@ def volume(points):
 def priority(steps, seeds):
     return {
         f"{count} objectives": _priority(questions(count), steps, seeds)
-        for count in UNITS
+        for count in OBJECTIVES.value
     }
 
 
@@ -368,7 +382,7 @@ def _priority(asked, steps, seeds):
     print(f"\nBest of {len(ways)} fixed weights: {shares}")
     title = "".join(f"{name:>12}" for name in asked)
     print(f"{'rule':30}{'hypervolume':>18}{'less the best':>18}{title}")
-    for name, rule in moving_rules(asked).items():
+    for name, rule in wanted(moving_rules(asked)).items():
         run = priority_run(asked, lambda _, rule=rule: rule, steps)
         rows[name] = np.asarray(jax.jit(jax.vmap(run, (0, None)))(numbers, ways[0]))
     figures = {}
