@@ -154,7 +154,7 @@ def worst(params, batch):
 
 
 LOSSES = {"plain": plain, "balanced": balanced, "worst": worst}
-RATES = {"fast": optax.adam(1e-2), "slow": optax.adam(1e-3)}
+ADAMS = optax_ev3.sweep(optax.adam, learning_rate=[1e-2, 1e-3])
 
 
 def assess(params, fresh):
@@ -183,7 +183,7 @@ def safety_runs(rule, steps, seeds):
         return correct.mean(0)
 
     def one(seed):
-        inner = optax_ev3.product(RATES, LOSSES)
+        inner = optax_ev3.product({"adam": ADAMS}, LOSSES)
         tx = optax_ev3.ev3(
             inner,
             assess,
@@ -203,7 +203,7 @@ def safety_runs(rule, steps, seeds):
             lambda key: draw(key, EXAMPLES),
         )
         before, after = (jax.lax.map(groups, p).min(1) for p in (stable, visible))
-        explored = adopted < len(LOSSES) * len(RATES)
+        explored = adopted < 2 * len(LOSSES)
         broken = explored & (after < before - TOLERANCE)
         final = groups(params)
         accuracy = (1 - SHARE) * final[0] + SHARE * final[1]
