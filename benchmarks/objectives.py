@@ -1,15 +1,16 @@
 """What the rules for several objectives are worth: a constraint, and a priority.
 
-    python benchmarks/objectives.py [--part safety] [--part priority] [--lean 0.5]
+    python benchmarks/objectives.py [--part safety] [--part priority]
 
 safety: a classifier for two groups. The minority, 10%, has other class boundaries and
-  noisier labels, and only one feature hints at the group. Accuracy is to improve; the
-  accuracy of the worse group may not fall by more than 0.01. Explorers: three losses
-  with two rates of Adam each, branches of 10 steps, assessed on fresh examples. An
-  adoption of an explorer is broken where its accuracy in the worse group, on a large
-  sample that nothing else sees, is lower by more than 0.01 than that of the parameters
-  that were stable when the round began. The fall is that of the final parameters from
-  the best that were stable in any round.
+  noisier labels, and only one feature hints at the group. The model in use treats both
+  alike, after 100 steps with the balanced loss (--warm 0 for none). Accuracy is to
+  improve; the accuracy of the worse group may not fall by more than 0.01. Explorers:
+  three losses with two rates of Adam each, branches of 10 steps, assessed on fresh
+  examples. An adoption of an explorer is broken where its accuracy in the worse group,
+  on a large sample that nothing else sees, is lower by more than 0.01 than that of the
+  parameters that were stable when the round began. The fall is that of the final
+  parameters from the best that were stable in any round.
 priority: digits, a network whose one or two bottleneck units must serve two or four
   questions. An objective is the share of the entropy of the labels that is explained:
   0 for knowing just how frequent they are, 1 for certainty. One explorer for the mean
@@ -47,6 +48,7 @@ STEPS = flags.DEFINE_integer("steps", 400, "Training steps.", lower_bound=10)
 ROWS = flags.DEFINE_string("rows", "", "Only rules that match.")
 OBJECTIVES = flags.DEFINE_multi_integer("objectives", [2, 4], "How many: 2, 4 or both.")
 LEAN = flags.DEFINE_float("lean", 0.5, "From the mean loss to the own one.", 0, 1)
+WARM = flags.DEFINE_integer("warm", 100, "Balanced steps before the rounds.", 0)
 JSON = flags.DEFINE_string("json", None, "Where to write the figures, too.")
 
 LENGTH = 10  # of a trajectory
@@ -154,6 +156,21 @@ def worst(params, batch):
 
 
 LOSSES = {"plain": plain, "balanced": balanced, "worst": worst}
+
+
+def warmed(params, seed):
+    """The model that is in use: trained by the balanced loss alone."""
+    tx = optax.adam(1e-2)
+
+    def step(carry, key):
+        params, state = carry
+        updates, state = tx.update(jax.grad(balanced)(params, draw(key, 128)), state)
+        return (optax.apply_updates(params, updates), state), None
+
+    keys = jax.random.split(jax.random.key(seed), WARM.value)
+    return jax.lax.scan(step, (params, tx.init(params)), keys)[0][0]
+
+
 ADAMS = optax_ev3.sweep(optax.adam, learning_rate=[1e-2, 1e-3])
 
 
@@ -194,6 +211,7 @@ def safety_runs(rule, steps, seeds):
             key=seed,
         )
         params = dense(jax.random.key(seed), (FEATURES + 1, 32, CLASSES))
+        params = warmed(params, seed + 20_000)
         params, (stable, visible, adopted) = rounds(
             tx,
             params,
