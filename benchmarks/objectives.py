@@ -388,8 +388,9 @@ def priority(steps, seeds):
 def _priority(asked, steps, seeds):
     numbers, ways = jnp.arange(seeds), grid(len(asked))
     run = priority_run(asked, lambda weights: with_weights(asked, weights), steps)
-    every = jax.jit(jax.vmap(jax.vmap(run, (0, None)), (None, 0)))
-    fixed = np.asarray(every(numbers, ways))
+    pairs = jnp.tile(numbers, len(ways)), jnp.repeat(ways, seeds, axis=0)
+    fixed = np.asarray(jax.jit(jax.vmap(run))(*pairs))
+    fixed = fixed.reshape(len(ways), seeds, len(asked))
     best = volume(fixed).mean(1).argmax()
     rows = {
         "best fixed weights": fixed[best],
