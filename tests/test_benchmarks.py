@@ -23,7 +23,8 @@ SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "overhead.py"
 QUICKLY = {
     **os.environ,
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0"
+    " --xla_cpu_use_fusion_emitters=false",
 }
 
 
@@ -260,3 +261,25 @@ def test_benchmark_of_the_assessment_runs():
     for row in ("gone back", "best held-out F1", *rows):
         assert row in out
     assert "ladder(confidence=None)" not in out
+
+
+@pytest.mark.slow
+def test_benchmark_of_objectives_runs(tmp_path):
+    pytest.importorskip("sklearn")
+    path = tmp_path / "figures.json"
+    args = ["--seeds=2", "--steps=20", "--warm=10", "--objectives=2", f"--json={path}"]
+    script = SCRIPT.with_name("objectives.py")
+    out = run(script, *args, "--rows=^(constrained|lexicase)$")
+    assert "hypervolume" in out and "pareto" not in out
+    figures = json.loads(path.read_text())
+    row = figures["safety"]["constrained"]
+    # Two rounds in each of two runs.
+    assert np.less_equal(row["adoptions"], 2).all()
+    assert np.less_equal(row["broken"], row["adoptions"]).all()
+    assert np.shape(row["worst group"]) == (2,)
+    assert np.less_equal(row["worst group"], row["accuracy"]).all()
+    points = figures["priority"]["2 objectives"]
+    assert set(points) > {"lexicase", "best fixed weights"}
+    assert all(np.shape(values) == (2, 2) for values in points.values())
+    volumes = {k: np.prod(np.maximum(v, 0), 1).mean() for k, v in points.items()}
+    assert volumes["best fixed weights"] >= volumes["equal fixed weights"]
