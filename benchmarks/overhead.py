@@ -15,6 +15,8 @@ trajectories: a training step with trajectories of 20, averaged over whole round
   updates, and a 20th of K + 2 assessments), and over one Adam step.
 sweeps: compile seconds and the compiler's peak memory of a sweep over 64 learning
   rates, over those of 2.
+bookkeeping: a whole round on a model of one parameter, whose scores are given, over a
+  step of the MLP: 16 explorers, 4 objectives with weights that move, a history of 256.
 
 Programs that are compared run in turn within every repeat, in changing order, and each
 ratio is taken within a repeat: load from outside hits both sides of it alike. Tables
@@ -43,7 +45,7 @@ from jax import lax
 import optax_ev3
 from optax_ev3 import metrics
 
-PARTS = ("steps", "updates", "rounds", "trajectories", "sweeps")
+PARTS = ("steps", "updates", "rounds", "trajectories", "sweeps", "bookkeeping")
 MODES = ("unroll", "vmap", "map")
 BY_HAND, TUNED = "by hand", "by hand, tuned"
 TARGETS = {"steps": 1.05, "updates": 1.25}
@@ -66,6 +68,7 @@ class Settings(NamedTuple):
     macro_f1: str = ""  # which of these assessments, as a pattern
     trajectory: int = 20
     swept: tuple[int, int] = (2, 64)
+    booked: tuple[int, int, int] = (16, 4, 256)  # explorers, objectives, history
 
 
 QUICK = Settings(
@@ -80,6 +83,7 @@ QUICK = Settings(
     macro_f1="20 resamples",
     trajectory=3,
     swept=(2, 4),
+    booked=(2, 2, 8),
 )
 
 
@@ -686,6 +690,59 @@ def sweep_step(problem: Problem, rates: Sequence[float], length: int):
     return step, tx.init(problem.params)
 
 
+def measure_bookkeeping(problem: Problem, settings: Settings):
+    """Evidence, rule and history alone, over a step that needs them."""
+    count, objectives, history = settings.booked
+    names = [f"objective {i}" for i in range(objectives)]
+
+    def assess_fn(params, held_out):
+        # All the same function: it is computed once, and costs the step nothing more.
+        return dict.fromkeys(names, problem.score_fn(params, held_out))
+
+    def given(params, held_out):
+        return dict.fromkeys(names, held_out + params)
+
+    def transformation(assess):
+        return optax_ev3.ev3(
+            [optax.adam(rate) for rate in np.geomspace(1e-5, 1e-2, count)],
+            assess,
+            adapt=optax_ev3.adapt.weighted(dict.fromkeys(names, 1.0), rate=0.1),
+            history_length=history,
+        )
+
+    whole, alone = transformation(assess_fn), transformation(given)
+
+    def step(params, state, train, held_out):
+        grads = jax.grad(problem.loss_fn)(params, train)
+        updates, state = whole.update(grads, state, params, held_out=held_out)
+        return optax.apply_updates(params, updates), state
+
+    def round_alone(params, state, train, held_out):
+        updates, state = alone.update(train, state, params, held_out=held_out)
+        return optax.apply_updates(params, updates), state
+
+    params, batch = problem.params, problem.batches[0]
+    call = compile_step(step, (0, 1), params, whole.init(params), batch, batch).call
+    scores = jax.random.normal(jax.random.key(0), [settings.batch])
+    small = jnp.zeros([]), alone.init(jnp.zeros([]))
+    small_call = compile_step(round_alone, (0, 1), *small, scores[0], scores).call
+    carry = [small]
+
+    def run_alone():
+        carry[0] = small_call(*carry[0], scores[0], scores)
+        return carry[0]
+
+    runners = {
+        "whole step": step_runner(call, problem, whole.init(params)),
+        "bookkeeping": run_alone,
+    }
+    seconds = race(runners, settings._replace(sample_seconds=0.0))
+    return [
+        {"program": name, **ratio_row(seconds[name], seconds["whole step"])}
+        for name in runners
+    ]
+
+
 def machine() -> dict[str, Any]:
     return {
         "platform": platform.platform(),
@@ -746,6 +803,12 @@ def measure(settings: Settings, parts: Sequence[str] = PARTS) -> dict[str, Any]:
     if "sweeps" in parts:
         figures["sweeps"] = measure_sweeps(problems["mlp"], settings)
         print_table(figures["sweeps"], "Sweeps of Adam over learning rates, MLP")
+    if "bookkeeping" in parts:
+        rows = measure_bookkeeping(problems["mlp"], settings)
+        figures["bookkeeping"] = rows
+        print_table(
+            rows, "{} explorers, {} objectives, {} rounds".format(*settings.booked)
+        )
     return figures
 
 

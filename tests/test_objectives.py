@@ -365,6 +365,25 @@ def test_the_record_holds_the_means_of_every_objective():
         np.testing.assert_allclose(past["stderr" + key][0], error, rtol=1e-4, atol=1e-8)
 
 
+def test_the_history_holds_priorities():
+    """The weights that a round was decided by, in the order in which they are named."""
+    rule = adapt.weighted({"small": 1.0, "fit": 3.0}, rate=0.5)
+    tx = make(rule)
+    w = jnp.zeros([])
+    state, weights = tx.init(w), []
+    for _ in range(4):
+        weights.append([float(state.memory.weights[k]) for k in ("small", "fit")])
+        updates, state = jax.jit(tx.update)(jax.grad(loss)(w), state, w)
+        w = optax.apply_updates(w, updates)
+    past = optax_ev3.history(state)
+    assert past["objectives"].tolist() == ["small", "fit"]
+    np.testing.assert_allclose(past["priorities"], weights, rtol=1e-6)
+    assert len(np.unique(past["priorities"][:, 0])) == 4
+    tx = make(RULES["lexicographic"])
+    _, state = tx.update(w, tx.init(w), w)
+    assert np.isnan(optax_ev3.history(state)["priorities"]).all()
+
+
 # Bad input.
 
 BAD = {

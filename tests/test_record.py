@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from flax.training import train_state
 from helpers import assert_identical, lenient
+from scipy import stats
 
 from optax_ev3 import adapt, ev3, history, stable_params, summary
 
@@ -119,7 +120,41 @@ def test_history_before_the_first_round():
         "examples": (0,),
         "mean": (0, len(NAMES)),
         "stderr": (0, len(NAMES)),
+        "lower": (0, len(NAMES)),
+        "upper": (0, len(NAMES)),
+        "z": (0, len(NAMES)),
+        "objectives": (0,),
+        "priorities": (0, 0),
     }
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_bounds_of_the_history(confidence):
+    state = states(9)[len(FLOORS)]
+    past, wide = history(state, confidence), stats.norm.ppf((1 + confidence) / 2)
+    for name, sign in {"lower": -1, "upper": 1}.items():
+        expected = past["mean"] + sign * wide * past["stderr"]
+        np.testing.assert_allclose(past[name], expected, rtol=1e-5)
+
+
+def test_evidence_of_the_history_is_the_paired_t_test():
+    """Against the parameters at the round's start, in standard normal units."""
+    tx = ev3(
+        {"fast": optax.sgd(0.5), "back": optax.sgd(-0.5)}, lambda w, x: -((w - x) ** 2)
+    )
+    x = np.random.default_rng(1).normal(size=20).astype(np.float32)
+    _, state = jax.jit(tx.update)(jnp.float32(0.1), tx.init(jnp.float32(0)), 0.0, x=x)
+    (z,) = history(state)["z"]
+    scores = -((np.array([-0.05, 0.05, 0, 0])[:, None] - x) ** 2)
+    for found, own in zip(z[:2], scores, strict=False):
+        p = stats.ttest_rel(own, scores[2], alternative="greater").pvalue
+        assert found == pytest.approx(stats.norm.isf(p), abs=0.05)
+    assert (z[2:] == 0).all()
+
+
+def test_confidence_of_the_history_is_checked():
+    with pytest.raises(ValueError, match=r"confidence.*1.5"):
+        history(states(3)[1], 1.5)
 
 
 @pytest.mark.parametrize("length", [1, 4])

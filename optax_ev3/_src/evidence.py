@@ -381,7 +381,7 @@ def _mean_and_stderr(values: jax.Array, seen: jax.Array | None):
     return mean, scale * jnp.sqrt(variance / jnp.maximum(n, 1)), n
 
 
-def normal_units(mean: jax.Array, stderr: jax.Array, n: jax.Array) -> jax.Array:
+def normal_units(mean: jax.Array, stderr: jax.Array, n: Any) -> jax.Array:
     """The z value of a mean with its standard error, n examples; zero if n is 1."""
     freedom = jnp.maximum(n - 1, 1)
     # t beyond this is past the cap; dividing by its inverse times the mean at the

@@ -253,8 +253,10 @@ def group(
     return made._replace(grid=grid, factory=factory, space=space)
 
 
-def _takes(factory: Callable[..., Any], name: str) -> bool:
+def _takes(factory: Callable[..., Any] | None, name: str) -> bool:
     """Whether a factory takes a number of this name."""
+    if factory is None:
+        return False
     names, takes_any = named.accepted(factory, 0)
     return takes_any or name in names
 

@@ -140,10 +140,10 @@ def advance(
 
         numbers = call.hyperparams.get(name)
 
-        def step(branch, one=one, go=go, numbers=numbers):
+        def all_go(branch, one=one, go=go, numbers=numbers):
             return one.each(go, branch, hyperparams=numbers)
 
-        branches[name] = trees.unless(rests.get(name), step, branch)
+        branches[name] = trees.unless(rests.get(name), all_go, branch)
     branches = _mended(explorers, branches, params)
     walked = state._replace(
         step=state.step + 1,
