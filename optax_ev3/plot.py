@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 import optax_ev3
+from optax_ev3._src import record
 
 try:
     from matplotlib.axes import Axes
@@ -436,10 +437,9 @@ def _draw_hyperparam(past: _Past, name: str, axes: Axes) -> None:
         ms=size - 1,
         label="all members",
     )
-    member = {f"{group}[{k}]": k for k in range(values.shape[1])}
-    indices = [member.get(past.names[index], -1) for index in past.adopted]
-    at = np.flatnonzero(np.array(indices) >= 0)
-    chosen = values[at, [indices[i] for i in at]]
+    member = record.winners(past.names, past.adopted, group)
+    at = np.flatnonzero((0 <= member) & (member < values.shape[1]))
+    chosen = values[at, member[at]]
     width = _line_width(past)
     axes.plot(past.x[at], chosen, "o-", color=_BLUE, lw=width, ms=size, label="adopted")
     if _spans_decades(values):

@@ -52,6 +52,17 @@ def test_example_of_a_metric_learns(tmp_path):
     assert "ev3/score/average(adam(focal))" in shown
 
 
+def test_example_of_a_learning_rate_finds_one(tmp_path):
+    args = ["--steps=150", "--seed=1", "--plot=history.png"]
+    done = run("learning_rate.py", *args, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    alone, evolved, again = map(float, re.findall(r"accuracy ([\d.]+)", done.stdout))
+    assert alone < 0.4 and evolved > 0.9 and again > 0.9
+    rates = [float(x) for x in re.findall(r"step +\d+: (\S+)", done.stdout)]
+    assert rates[0] < 1e-3 < max(rates)
+    assert (tmp_path / "history.png").stat().st_size > 10_000
+
+
 def test_example_with_trajectories_learns(tmp_path):
     done = run("linen_batchnorm.py", "--steps=60", "--seed=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

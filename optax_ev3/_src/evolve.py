@@ -339,7 +339,7 @@ def found_schedule(
             f"history_length."
         )
     members = past[f"hyperparams/{groups[0]}/{name}"]
-    winner = _winners(past, groups[0], members.shape[1])
+    winner = record.winners(past["candidates"], past["adopted"], groups[0])
     rows = np.arange(len(members))
     known = np.maximum.accumulate(np.where(winner >= 0, rows, -1))
     known = np.where(known < 0, rows[winner >= 0][:1].sum(), known)
@@ -351,13 +351,3 @@ def found_schedule(
         return values[jnp.minimum(row, len(values) - 1)]
 
     return schedule
-
-
-def _winners(past, group, size):
-    """By round, the member whose end or average was adopted, else -1."""
-    owners = {}
-    for member in range(size):
-        for number, name in enumerate(past["candidates"]):
-            if name in (f"{group}[{member}]", f"average({group}[{member}])"):
-                owners[number] = member
-    return np.array([owners.get(int(a), -1) for a in past["adopted"]])

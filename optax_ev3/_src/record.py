@@ -4,6 +4,7 @@ Dimensions: ``H`` rounds kept, ``C`` candidates, ``M`` objectives, ``G`` members
 evolving group.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -375,6 +376,25 @@ def positions(state: Any) -> dict[str, Any]:
         named.update(one.positions)
     count = len(named)
     return {**named, explore.CURRENT: count, explore.STABLE: count + 1}
+
+
+def winners(
+    candidates: Sequence[str], adopted: Sequence[int], group: str
+) -> np.ndarray:
+    """By round ``[R]``, the member of a group whose end or average was adopted, or -1.
+
+    Args:
+      candidates: Their names.
+      adopted: Which one, by round.
+      group: The name of the group, whose members are called ``GROUP[i]``.
+    """
+    member = re.compile(re.escape(group) + r"\[(\d+)\]")
+    found = [
+        member.fullmatch(name.removeprefix("average(").removesuffix(")"))
+        for name in candidates
+    ]
+    owners = np.array([int(match[1]) if match else -1 for match in found])
+    return owners[np.asarray(adopted, int)]
 
 
 def groups(state: Any) -> list[jax.Array]:
