@@ -438,7 +438,7 @@ def _draw_hyperparam(past: _Past, name: str, axes: Axes) -> None:
         label="all members",
     )
     member = record.winners(past.names, past.adopted, group)
-    at = np.flatnonzero((0 <= member) & (member < values.shape[1]))
+    at = np.flatnonzero((member >= 0) & (member < values.shape[1]))
     chosen = values[at, member[at]]
     width = _line_width(past)
     axes.plot(past.x[at], chosen, "o-", color=_BLUE, lw=width, ms=size, label="adopted")

@@ -5,7 +5,7 @@ evolving group.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -378,9 +378,7 @@ def positions(state: Any) -> dict[str, Any]:
     return {**named, explore.CURRENT: count, explore.STABLE: count + 1}
 
 
-def winners(
-    candidates: Sequence[str], adopted: Sequence[int], group: str
-) -> np.ndarray:
+def winners(candidates: Iterable[str], adopted: Any, group: str) -> np.ndarray:
     """By round ``[R]``, the member of a group whose end or average was adopted, or -1.
 
     Args:
