@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_same_types, says
+from flax import serialization
+from helpers import assert_identical, assert_same_types, says
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -175,6 +176,28 @@ def test_finds_a_rate_that_works(start, kwargs):
     w, state, _ = run(tx, 90)
     assert abs(float(w) - 3) < 0.05
     assert optax_ev3.history(state)["hyperparams/sgd/learning_rate"].max() > 0.1
+
+
+def test_saved_and_restored_or_donated_it_goes_on_as_before():
+    tx = optax_ev3.ev3({"sgd": sgd()}, score, trajectory_length=2, loss_fn=loss)
+    w, state, _ = run(tx, 5)
+    saved = serialization.to_bytes(state)
+    restored = serialization.from_bytes(tx.init(w), saved)
+    restored = jax.tree.map(jnp.asarray, restored)
+    update = jax.jit(tx.update, donate_argnums=1)
+    for _ in range(4):
+        grads = jax.grad(loss)(w)
+        _, state = jax.jit(tx.update)(grads, state, w)
+        updates, restored = update(grads, restored, w)
+        w = optax.apply_updates(w, updates)
+        assert_identical(state, restored)
+
+
+def test_summary_has_the_median():
+    _, state, _ = run(optax_ev3.ev3({"sgd": sgd()}, score), 3)
+    last = optax_ev3.history(state)["hyperparams/sgd/learning_rate"][-1]
+    found = optax_ev3.summary(state)["ev3/hyperparams/sgd/learning_rate"]
+    assert float(found) == pytest.approx(np.median(last))
 
 
 def test_comes_back_from_rates_that_overflow():

@@ -73,6 +73,12 @@ MANY_EXPLORERS = {
         optax.sgd(0.01),
         optax_ev3.explorer(optax.sgd(0.2), loss_fn=loss),
     ],
+    "evolving": lambda: [
+        optax.sgd(0.01),
+        optax_ev3.evolve(
+            optax.sgd, {"learning_rate": optax_ev3.log_uniform(1e-3, 1.0)}
+        ),
+    ],
     "polyak": lambda: [optax.polyak_sgd(0.2), optax.sgd(0.01)],
     "backtracking": lambda: [
         optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5)),
@@ -96,6 +102,7 @@ MANY_EXPLORERS = {
         ("shard_map", "greedy", score, "own_loss"),
         ("shard_map", "lower_bound", score, "shared"),
         ("shard_map", "confident", score, "shared"),
+        ("shard_map", "confident", score, "evolving"),
         ("shard_map", "confident", _exact_score, "polyak"),
         ("shard_map", "greedy", score, "backtracking"),
         ("pmap", "confident", score, "shared"),

@@ -214,7 +214,8 @@ def summary(state: Any) -> dict[str, jax.Array]:
         the main objective where the rule takes several;
       - ``ev3/score/NAME``: mean score of each candidate, NaN where not finite;
       - ``ev3/objective/OTHER/NAME``: the same by each further objective;
-      - ``ev3/share/NAME``: how often it was adopted, as a share of all rounds.
+      - ``ev3/share/NAME``: how often it was adopted, as a share of all rounds;
+      - ``ev3/hyperparams/GROUP/NAME``: median over the members of an evolving group.
 
     Raises:
       ValueError: If ``state`` holds no state of ev3, or more than one.
@@ -269,6 +270,11 @@ def summary(state: Any) -> dict[str, jax.Array]:
             for name, at in places.items()
         },
         **{f"ev3/share/{name}": share[at] for name, at in places.items()},
+        **{
+            f"ev3/hyperparams/{group}/{name}": jnp.median(values[row])
+            for group, names in record.hyperparams.items()
+            for name, values in names.items()
+        },
     }
 
 
