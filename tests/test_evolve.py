@@ -82,7 +82,7 @@ class TestMove:
         weights /= weights.sum()
         for name, own in zip(SPACE, places, strict=True):
             center = weights @ own
-            step = (center - 0.4) / 0.1 / 0.4
+            step = np.clip((center - 0.4) / 0.1, -1, 1) / 0.4
             path = 0.7 * 0.5 + np.sqrt(0.3 * 1.7) * step
             spread = 0.1 * np.exp(0.3 * np.clip(path**2 - 1, -1, 1))
             assert float(new.center[name]) == pytest.approx(center, abs=1e-4)

@@ -620,45 +620,26 @@ def _adapt(judge, seen, state, lasted):
 
 
 def _evolved(judge, state, lasted, adopted, past, restarted):
-    """The state after groups that evolve have moved on.
-
-    Where a branch goes on, so do its hyperparameters; those of one that starts from
-    other parameters are drawn anew.
-    """
-    explorers, plan = lasted.explorers, lasted.plan
-    evolving = [name for name, one in explorers.items() if one.space is not None]
-    if not evolving:
+    """The state after groups that evolve have moved on."""
+    if not any(one.space for one in lasted.explorers.values()):
         return state
-    seen, objective = past.seen, past.objective
-    total = restarted.shape[0]
-    mean = evidence.estimate(seen, objective).mean
-    mean = jnp.where(seen.valid, mean, -jnp.inf)[:-2]
-    owner = plan.owner(adopted, total)
-    places = explore.places(explorers)
-    moved, fresh = dict(state.explorers), jnp.zeros([total], bool)
-    for number, name in enumerate(evolving):
-        own = jnp.asarray(places[name])
-        # A branch is as good as its end or, where there is one, its average.
-        tried = jnp.stack([own, total + own]) if plan.averaged else own[None]
-        best = tried.ravel()[jnp.argmax(mean[tried.ravel()])]
-        z = evidence.compare(seen, objective, best).z
-        z = jnp.where(seen.valid, z, -jnp.inf)[tried].max(axis=0)
-        first = places[name][0]
-        winner = jnp.where(jnp.isin(owner, own), owner, first + jnp.argmax(z))
-        dead = ~seen.valid[own] & ~past.rests[own]
-        draws = (restarted[own] | dead) & (own != winner) & ~past.rests[first]
-        key = jax.random.fold_in(jax.random.fold_in(judge.key, 2), number)
-        group = moved[name].evolution
-        new = evolve.move(explorers[name].space, group, z, ~draws, key)
-        new = trees.where(past.rests[first], group, new)
-        moved[name] = moved[name]._replace(evolution=new)
-        fresh = fresh.at[own].set(draws)
+    groups, fresh = evolve.advance(
+        lasted.explorers,
+        {name: one.evolution for name, one in state.explorers.items()},
+        past,
+        lasted.plan.owner(adopted, restarted.shape[0]),
+        lasted.plan.averaged,
+        restarted,
+        jax.random.fold_in(judge.key, 2),
+    )
+    moved = {k: one._replace(evolution=groups[k]) for k, one in state.explorers.items()}
     state = state._replace(explorers=moved)
     if judge.rule.forget is None:
         return state
-    fresh = jnp.tile(fresh, 2) if plan.averaged else fresh
-    fresh = jnp.pad(fresh, (0, mean.shape[0] - fresh.shape[0]))
-    return state._replace(memory=judge.rule.forget(state.memory, fresh))
+    fresh = jnp.tile(fresh, 2) if lasted.plan.averaged else fresh
+    more = past.seen.valid.shape[0] - 2 - fresh.shape[0]
+    memory = judge.rule.forget(state.memory, jnp.pad(fresh, (0, more)))
+    return state._replace(memory=memory)
 
 
 def _with(state, opt_states):

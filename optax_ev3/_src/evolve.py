@@ -13,10 +13,10 @@ import numpy as np
 import optax
 from jax.scipy.stats import norm
 
-from optax_ev3._src import checks, explore, record
+from optax_ev3._src import checks, evidence, explore, record, trees
 
 # Of a step, as a share of the range: at the start, at the least, at the most.
-_FIRST, _LEAST, _MOST = 0.1, 0.005, 0.25
+_FIRST, _LEAST, _MOST = 0.15, 0.005, 0.25
 _LATELY = 0.3  # what the last round weighs in the path
 _NOISE = 0.4  # standard deviation of a step, in spreads, where all are equally good
 _CHANGE = 0.3  # the most by which the logarithm of a spread changes in a round
@@ -188,9 +188,10 @@ def evolve(
                 f"optax_ev3.log_uniform(1e-5, 1.0), got {one!r}."
             )
     size = checks.integer(population, "population", 2)
-    # Spread over the range, or around the start, the same at every construction.
+    # Spread over the range, or widely around the start, which may be far off: the first
+    # round does lasting harm where all rates are too large.
     quantiles = (np.arange(size) + 0.5) / size
-    steps = _FIRST * np.asarray(norm.ppf(quantiles))
+    steps = _MOST * np.asarray(norm.ppf(quantiles))
     grid = {}
     for number, (name, one) in enumerate(space.items()):
         order = np.random.default_rng(number).permutation(size) if number else ...
@@ -234,6 +235,57 @@ def init(one: explore.Explorer) -> Evolution | tuple[()]:
     )
 
 
+def advance(
+    explorers: Mapping[str, explore.Explorer],
+    groups: Mapping[str, Any],
+    past: record.Round,
+    owner: jax.Array,
+    averaged: bool,
+    restarted: jax.Array,
+    key: jax.Array,
+) -> tuple[dict[str, Any], jax.Array]:
+    """All groups after a round.
+
+    Where a branch goes on, so do its hyperparameters; those of one that starts from
+    other parameters are drawn anew. The winner's are kept: those of the member that was
+    adopted, else of the one with the highest score.
+
+    Args:
+      explorers: By name.
+      groups: By name, where a group is, or nothing for explorers that don't evolve.
+      past: The round.
+      owner: ``[]`` int32, the explorer that was adopted; K if none was.
+      averaged: Whether the averages of the K branches were candidates, too.
+      restarted: ``[K]`` bool, branches that start from other parameters.
+      key: PRNG key of the round.
+
+    Returns:
+      The groups, and ``[K]`` bool, explorers that are others from now on.
+    """
+    seen, objective = past.seen, past.objective
+    total = restarted.shape[0]
+    mean = evidence.estimate(seen, objective).mean
+    mean = jnp.where(seen.valid, mean, -jnp.inf)
+    moved, fresh = dict(groups), jnp.zeros([total], bool)
+    for number, (name, places) in enumerate(explore.places(explorers).items()):
+        space, own = explorers[name].space, jnp.asarray(places)
+        if space is None:
+            continue
+        # A branch is as good as its end or, where there is one, its average.
+        tried = jnp.stack([own, total + own]) if averaged else own[None]
+        best = tried.ravel()[jnp.argmax(mean[tried.ravel()])]
+        z = evidence.compare(seen, objective, best).z
+        z = jnp.where(seen.valid, z, -jnp.inf)[tried].max(axis=0)
+        winner = jnp.where(jnp.isin(owner, own), owner, own[jnp.argmax(z)])
+        # A group that rests stays as it is.
+        rests = past.rests[own[0]]
+        draws = (restarted[own] | ~seen.valid[own]) & (own != winner) & ~rests
+        new = move(space, groups[name], z, ~draws, jax.random.fold_in(key, number))
+        moved[name] = trees.where(rests, groups[name], new)
+        fresh = fresh.at[own].set(draws)
+    return moved, fresh
+
+
 def move(
     space: Mapping[str, Range],
     group: Evolution,
@@ -258,7 +310,8 @@ def move(
         values, last = group.hyperparams[name], group.center[name]
         # Members of equal merit pull to all sides: noise does not carry us off.
         center = jnp.where(found, weights @ one.place(values), last)
-        step = (center - last) / group.spread[name] / _NOISE
+        # Clipped, so that one long step does not count for many.
+        step = jnp.clip((center - last) / group.spread[name], -1, 1) / _NOISE
         path = (1 - _LATELY) * group.path[name]
         path += math.sqrt(_LATELY * (2 - _LATELY)) * step
         change = jnp.where(found, jnp.clip(path**2 - 1, -1, 1), 1) * _CHANGE
