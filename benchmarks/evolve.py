@@ -1,0 +1,455 @@
+"""What evolution is worth: learning rates that start 100 times too small or too large.
+
+Three tasks, each cut into examples for training, held-out ones, which EV3 assesses on,
+and a test set, which only the figures below come from:
+
+digits MLP: scikit-learn's digits, 64-128-128-10.
+digits CNN: the same images, two convolutions of 3x3 (8, 16 channels) and a dense layer.
+characters: the next character after 16, from the text of Python's own help pages
+  (which differs a little between releases of Python): embedding, one hidden layer.
+
+Losses are cross-entropies in nats per example. The reference is Adam with the best
+constant learning rate of a grid of 13, a third of a decade apart, chosen in hindsight,
+by its mean on the test set, which favours it. Evolution starts at this rate divided
+and multiplied by 100. The others:
+
+constant: Adam, again the best on the test set.
+cosine: AdamW with cosine decay to 0; its peak is chosen by the mean held-out loss.
+schedule-free: `schedule_free_adamw`, evaluated at `schedule_free_eval_params`; its
+  learning rate is chosen by the mean held-out loss, too.
+prodigy, mechanize(adamw): as documented, at learning rate 1: constant, and decaying as
+  the documentation advises, linearly and by a cosine.
+
+Each is trained for as many steps as EV3, and for as many gradients: times the size of
+the population, as every member takes its own. (The forward passes of the assessments
+are not counted: --json has their number.) All rows of a task have the same seeds,
+initial parameters and order of training batches. The last row trains Adam with
+the schedule that evolution found, without EV3.
+
+Run it with `python benchmarks/evolve.py`; it takes about twelve minutes on two cores.
+`--task digits\\ CNN` runs one task, `--filter REGEX` the rows whose names match.
+"""
+
+import functools
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Callable
+from pydoc_data import topics
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags, logging
+from optax import contrib
+
+import optax_ev3
+from optax_ev3 import combine
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import _digits
+
+SEEDS = flags.DEFINE_integer("seeds", None, "Runs of each row.", lower_bound=2)
+STEPS = flags.DEFINE_integer("steps", None, "Training steps.", lower_bound=20)
+FILTER = flags.DEFINE_string("filter", "", "Only rows that match, and the reference.")
+JSON = flags.DEFINE_string("json", None, "Where to write the figures, too.")
+
+# EV3, the same in all tasks.
+POPULATION = 4
+LENGTH = 20  # of a trajectory
+EXAMPLES = 128  # of an assessment
+LOW, HIGH = 1e-7, 10.0  # of the learning rate
+SETTING = {
+    "trajectory_length": LENGTH,
+    "gradients": "own",
+    "restart": "significant",
+    "restart_state": "copy",
+    "combine": [combine.trajectory_average()],
+}
+AWAY = 100.0  # where evolution starts, in best rates
+
+GRID = 10.0 ** (np.arange(-12, 1) / 3)  # 1e-4 to 1
+# Places in the grid that are tried for the other rows, from that of the best rate for
+# as many steps. Longer training likes lower rates, decay likes higher ones.
+LONGER = range(-3, 2)
+DECAYING = range(-1, 4)
+
+
+class Task(NamedTuple):
+    """A model and its data: inputs and labels, three times."""
+
+    init: Callable[..., Any]
+    logits: Callable[..., Any]
+    train: Any
+    held_out: Any
+    test: Any
+    steps: int
+    batch: int
+    seeds: int
+
+    def score(self, params, batch):
+        """Log-likelihood of each example."""
+        logits = self.logits(params, batch[0])
+        return -optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
+
+    def loss(self, params, batch):
+        return -self.score(params, batch).mean()
+
+    def sample(self, key):
+        return _digits._data.sample(key, self.train, self.batch)
+
+
+# Tasks.
+
+
+def dense(key, rows, columns):
+    he = jax.nn.initializers.he_normal()
+    return he(key, (rows, columns)), jnp.zeros(columns)
+
+
+def digits_mlp():
+    return Task(_digits.init, _digits.logits, *_digits.load(), 1000, 128, 6)
+
+
+def patches(x, stride=1):
+    """All 3x3 neighbourhoods of images ``[n, h, w, c]``, the edges padded.
+
+    Convolutions are written as products: the branches of a population have weights of
+    their own, and grouped convolutions are slow on CPUs.
+    """
+    _, h, w, _ = x.shape
+    x = jnp.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
+    shifts = [(i, j) for i in range(3) for j in range(3)]
+    parts = [x[:, i : i + h : stride, j : j + w : stride] for i, j in shifts]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def digits_cnn():
+    def init(key):
+        shapes = (9, 8), (72, 16), (256, 10)
+        keys = jax.random.split(key, len(shapes))
+        return [dense(k, *shape) for k, shape in zip(keys, shapes, strict=True)]
+
+    def logits(params, x):
+        (w1, b1), (w2, b2), (w3, b3) = params
+        x = jax.nn.relu(patches(x.reshape(-1, 8, 8, 1)) @ w1 + b1)
+        x = jax.nn.relu(patches(x, 2) @ w2 + b2)
+        return x.reshape(len(x), -1) @ w3 + b3
+
+    return Task(init, logits, *_digits.load(), 500, 128, 6)
+
+
+CONTEXT, WIDTH, HIDDEN = 16, 8, 128
+SIZES = 50_000, 5_000, 10_000  # characters to train on, held-out, to test on
+
+
+@functools.cache
+def text():
+    """Contexts ``[n, 16]`` and the character that follows, by number, three times."""
+    pages = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
+    paragraphs = pages.split("\n\n")
+    # Pages differ in kind: all parts get some of each.
+    order = np.random.default_rng(0).permutation(len(paragraphs))
+    mixed = "\n\n".join(paragraphs[i] for i in order)[: sum(SIZES)]
+    letters = sorted(set(mixed))
+    numbers = {letter: number for number, letter in enumerate(letters)}
+    codes = np.array([numbers[letter] for letter in mixed], np.int32)
+    parts = []
+    for part in np.split(codes, np.cumsum(SIZES)[:-1]):
+        windows = np.lib.stride_tricks.sliding_window_view(part, CONTEXT + 1)
+        parts.append((jnp.asarray(windows[:, :-1]), jnp.asarray(windows[:, -1])))
+    return parts, len(letters)
+
+
+def characters():
+    parts, count = text()
+
+    def init(key):
+        keys = jax.random.split(key, 3)
+        embedding = jax.random.normal(keys[0], [count, WIDTH])
+        hidden = dense(keys[1], CONTEXT * WIDTH, HIDDEN)
+        return embedding, hidden, dense(keys[2], HIDDEN, count)
+
+    def logits(params, x):
+        embedding, (w1, b1), (w2, b2) = params
+        x = embedding[x].reshape(len(x), -1)
+        return jax.nn.relu(x @ w1 + b1) @ w2 + b2
+
+    return Task(init, logits, *parts, 1500, 64, 6)
+
+
+TASKS = {
+    "digits MLP": digits_mlp,
+    "digits CNN": digits_cnn,
+    "characters": characters,
+}
+TASK = flags.DEFINE_multi_enum("task", list(TASKS), list(TASKS), "Which; all.")
+
+
+# Methods.
+
+
+class Method(NamedTuple):
+    """How an optimizer is made, and which parameters are evaluated.
+
+    Attributes:
+      make: From a learning rate, the number of steps and the seed.
+      evaluated: From the final parameters and the final state, trees by name.
+      watched: Whether the final state is of interest.
+    """
+
+    make: Callable[..., Any]
+    evaluated: Callable[..., Any] = lambda params, state: {"visible": params}
+    watched: bool = False
+
+
+def cosine_adamw(rate, steps, _):
+    return optax.adamw(optax.cosine_decay_schedule(rate, steps))
+
+
+def schedule_free(rate, *_):
+    return contrib.schedule_free_adamw(rate)
+
+
+CONSTANT = Method(lambda rate, *_: optax.adam(rate))
+TUNED = {
+    "cosine": Method(cosine_adamw),
+    "schedule-free": Method(
+        schedule_free,
+        lambda params, state: {
+            "visible": contrib.schedule_free_eval_params(state, params)
+        },
+    ),
+}
+# The learning rate is 1.
+FREE = {
+    "prodigy": Method(lambda rate, *_: contrib.prodigy(rate)),
+    "prodigy, linear": Method(
+        lambda rate, steps, _: contrib.prodigy(optax.linear_schedule(rate, 0.0, steps))
+    ),
+    "mechanize(adamw)": Method(lambda rate, *_: contrib.mechanize(optax.adamw(rate))),
+    "mechanize(adamw), cosine": Method(
+        lambda *args: contrib.mechanize(cosine_adamw(*args))
+    ),
+}
+
+
+def evolution(task, start):
+    """EV3 from a learning rate."""
+    space = {"learning_rate": optax_ev3.log_uniform(LOW, HIGH, start)}
+    adams = optax_ev3.evolve(optax.adam, space, POPULATION)
+
+    def make(_, steps, seed):
+        return optax_ev3.ev3(
+            {"adam": adams},
+            optax_ev3.held_out(task.score, task.held_out, EXAMPLES),
+            loss_fn=task.loss,
+            history_length=steps // LENGTH + 1,
+            key=seed,
+            **SETTING,
+        )
+
+    def evaluated(params, state):
+        return {"visible": params, "stable": optax_ev3.stable_params(state)}
+
+    return Method(make, evaluated, watched=True)
+
+
+def train(task, method, steps, seeds, rates):
+    """Losses ``[rates, seeds]`` by part and parameters, and states where of interest.
+
+    Each rate may be an array: one row of ``rates`` goes to ``method.make``.
+    """
+
+    def one(pair):
+        rate, seed = pair
+        tx = optax.with_extra_args_support(method.make(rate, steps, seed))
+        params = task.init(jax.random.key(seed))
+
+        def step(carry, number):
+            params, state = carry
+            key = jax.random.fold_in(jax.random.key(seed), number)
+            batch = task.sample(key)
+            grads = jax.grad(task.loss)(params, batch)
+            updates, state = tx.update(grads, state, params, batch=batch)
+            return (optax.apply_updates(params, updates), state), None
+
+        start = params, tx.init(params)
+        (params, state), _ = jax.lax.scan(step, start, jnp.arange(steps))
+        found = method.evaluated(params, state)
+        losses = {
+            (name, part): task.loss(p, getattr(task, part))
+            for name, p in found.items()
+            for part in ("test", "held_out")
+        }
+        return losses, state if method.watched else ()
+
+    numbers = jnp.tile(jnp.arange(seeds), len(rates))
+    pairs = jnp.repeat(jnp.asarray(rates), seeds, axis=0), numbers
+    return jax.jit(lambda pairs: jax.lax.map(one, pairs))(pairs)
+
+
+def grid_of_losses(task, method, steps, seeds, rates):
+    """Losses ``[rates, seeds]`` on the test and the held-out set, overflow infinite."""
+    losses, _ = train(task, method, steps, seeds, np.asarray(rates, np.float32))
+    shape = len(rates), seeds
+    parts = (losses["visible", part] for part in ("test", "held_out"))
+    return [np.nan_to_num(np.reshape(x, shape), nan=np.inf) for x in parts]
+
+
+# Rows.
+
+
+class Row(NamedTuple):
+    """One row of the table; losses are ``[seeds]``."""
+
+    name: str
+    steps: int
+    test: np.ndarray
+    stable: np.ndarray | None = None
+    learning_rates: np.ndarray | None = None
+
+
+def at_edge(place, count):
+    return " (at the edge)" if count > 1 and place in (0, count - 1) else ""
+
+
+def best_of(task, method, steps, seeds, rates, name, by_test=False):
+    """The row of the best rate: by the test loss, or by the held-out one."""
+    test, held_out = grid_of_losses(task, method, steps, seeds, rates)
+    place = int((test if by_test else held_out).mean(1).argmin())
+    edge = at_edge(place, len(rates))
+    return Row(f"{name} {rates[place]:.2g}{edge}", steps, test[place]), place
+
+
+def around(center, places):
+    return GRID[[i for i in (center + p for p in places) if 0 <= i < len(GRID)]]
+
+
+def evolved(task, start, steps, seeds, name):
+    """The row of EV3, and the schedules that it found ``[seeds, steps]``."""
+    losses, states = train(task, evolution(task, start), steps, seeds, np.zeros(1))
+    rates, schedules = [], []
+    for seed in range(seeds):
+        state = jax.tree.map(lambda x, seed=seed: x[seed], states)
+        past = optax_ev3.history(state)
+        rates.append(_at_parts(past["hyperparams/adam/learning_rate"]))
+        found = optax_ev3.found_schedule(state, "learning_rate")
+        schedules.append(np.asarray(found(jnp.arange(steps))))
+    test, stable = (np.asarray(losses[x, "test"]) for x in ("visible", "stable"))
+    return Row(name, steps, test, stable, np.array(rates)), np.array(schedules)
+
+
+PARTS = {"the start": 0.0, "a fifth": 0.2, "half": 0.5, "the end": 1.0}
+
+
+def _at_parts(rates):
+    """Median over the population at parts of the run."""
+    rows = [round(part * (len(rates) - 1)) for part in PARTS.values()]
+    return np.median(rates, axis=1)[rows]
+
+
+def replayed(task, schedules, steps, name):
+    """Adam with the schedule of each seed."""
+
+    def make(rates, _, seed):
+        return optax.adam(lambda count: rates[seed, count])
+
+    losses, _ = train(task, Method(make), steps, len(schedules), schedules[None])
+    return Row(name, steps, np.asarray(losses["visible", "test"]))
+
+
+def rows(task, steps, seeds):
+    """All rows of a task, the reference first."""
+
+    def wanted(name):
+        return re.search(FILTER.value, name)
+
+    best, place = best_of(task, CONSTANT, steps, seeds, GRID, "constant", True)
+    yield best
+    for name, factor in {"/ 100": 1 / AWAY, "x 100": AWAY}.items():
+        if wanted(f"evolve from best {name}"):
+            start = float(np.clip(GRID[place] * factor, LOW, HIGH))
+            name = f"evolve from best {name}"
+            row, schedules = evolved(task, start, steps, seeds, name)
+            yield row
+            yield replayed(task, schedules, steps, "  its schedule, without EV3")
+    tuned = {}
+    for many in (steps, steps * POPULATION):
+        if many > steps and wanted("constant"):
+            rates = around(place, LONGER)
+            yield best_of(task, CONSTANT, many, seeds, rates, "constant", True)[0]
+        for name, method in TUNED.items():
+            if wanted(name):
+                center, places = tuned.get(name, (place, DECAYING))
+                rates = around(center, places)
+                row, found = best_of(task, method, many, seeds, rates, name)
+                tuned[name] = list(GRID).index(rates[found]), LONGER
+                yield row
+        for name, method in FREE.items():
+            if wanted(name):
+                test, _ = grid_of_losses(task, method, many, seeds, [1.0])
+                yield Row(name, many, test[0])
+
+
+def spread(values):
+    error = values.std(ddof=1) / np.sqrt(len(values))
+    return f"{values.mean():.4f} ± {error:.4f}"
+
+
+def ratio(values, reference):
+    """Of the means, with the standard error of the paired runs."""
+    found = values.mean() / reference.mean()
+    error = (values - found * reference).std(ddof=1) / np.sqrt(len(values))
+    return f"{found:.3f} ± {error / reference.mean():.3f}"
+
+
+def show(row, best):
+    stable = "" if row.stable is None else spread(row.stable)
+    cells = f"{spread(row.test):>20}{ratio(row.test, best.test):>18}{stable:>20}"
+    print(f"{row.name:34}{row.steps:6}{cells}", flush=True)
+
+
+def show_rates(found):
+    print(
+        f"\n{'learning rate: median (range)':34}" + "".join(f"{p:>26}" for p in PARTS)
+    )
+    for row in found:
+        cells = (
+            f"{np.median(x):.1e} ({x.min():.0e}, {x.max():.0e})"
+            for x in row.learning_rates.T
+        )
+        print(f"{row.name:34}" + "".join(f"{cell:>26}" for cell in cells))
+
+
+def table(name):
+    task = TASKS[name]()
+    steps, seeds = STEPS.value or task.steps, SEEDS.value or task.seeds
+    print(f"\n{name}: {steps} steps of {task.batch}, {seeds} seeds")
+    title = f"{'test loss':>20}{'to the best':>18}{'stable':>20}"
+    print(f"{'method':34}{'steps':>6}{title}")
+    found = []
+    for row in rows(task, steps, seeds):
+        found.append(row)
+        show(row, found[0])
+    show_rates([row for row in found if row.learning_rates is not None])
+    return [
+        {k: v.tolist() if hasattr(v, "tolist") else v for k, v in row._asdict().items()}
+        for row in found
+    ]
+
+
+def main(_):
+    logging.set_verbosity(logging.WARNING)
+    print("Test loss: mean ± standard error. To the best: ratio to that of the best")
+    print("constant rate for as many steps as EV3 ± standard error of paired runs.")
+    figures = {name: table(name) for name in TASK.value}
+    if JSON.value:
+        pathlib.Path(JSON.value).write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    app.run(main)
