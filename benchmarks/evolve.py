@@ -10,21 +10,23 @@ characters: the next character after 16, from the text of Python's own help page
 
 Losses are cross-entropies in nats per example. The reference is Adam with the best
 constant learning rate of a grid of 13, a third of a decade apart, chosen in hindsight,
-by its mean on the test set, which favours it. Evolution starts at this rate divided
-and multiplied by 100. The others:
+by its mean on the test set, which favours it; beside it the one with the least
+held-out loss, as anyone may choose it. Evolution starts at the best rate divided and
+multiplied by 100. The others:
 
 constant: Adam, again the best on the test set.
-cosine: AdamW with cosine decay to 0; its peak is chosen by the mean held-out loss.
-schedule-free: `schedule_free_adamw`, evaluated at `schedule_free_eval_params`; its
-  learning rate is chosen by the mean held-out loss, too.
+cosine: AdamW with cosine decay to 0.
+schedule-free: `schedule_free_adamw`, evaluated at `schedule_free_eval_params`.
 prodigy, mechanize(adamw): as documented, at learning rate 1: constant, and decaying as
   the documentation advises, linearly and by a cosine.
 
+Rates of the first three are searched for along the grid, and beyond it, until both
+neighbours are worse, those of cosine and schedule-free by their mean held-out losses.
 Each is trained for as many steps as EV3, and for as many gradients: times the size of
-the population, as every member takes its own. (The forward passes of the assessments
-are not counted: --json has their number.) All rows of a task have the same seeds,
-initial parameters and order of training batches. The last row trains Adam with
-the schedule that evolution found, without EV3.
+the population, as every member takes its own. (Forward passes of assessments are not
+counted.) All rows of a task have the same seeds, initial parameters and order of
+training batches. "Its schedule, without EV3" is Adam with the rates that evolution
+found.
 
 Run it with `python benchmarks/evolve.py`; it takes about twelve minutes on two cores.
 `--task digits\\ CNN` runs one task, `--filter REGEX` the rows whose names match.
@@ -32,6 +34,8 @@ Run it with `python benchmarks/evolve.py`; it takes about twelve minutes on two 
 
 import functools
 import json
+import math
+import os
 import pathlib
 import re
 import sys
@@ -59,11 +63,13 @@ JSON = flags.DEFINE_string("json", None, "Where to write the figures, too.")
 
 # EV3, the same in all tasks.
 POPULATION = 4
-LENGTH = 20  # of a trajectory
-EXAMPLES = 128  # of an assessment
+LENGTH = 10  # of the first trajectories, and of a tenth of the last ones
+EXAMPLES = 300  # of an assessment
 LOW, HIGH = 1e-7, 10.0  # of the learning rate
 SETTING = {
     "trajectory_length": LENGTH,
+    "trajectory_growth": 1.1,
+    "max_trajectory_length": 10 * LENGTH,
     "gradients": "own",
     "restart": "significant",
     "restart_state": "copy",
@@ -71,11 +77,8 @@ SETTING = {
 }
 AWAY = 100.0  # where evolution starts, in best rates
 
-GRID = 10.0 ** (np.arange(-12, 1) / 3)  # 1e-4 to 1
-# Places in the grid that are tried for the other rows, from that of the best rate for
-# as many steps. Longer training likes lower rates, decay likes higher ones.
-LONGER = range(-3, 2)
-DECAYING = range(-1, 4)
+# Learning rates are 10 to the power of a third of these numbers.
+GRID = range(-12, 1)  # 1e-4 to 1
 
 
 class Task(NamedTuple):
@@ -258,14 +261,14 @@ def evolution(task, start):
     return Method(make, evaluated, watched=True)
 
 
-def train(task, method, steps, seeds, rates):
-    """Losses ``[rates, seeds]`` by part and parameters, and states where of interest.
+def trainer(task, method, steps, seeds):
+    """A function of the learning rate, for ``method.make``.
 
-    Each rate may be an array: one row of ``rates`` goes to ``method.make``.
+    It returns losses ``[seeds]`` by parameters and part, infinite where they overflow,
+    and the final states where they are of interest.
     """
 
-    def one(pair):
-        rate, seed = pair
+    def one(seed, rate):
         tx = optax.with_extra_args_support(method.make(rate, steps, seed))
         params = task.init(jax.random.key(seed))
 
@@ -279,25 +282,28 @@ def train(task, method, steps, seeds, rates):
 
         start = params, tx.init(params)
         (params, state), _ = jax.lax.scan(step, start, jnp.arange(steps))
-        found = method.evaluated(params, state)
         losses = {
-            (name, part): task.loss(p, getattr(task, part))
-            for name, p in found.items()
+            (name, part): jnp.nan_to_num(
+                task.loss(found, getattr(task, part)), nan=jnp.inf
+            )
+            for name, found in method.evaluated(params, state).items()
             for part in ("test", "held_out")
         }
         return losses, state if method.watched else ()
 
-    numbers = jnp.tile(jnp.arange(seeds), len(rates))
-    pairs = jnp.repeat(jnp.asarray(rates), seeds, axis=0), numbers
-    return jax.jit(lambda pairs: jax.lax.map(one, pairs))(pairs)
+    devices = math.gcd(seeds, jax.local_device_count())
+    mapped = jax.pmap(
+        lambda numbers, rate: jax.lax.map(lambda seed: one(seed, rate), numbers),
+        in_axes=(0, None),
+        devices=jax.local_devices()[:devices],
+    )
 
+    def run(rate):
+        numbers = jnp.arange(seeds).reshape(devices, -1)
+        found = mapped(numbers, jnp.asarray(rate, jnp.float32))
+        return jax.tree.map(lambda x: np.asarray(x).reshape(seeds, *x.shape[2:]), found)
 
-def grid_of_losses(task, method, steps, seeds, rates):
-    """Losses ``[rates, seeds]`` on the test and the held-out set, overflow infinite."""
-    losses, _ = train(task, method, steps, seeds, np.asarray(rates, np.float32))
-    shape = len(rates), seeds
-    parts = (losses["visible", part] for part in ("test", "held_out"))
-    return [np.nan_to_num(np.reshape(x, shape), nan=np.inf) for x in parts]
+    return run
 
 
 # Rows.
@@ -313,25 +319,40 @@ class Row(NamedTuple):
     learning_rates: np.ndarray | None = None
 
 
-def at_edge(place, count):
-    return " (at the edge)" if count > 1 and place in (0, count - 1) else ""
+def rate_of(place):
+    return 10 ** (place / 3)
 
 
-def best_of(task, method, steps, seeds, rates, name, by_test=False):
-    """The row of the best rate: by the test loss, or by the held-out one."""
-    test, held_out = grid_of_losses(task, method, steps, seeds, rates)
-    place = int((test if by_test else held_out).mean(1).argmin())
-    edge = at_edge(place, len(rates))
-    return Row(f"{name} {rates[place]:.2g}{edge}", steps, test[place]), place
+class Search:
+    """Runs of a method by the place of the learning rate in the grid."""
 
+    def __init__(self, task, method, steps, seeds):
+        self.run = trainer(task, method, steps, seeds)
+        self.steps = steps
+        self.losses = {}
 
-def around(center, places):
-    return GRID[[i for i in (center + p for p in places) if 0 <= i < len(GRID)]]
+    def mean(self, place, part):
+        if place not in self.losses:
+            self.losses[place], _ = self.run(rate_of(place))
+        return self.losses[place]["visible", part].mean()
+
+    def best(self, places, part):
+        return min(places, key=lambda place: self.mean(place, part))
+
+    def descend(self, place, part):
+        """From a place to one whose neighbours are both worse."""
+        while (new := self.best((place, place - 1, place + 1), part)) != place:
+            place = new
+        return place
+
+    def row(self, name, place):
+        name = f"{name} {rate_of(place):.2g}"
+        return Row(name, self.steps, self.losses[place]["visible", "test"])
 
 
 def evolved(task, start, steps, seeds, name):
     """The row of EV3, and the schedules that it found ``[seeds, steps]``."""
-    losses, states = train(task, evolution(task, start), steps, seeds, np.zeros(1))
+    losses, states = trainer(task, evolution(task, start), steps, seeds)(0.0)
     rates, schedules = [], []
     for seed in range(seeds):
         state = jax.tree.map(lambda x, seed=seed: x[seed], states)
@@ -339,7 +360,7 @@ def evolved(task, start, steps, seeds, name):
         rates.append(_at_parts(past["hyperparams/adam/learning_rate"]))
         found = optax_ev3.found_schedule(state, "learning_rate")
         schedules.append(np.asarray(found(jnp.arange(steps))))
-    test, stable = (np.asarray(losses[x, "test"]) for x in ("visible", "stable"))
+    test, stable = (losses[name, "test"] for name in ("visible", "stable"))
     return Row(name, steps, test, stable, np.array(rates)), np.array(schedules)
 
 
@@ -358,41 +379,45 @@ def replayed(task, schedules, steps, name):
     def make(rates, _, seed):
         return optax.adam(lambda count: rates[seed, count])
 
-    losses, _ = train(task, Method(make), steps, len(schedules), schedules[None])
-    return Row(name, steps, np.asarray(losses["visible", "test"]))
+    losses, _ = trainer(task, Method(make), steps, len(schedules))(schedules)
+    return Row(name, steps, losses["visible", "test"])
 
 
 def rows(task, steps, seeds):
     """All rows of a task, the reference first."""
-
-    def wanted(name):
-        return re.search(FILTER.value, name)
-
-    best, place = best_of(task, CONSTANT, steps, seeds, GRID, "constant", True)
-    yield best
+    constant = Search(task, CONSTANT, steps, seeds)
+    best = constant.best(GRID, "test")
+    yield constant.row("constant", best)
+    yield constant.row("constant, by held-out loss", constant.best(GRID, "held_out"))
     for name, factor in {"/ 100": 1 / AWAY, "x 100": AWAY}.items():
-        if wanted(f"evolve from best {name}"):
-            start = float(np.clip(GRID[place] * factor, LOW, HIGH))
-            name = f"evolve from best {name}"
+        name = f"evolve from best {name}"
+        if wanted(name):
+            start = min(max(rate_of(best) * factor, LOW), HIGH)
             row, schedules = evolved(task, start, steps, seeds, name)
             yield row
             yield replayed(task, schedules, steps, "  its schedule, without EV3")
-    tuned = {}
-    for many in (steps, steps * POPULATION):
-        if many > steps and wanted("constant"):
-            rates = around(place, LONGER)
-            yield best_of(task, CONSTANT, many, seeds, rates, "constant", True)[0]
-        for name, method in TUNED.items():
-            if wanted(name):
-                center, places = tuned.get(name, (place, DECAYING))
-                rates = around(center, places)
-                row, found = best_of(task, method, many, seeds, rates, name)
-                tuned[name] = list(GRID).index(rates[found]), LONGER
-                yield row
-        for name, method in FREE.items():
-            if wanted(name):
-                test, _ = grid_of_losses(task, method, many, seeds, [1.0])
-                yield Row(name, many, test[0])
+    places = {"constant": best, **dict.fromkeys(TUNED, best)}
+    yield from others(task, steps, seeds, TUNED, places)
+    tuned = {"constant": CONSTANT, **TUNED}
+    yield from others(task, steps * POPULATION, seeds, tuned, places)
+
+
+def others(task, steps, seeds, tuned, places):
+    """Rows without EV3; searches begin where ``places`` says, and note the best."""
+    for name, method in tuned.items():
+        if wanted(name):
+            search = Search(task, method, steps, seeds)
+            part = "test" if name == "constant" else "held_out"
+            places[name] = search.descend(places[name], part)
+            yield search.row(name, places[name])
+    for name, method in FREE.items():
+        if wanted(name):
+            losses, _ = trainer(task, method, steps, seeds)(1.0)
+            yield Row(name, steps, losses["visible", "test"])
+
+
+def wanted(name):
+    return re.search(FILTER.value, name)
 
 
 def spread(values):
@@ -444,6 +469,8 @@ def table(name):
 
 def main(_):
     logging.set_verbosity(logging.WARNING)
+    # Seeds are dealt out to the cores.
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())
     print("Test loss: mean ± standard error. To the best: ratio to that of the best")
     print("constant rate for as many steps as EV3 ± standard error of paired runs.")
     figures = {name: table(name) for name in TASK.value}
