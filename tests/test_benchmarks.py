@@ -283,3 +283,40 @@ def test_benchmark_of_objectives_runs(tmp_path):
     assert all(np.shape(values) == (2, 2) for values in points.values())
     volumes = {k: np.prod(np.maximum(v, 0), 1).mean() for k, v in points.items()}
     assert volumes["best fixed weights"] >= volumes["equal fixed weights"]
+
+
+EVOLVE = SCRIPT.with_name("evolve.py")
+
+
+@pytest.mark.slow
+def test_benchmark_of_evolution_runs(tmp_path):
+    pytest.importorskip("sklearn")
+    path = tmp_path / "figures.json"
+    args = ["--seeds=2", "--steps=40", "--task=digits CNN", f"--json={path}"]
+    out = run(EVOLVE, *args, "--filter=^evolve from best x|^constant")
+    assert "schedule-free" not in out and "a fifth" in out
+    (figures,) = json.loads(path.read_text()).values()
+    rows = {(row["name"], row["steps"]): row for row in figures}
+    assert len(rows) == 5 and {steps for _, steps in rows} == {40, 160}
+    assert all(np.shape(row["test"]) == (2,) for row in figures)
+    best = float(figures[0]["name"].removeprefix("constant "))
+    rates = np.array(rows["evolve from best x 100", 40]["learning_rates"])
+    assert rates.shape == (2, 4)
+    np.testing.assert_allclose(rates[:, 0], min(100 * best, 10.0), rtol=0.3)
+
+
+def test_convolution_of_the_benchmark_is_one():
+    pytest.importorskip("sklearn")
+    code = """if True:
+        import jax, evolve
+        x = jax.random.normal(jax.random.key(0), [2, 8, 8, 3])
+        w = jax.random.normal(jax.random.key(1), [27, 5])
+        for stride in (1, 2):
+            ours = evolve.patches(x, stride) @ w
+            other = jax.lax.conv_general_dilated(
+                x, w.reshape(3, 3, 3, 5), (stride, stride), [(1, 1)] * 2,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+            print(ours.shape == other.shape and abs(ours - other).max() < 1e-4)
+    """
+    assert run("-c", code, cwd=EVOLVE.parent).split() == ["True", "True"]
