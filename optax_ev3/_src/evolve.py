@@ -5,13 +5,13 @@ Dimensions: ``G`` members of a group.
 
 import math
 from collections.abc import Callable, Mapping
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.scipy.stats import norm
 
 from optax_ev3._src import checks, evidence, explore, record, trees
 
@@ -37,24 +37,27 @@ class Range(NamedTuple):
     start: float | None
     logarithmic: bool
 
-    def place(self, value: Any) -> Any:
-        """Where a value lies between ``low``, 0, and ``high``, 1."""
+    def place(self, value: Any, xp: Any = jnp) -> Any:
+        """Where a value lies between ``low``, 0, and ``high``, 1.
+
+        ``xp`` is NumPy or jax.numpy, as elsewhere in this class.
+        """
         if self.logarithmic:
             # No quotient: it may overflow.
-            return (jnp.log(value) - math.log(self.low)) / self._factors
+            return (xp.log(value) - math.log(self.low)) / self._factors
         return (value - self.low) / (self.high - self.low)
 
     @property
     def _factors(self) -> float:
         return math.log(self.high) - math.log(self.low)
 
-    def value(self, place: Any) -> jax.Array:
+    def value(self, place: Any, xp: Any = jnp) -> Any:
         """The value at a place, brought into the bounds: float32."""
         if self.logarithmic:
-            found = jnp.exp(math.log(self.low) + place * self._factors)
+            found = xp.exp(math.log(self.low) + place * self._factors)
         else:
             found = self.low + place * (self.high - self.low)
-        return jnp.clip(found, self.low, self.high).astype(jnp.float32)
+        return xp.clip(found, self.low, self.high).astype(np.float32)
 
 
 def log_uniform(low: float, high: float, start: float | None = None) -> Range:
@@ -190,13 +193,14 @@ def evolve(
     size = checks.integer(population, "population", 2)
     # Spread over the range, or widely around the start, which may be far off: the first
     # round does lasting harm where all rates are too large.
+    # In NumPy, so that a group can be made under jit.
     quantiles = (np.arange(size) + 0.5) / size
-    steps = _MOST * np.asarray(norm.ppf(quantiles))
+    steps = _MOST * np.array([NormalDist().inv_cdf(q) for q in quantiles])
     grid = {}
     for number, (name, one) in enumerate(space.items()):
         order = np.random.default_rng(number).permutation(size) if number else ...
-        places = quantiles if one.start is None else one.place(one.start) + steps
-        grid[name] = tuple(np.asarray(one.value(places))[order].tolist())
+        places = quantiles if one.start is None else one.place(one.start, np) + steps
+        grid[name] = tuple(one.value(places, np)[order].tolist())
     return explore.group(factory, grid, dict(space))
 
 
@@ -228,7 +232,7 @@ def init(one: explore.Explorer) -> Evolution | tuple[()]:
 
     def center(name):
         start = space[name].start
-        return 0.5 if start is None else space[name].place(start)
+        return 0.5 if start is None else space[name].place(start, np)
 
     return Evolution(
         each(lambda k: grid[k]), each(center), each(lambda _: _FIRST), each(lambda _: 0)
