@@ -32,7 +32,7 @@ One split of the digits for all seeds is one draw of 300 held-out and 450 test i
 where they disagree, standard errors over seeds don't show it. With --resplit they do,
 as each seed draws its own.
 
-Run it with `python benchmarks/evolve.py`; it takes about twelve minutes on two cores.
+Run it with `python benchmarks/evolve.py`; it takes about twenty minutes on two cores.
 `--task digits\\ CNN` runs one task, `--filter REGEX` the rows whose names match.
 """
 
@@ -67,14 +67,14 @@ FILTER = flags.DEFINE_string("filter", "", "Only rows that match, and the refere
 JSON = flags.DEFINE_string("json", None, "Where to write the figures, too.")
 
 # EV3, the same in all tasks.
-POPULATION = 4
-LENGTH = 10  # of the first trajectories, and of a tenth of the last ones
+POPULATION = 8
+LENGTH = 20  # of the first trajectories
 EXAMPLES = 300  # of an assessment
 LOW, HIGH = 1e-7, 10.0  # of the learning rate
 SETTING = {
     "trajectory_length": LENGTH,
     "trajectory_growth": 1.1,
-    "max_trajectory_length": 10 * LENGTH,
+    "max_trajectory_length": 5 * LENGTH,
     "gradients": "own",
     "restart": "significant",
     "restart_state": "copy",
