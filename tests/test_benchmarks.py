@@ -297,7 +297,7 @@ def test_benchmark_of_evolution_runs(tmp_path):
     assert "schedule-free" not in out and "a fifth" in out
     (figures,) = json.loads(path.read_text()).values()
     rows = {(row["name"], row["steps"]): row for row in figures}
-    assert len(rows) == 5 and {steps for _, steps in rows} == {40, 160}
+    assert len(rows) == 5 and {steps for _, steps in rows} == {40, 320}
     assert all(np.shape(row["test"]) == (2,) for row in figures)
     best = float(figures[0]["name"].removeprefix("constant "))
     rates = np.array(rows["evolve from best x 100", 40]["learning_rates"])

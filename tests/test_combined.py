@@ -38,7 +38,10 @@ def test_sweep_equals_explorers_one_by_one(length, own):
     assert candidates(state) == candidates(other)
     assert candidates(state)[1] == "adam(learning_rate=0.001)"
     assert_close(w, expected, 1e-4, 1e-5)
-    assert_close(state.record, other.record, 1e-4, 1e-5)
+    # z values multiply rounding by how large scores are, compared with their spread.
+    assert_close(state.record.z, other.record.z, 1e-3, 1e-3)
+    records = [x.record._replace(z=()) for x in (state, other)]
+    assert_close(*records, 1e-4, 1e-5)
     assert_close(optax_ev3.summary(state), optax_ev3.summary(other), 1e-4, 1e-5)
     for i, rate in enumerate(RATES):
         mine = jax.tree.map(lambda x, i=i: x[i], state.explorers["adam"].opt_state)

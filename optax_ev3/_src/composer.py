@@ -205,12 +205,12 @@ def ev3(
       <https://arxiv.org/abs/2310.18893>`_, 2023.
     """
     explorers = explore.collect(inner)
-    explore.check_spaces(explorers, loss_fn)
     names = [m for name, one in explorers.items() for m in one.members(name)]
     if not isinstance(assess_fn, assess.InChunks):
         named.check_callback(assess_fn, "assess_fn")
     if loss_fn is not None:
         named.check_callback(loss_fn, "loss_fn")
+    explore.check_spaces(explorers, loss_fn)
     if gradients is None:
         gradients = "shared" if loss_fn is None else "own"
     plan = arguments.plan(
