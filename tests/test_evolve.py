@@ -336,6 +336,13 @@ class TestSchedule:
         expected = [rates[1, 1], rates[1, 1], rates[1, 1], rates[3, 2]]
         assert [float(schedule(i)) for i in range(4)] == [float(x) for x in expected]
 
+    def test_a_group_that_never_won_has_none(self):
+        inner = {"good": optax.sgd(0.1), "sgd": sgd(1e-4, high=1e-3)}
+        tx = optax_ev3.ev3(inner, score, adapt=adapt.greedy())
+        _, state, _ = run(tx, 4)
+        with says(ValueError, "'sgd'", "adopted"):
+            optax_ev3.found_schedule(state, "learning_rate")
+
     def test_errors(self):
         _, state, _ = self.trained()
         with says(ValueError, "'momentum'", "learning_rate"):
@@ -358,6 +365,14 @@ BAD = {
     "equal bounds": (lambda: uniform(1.0, 1.0), (ValueError, "below high")),
     "infinite bound": (lambda: uniform(0.0, float("inf")), (ValueError, "finite")),
     "no bound": (lambda: uniform(0.0, float("nan")), (ValueError, "finite")),
+    "bound beyond float32": (
+        lambda: uniform(-1e39, 1.0),
+        (ValueError, "finite in float32", "-1e+39"),
+    ),
+    "bound below float32": (
+        lambda: log_uniform(1e-46, 1.0),
+        (ValueError, "normal float32", "1e-46"),
+    ),
     "logarithm of zero": (lambda: log_uniform(0, 1), (ValueError, "above 0", "0")),
     "start elsewhere": (
         lambda: uniform(0.0, 1.0, 2.0),
@@ -381,6 +396,14 @@ BAD = {
     "no optimizer": (
         lambda: evolve(lambda rate: rate, {"rate": uniform(0, 1)}),
         (TypeError, "GradientTransformation"),
+    ),
+    "a hyperparameter for the loss of all": (
+        lambda: optax_ev3.ev3(
+            {"mine": evolve(lambda: optax.sgd(0.1), {"rate": uniform(0, 1)})},
+            score,
+            loss_fn=lambda w, rate=0.0: loss(w),
+        ),
+        (ValueError, "'rate'", "'mine'", "explorer(evolve(...), loss_fn)"),
     ),
     "a hyperparameter that nobody takes": (
         lambda: optax_ev3.ev3(

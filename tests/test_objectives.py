@@ -127,6 +127,13 @@ class TestConstrained:
         share = float((adopted < CURRENT).mean())
         assert 0.02 < share < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 2000)
 
+    def test_stable_ones_that_are_not_finite_have_nothing_to_lose(self):
+        scores = {
+            k: draws([1, 0, 0, 0, 0], seed=i) for i, k in enumerate(["main", "other"])
+        }
+        finite = [True, True, True, False, False]
+        assert decide(self.rule, scores, finite=finite)[0] == 0
+
     def test_figures(self):
         scores = {"main": [1.0, 3, 2, 0, 0], "other": [0.0, -0.06, -0.04, 0, 0]}
         assert decide(self.rule, scores)[:2] == (2, True)
@@ -384,6 +391,17 @@ def test_the_history_holds_priorities():
     assert np.isnan(optax_ev3.history(state)["priorities"]).all()
 
 
+def test_priorities_of_another_number_than_objectives():
+    def decide(evidence, memory, key):
+        one = jnp.ones([1])
+        return adapt.Decision(jnp.int32(0), jnp.asarray(False), None, one), memory
+
+    tx = make(adapt.Rule(lambda explorers: (), decide, ("fit", "small")))
+    w = jnp.zeros([])
+    with says(ValueError, "priority", "['fit', 'small']", "(1,)"):
+        tx.update(w, tx.init(w), w)
+
+
 # Bad input.
 
 BAD = {
@@ -424,6 +442,22 @@ BAD = {
     "targets of others": (
         lambda: adapt.weighted({"a": 1.0}, targets={"b": 1.0}, rate=0.1),
         (ValueError, "targets", "['a']", "['b']"),
+    ),
+    "a target that is not finite": (
+        lambda: adapt.weighted({"a": 1.0}, targets={"a": np.inf}, rate=0.1),
+        (ValueError, "targets['a']", "inf"),
+    ),
+    "a target that is no number": (
+        lambda: adapt.weighted({"a": 1.0}, targets={"a": "x"}, rate=0.1),
+        (TypeError, "targets['a']", "'x'"),
+    ),
+    "targets no mapping": (
+        lambda: adapt.weighted({"a": 1.0}, targets=[1.0], rate=0.1),
+        (TypeError, "targets must be a mapping", "[1.0]"),
+    ),
+    "rate no number": (
+        lambda: adapt.weighted({"a": 1.0}, rate="x"),
+        (TypeError, "rate", "'x'"),
     ),
     "one name as a string": (
         lambda: adapt.lexicase("ab"),

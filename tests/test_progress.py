@@ -205,6 +205,84 @@ class TestRace:
         assert runs["assess"] == 8 * 4 - 6
         assert past["adopted"].tolist() == [0] * 8
 
+    def test_who_was_slow_may_win_a_later_stage(self):
+        """The default rule holds nothing against explorers for having rested."""
+
+        def moves(early, late):
+            def update(updates, state, params=None, *, stage):
+                rate = jnp.where(stage == 0, early, late)
+                return jax.tree.map(lambda u: rate + 0 * u, updates), state
+
+            return optax.GradientTransformationExtraArgs(lambda p: (), update)
+
+        def assess(w, noise):
+            return w + noise * (1 + 0.1 * jnp.cos(w))
+
+        inner = {"early": moves(1.0, 0.1), "late": moves(0.5, 1.0)}
+        tx = optax_ev3.ev3(inner, assess, race=4, history_length=16, key=1)
+        noise = np.random.default_rng(0).normal(size=(200, 64)).astype(np.float32)
+        stage = (np.arange(200) >= 60).astype(np.int32)
+
+        def body(carry, given):
+            w, state = carry
+            down = -jnp.ones([])  # The score rises with w.
+            updates, state = tx.update(down, state, w, noise=given[0], stage=given[1])
+            last = state.record.adopted[(state.record.rounds - 1) % 16]
+            return (w + updates, state), last
+
+        start = jnp.zeros([]), tx.init(jnp.zeros([]))
+        scan = jax.jit(lambda c, xs: jax.lax.scan(body, c, xs))
+        adopted = np.asarray(scan(start, (noise, stage))[1])
+        assert (adopted[:60] == 0).mean() > 0.8
+        assert (adopted[-50:] == 1).mean() > 0.8
+
+    def test_all_are_called_where_the_others_fail(self):
+        def fails_late():
+            def update(updates, state, params=None):
+                bad = jnp.where(state < 10, 1.0, jnp.nan)
+                return jax.tree.map(lambda u: -0.1 * u * bad, updates), state + 1
+
+            return optax.GradientTransformation(lambda p: jnp.int32(0), update)
+
+        inner = {"fails": fails_late(), "slow": optax.sgd(0.05)}
+        tx = optax_ev3.ev3(inner, score, adapt=adapt.greedy(), race=3)
+        past = optax_ev3.history(run(tx, 40)[-1])
+        assert (past["adopted"][-10:] == 1).all()
+
+    @pytest.mark.parametrize("length", [1, 2])
+    def test_under_shard_map(self, length):
+        if not hasattr(jax, "shard_map"):
+            pytest.skip("of JAX 0.7")
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("i",))
+        spec = jax.sharding.PartitionSpec
+        inner = {"good": optax.sgd(0.1), "bad": optax.sgd(-0.1)}
+        kwargs = {"adapt": adapt.greedy(), "race": 2, "trajectory_length": length}
+
+        def assess(w, x):
+            return -jnp.square(w * x - 3 * x)
+
+        many = optax_ev3.ev3(inner, assess, axis_name="i", **kwargs)
+        one = optax_ev3.ev3(inner, assess, **kwargs)
+
+        def step(w, state, x):
+            return many.update(w - 3, state, w, x=x)
+
+        step = jax.shard_map(
+            step, mesh=mesh, in_specs=(spec(), spec(), spec("i")), out_specs=spec()
+        )
+        step, alone = jax.jit(step), jax.jit(one.update)
+        w, state, other = (
+            jnp.zeros([]),
+            many.init(jnp.zeros([])),
+            one.init(jnp.zeros([])),
+        )
+        for _ in range(6 * length):
+            updates, state = step(w, state, X)
+            expected, other = alone(w - 3, other, w, x=X)
+            assert float(updates) == pytest.approx(float(expected), rel=1e-5)
+            w = w + updates
+        assert np.isnan(optax_ev3.history(state)["mean"][:, 1]).sum() == 4
+
     @pytest.mark.parametrize("mode", ["unroll", "vmap", "map"])
     def test_nothing_changes_where_all_win(self, mode):
         kwargs = {"adapt": scripted([0, 1] * 6), "assess_mode": mode}
@@ -277,7 +355,7 @@ class TestStalled:
         rng = np.random.default_rng(1)
         values = slope * np.arange(20) + rng.normal(size=20)
         state = self.states(values)
-        for rounds in (4, 10, 16):
+        for rounds in (8, 10, 16):
             test = stats.linregress(
                 np.arange(rounds), values[-rounds:], alternative="greater"
             )
@@ -296,10 +374,12 @@ class TestStalled:
 
     def test_bad_input(self):
         state = self.states([0.0])
-        with says(ValueError, "rounds", "2"):
-            optax_ev3.stalled(state, 2)
+        with says(ValueError, "rounds", "7"):
+            optax_ev3.stalled(state, 7)
         with says(ValueError, "17 rounds", "history_length", "16"):
             optax_ev3.stalled(state, 17)
+        with says(ValueError, "8 rounds", "0.999"):
+            optax_ev3.stalled(state, 8, confidence=0.999)
         with says(ValueError, "confidence", "0.2"):
             optax_ev3.stalled(state, 8, confidence=0.2)
         with says(ValueError, "rounds", "0"):

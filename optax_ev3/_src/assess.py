@@ -71,7 +71,7 @@ def score(
         single = next(batch.tree for batch in candidates if batch.size is None)
         kinds = jax.eval_shape(lambda params: _objectives(assess(params)), single)
         _check_scores(kinds)
-        values = _score(assess, candidates, mode)
+        values = _score(assess, candidates, mode, axis_name)
     except _NOT_TRACEABLE as error:
         raise TypeError(
             "assess_fn cannot be traced by JAX: it must be a pure function of arrays, "
@@ -270,12 +270,12 @@ def _is_clear(found, plan):
     return clear
 
 
-def _score(assess, candidates, mode):
+def _score(assess, candidates, mode, axis_name):
     def one(candidate):
         return _as_scores(assess(candidate))
 
     if mode == "unroll":
-        each = [_score_batch(one, batch) for batch in candidates]
+        each = [_score_batch(one, batch, axis_name) for batch in candidates]
         return jax.tree.map(lambda *values: jnp.concatenate(values), *each)
     stacks = [
         batch.tree if batch.size else jax.tree.map(lambda x: x[None], batch.tree)
@@ -285,8 +285,10 @@ def _score(assess, candidates, mode):
     return jax.vmap(one)(stacked) if mode == "vmap" else lax.map(one, stacked)
 
 
-def _score_batch(one, batch):
+def _score_batch(one, batch, axis_name):
     """Scores of the trees of a batch, stacked; zeros where it rests."""
+    # Every device has scores of its own: shard_map wants that said of zeros, too.
+    nothing = 0 if axis_name is None else 0 * lax.axis_index(axis_name)
 
     def score():
         if batch.size is None:
@@ -295,9 +297,13 @@ def _score_batch(one, batch):
 
     if batch.rests is None:
         return score()
+
+    def of_its_own():
+        return jax.tree.map(lambda x: x + jnp.asarray(nothing, x.dtype), score())
+
     kinds = jax.eval_shape(score)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kinds)
-    return lax.cond(batch.rests, lambda: zeros, score)
+    zeros = jax.tree.map(lambda x: jnp.full(x.shape, nothing, x.dtype), kinds)
+    return lax.cond(batch.rests, lambda: zeros, of_its_own)
 
 
 def _objectives(output: Any) -> dict[str, Any]:

@@ -140,7 +140,8 @@ def ev3(
         Explorers with a loss of their own always use that.
       restart: Which branches start the next round from the adopted parameters:
         ``"always"`` (all), ``"significant"`` (those shown to be worse by a paired test
-        at three standard errors, and those that became non-finite) or ``"never"``
+        at three standard errors, by the main objective, and those that became
+        non-finite) or ``"never"``
         (independent runs, the best one visible; where another candidate is adopted,
         it stays visible for the next round).
       restart_state: What becomes of the inner state of a branch that restarts from
@@ -210,7 +211,7 @@ def ev3(
         named.check_callback(assess_fn, "assess_fn")
     if loss_fn is not None:
         named.check_callback(loss_fn, "loss_fn")
-    explore.check_spaces(explorers, loss_fn)
+    explore.check_spaces(explorers)
     if gradients is None:
         gradients = "shared" if loss_fn is None else "own"
     plan = arguments.plan(
@@ -608,13 +609,18 @@ def _adapt(judge, seen, state, lasted):
     )
     appended = record.append(state.record, decision, past)
     significant = explored & decision.significant
+    if lasted.rests and judge.rule.forget is not None:
+        # That they were not valid says nothing about those who rested.
+        memory = judge.rule.forget(memory, rested[:-2])
     if judge.guard is not None:
         guarded = judge.guard.settle(guarded, seen, significant, promoted)
     state = state._replace(
         ev3_round=jnp.asarray(optax.safe_increment(state.ev3_round)),
         memory=trees.where(explored, memory, state.memory),
         guarded=trees.where(explored, guarded, state.guarded),
-        record=trees.where(explored, appended, state.record),
+        record=trees.where(
+            explored, appended, state.record._replace(lost=jnp.ones([], jnp.int32))
+        ),
     )
     return rules.Decision(adopted, significant, promoted), state, past
 

@@ -108,10 +108,15 @@ def uniform(low: float, high: float, start: float | None = None) -> Range:
 
 def _range(low, high, start, logarithmic):
     low, high = checks.real(low, "low"), checks.real(high, "high")
-    if not -math.inf < low < high < math.inf:
-        raise ValueError(f"low must be below high, both finite, got {low} and {high}.")
-    if logarithmic and low <= 0:
-        raise ValueError(f"low must be above 0 in a logarithmic range, got {low}.")
+    most = float(np.finfo(np.float32).max)
+    if not (-most <= low < high <= most and np.float32(low) < np.float32(high)):
+        raise ValueError(
+            f"low must be below high, both finite in float32, got {low} and {high}."
+        )
+    if logarithmic and low < np.finfo(np.float32).tiny:
+        raise ValueError(
+            f"low must be above 0 in a logarithmic range, a normal float32, got {low}."
+        )
     if start is not None:
         start = checks.real(start, "start")
         if not low <= start <= high:
@@ -126,19 +131,25 @@ def evolve(
 ) -> explore.Explorer:
     r"""A group of explorers whose hyperparameters move: no sweep, and no schedule.
 
-    After each round the winner's hyperparameters are kept, those of all others are
-    drawn around it: normal, by factors in a :func:`optax_ev3.log_uniform` range and by
+    After each round the winner's hyperparameters are kept, and those of members that
+    start from other parameters than their own (``restart`` of :func:`optax_ev3.ev3`)
+    are drawn anew: normal, by factors in a :func:`optax_ev3.log_uniform` range and by
     differences in a :func:`optax_ev3.uniform` one, in mirrored pairs, within the
     bounds. The winner is the member that was adopted; if none was, the one with the
-    highest score. How far they are drawn follows from the history (cumulative step
-    size adaptation): with :math:`\delta` the winner's step in units of the spread
-    :math:`\sigma`,
+    highest score. They are drawn around the mean of all members, weighted by
+    :math:`e^z` with the paired evidence z of the round against the best: around the
+    winner where it is shown to be one, and where all are alike around the middle.
+    Scores are those of the main objective, where the rule takes several.
+
+    How far they are drawn follows from the history (cumulative step size adaptation):
+    with :math:`\delta` the step of that mean in units of the spread :math:`\sigma`,
+    cut to 1 and divided by its standard deviation where all are equally good,
 
     .. math:: p \leftarrow (1 - c) p + \sqrt{c (2 - c)}\, \delta, \qquad
-              \ln \sigma \leftarrow \ln \sigma + d (p^2 - 1),
+              \ln \sigma \leftarrow \ln \sigma + d \min(p^2 - 1, 1),
 
-    so that it grows while winners lead on in one direction, and shrinks where they
-    don't. Where no member is finite it grows.
+    so that it grows while the mean moves on in one direction, and shrinks where it
+    doesn't. Where no member is finite it grows, and all are drawn anew.
 
     The hyperparameters are part of the state: nothing is compiled again when they move.
     Short rounds favour learning rates that are too small (Wu et al.); see
@@ -150,7 +161,9 @@ def evolve(
         keywords. It is called under ``jax.vmap``: the numbers are traced float32
         scalars.
       space: By name, the range of each hyperparameter. Names that ``factory`` does not
-        take are for the ``loss_fn`` of the explorer, as arguments of these names.
+        take are for the explorer's own ``loss_fn``, as arguments of these names:
+        ``optax_ev3.explorer(optax_ev3.evolve(...), loss_fn)``. The inner state must not
+        hold the numbers, as that of ``optax.inject_hyperparams`` does.
       population: How many members the group has, at least 2.
 
     Returns:
@@ -209,10 +222,11 @@ class Evolution(NamedTuple):
 
     Attributes:
       hyperparams: By name ``[G]`` float32.
-      center: By name ``[]`` float32, the place in the range of what won last.
+      center: By name ``[]`` float32, the place in the range around which members were
+        last drawn.
       spread: By name ``[]`` float32, the standard deviation of a step, as a share of
         the range.
-      path: By name ``[]`` float32, the way that winners have gone lately, in steps.
+      path: By name ``[]`` float32, the way that the center has gone lately, in steps.
     """
 
     hyperparams: dict[str, jax.Array]
@@ -283,7 +297,8 @@ def advance(
         winner = jnp.where(jnp.isin(owner, own), owner, own[jnp.argmax(z)])
         # A group that rests stays as it is.
         rests = past.rests[own[0]]
-        draws = (restarted[own] | ~seen.valid[own]) & (own != winner) & ~rests
+        draws = (restarted[own] | ~seen.valid[own]) & (own != winner)
+        draws = (draws | ~jnp.isfinite(z).any()) & ~rests
         new = move(space, groups[name], z, ~draws, jax.random.fold_in(key, number))
         moved[name] = trees.where(rests, groups[name], new)
         fresh = fresh.at[own].set(draws)
@@ -349,6 +364,7 @@ def found_schedule(
 
     By step, the number of the member whose branch was adopted at the end of the round;
     where none of the group was, the one before goes on, and after the end the last one.
+    Rounds in which nothing was finite are not in the history, nor in the schedule.
 
     Args:
       state: As for :func:`optax_ev3.stable_params`, with concrete arrays.
@@ -360,8 +376,8 @@ def found_schedule(
 
     Raises:
       ValueError: If there is no such hyperparameter or several groups have it, if no
-        round has ended, or if the history does not reach back to the first one: give
-        ``ev3`` a longer ``history_length``.
+        round has ended or no member was adopted in any, or if the history does not
+        reach back to the first one: give ``ev3`` a longer ``history_length``.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_ev3
@@ -397,6 +413,10 @@ def found_schedule(
         )
     members = past[f"hyperparams/{groups[0]}/{name}"]
     winner = record.winners(past["candidates"], past["adopted"], groups[0])
+    if (winner < 0).all():
+        raise ValueError(
+            f"no member of {groups[0]!r} was adopted in any round: it has no schedule."
+        )
     rows = np.arange(len(members))
     known = np.maximum.accumulate(np.where(winner >= 0, rows, -1))
     known = np.where(known < 0, rows[winner >= 0][:1].sum(), known)

@@ -261,16 +261,18 @@ def _takes(factory: Callable[..., Any] | None, name: str) -> bool:
     return takes_any or name in names
 
 
-def check_spaces(explorers: Mapping[str, Explorer], loss_fn: Any) -> None:
+def check_spaces(explorers: Mapping[str, Explorer]) -> None:
     """Raises unless somebody takes every hyperparameter."""
     for name, one in explorers.items():
-        loss = one.loss_fn or loss_fn
-        names, takes_any = (set(), False) if loss is None else named.accepted(loss, 1)
+        names, takes_any = set(), False
+        if one.loss_fn is not None:
+            names, takes_any = named.accepted(one.loss_fn, 1)
         for wanted in one.space or ():
             if not (_takes(one.factory, wanted) or takes_any or wanted in names):
                 raise ValueError(
                     f"nobody takes the hyperparameter {wanted!r} of explorer {name!r}: "
-                    f"neither its factory nor its loss_fn has an argument of this name."
+                    f"neither its factory nor a loss_fn of its own has an argument of "
+                    f"this name. Give it one: explorer(evolve(...), loss_fn)."
                 )
 
 

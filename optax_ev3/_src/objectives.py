@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from optax_ev3._src.adapt import Decision, Rule, confident, fallback, first_of, untied
 from optax_ev3._src.bounds import Bound, checked_bound
-from optax_ev3._src.checks import error_rate
+from optax_ev3._src.checks import error_rate, real
 from optax_ev3._src.evidence import (
     Evidence,
     compare,
@@ -106,6 +106,8 @@ def constrained(
         for name, limit in limits.items():
             lower = bound.lower(evidence, name, stable, alpha / stable)
             kept &= lower >= memory.fallen[name] - limit
+        # Stable parameters whose scores are not finite have nothing to lose.
+        kept |= ~evidence.valid[stable]
         kept = kept.at[stable].set(True)
         seen = _only(evidence, maximize, evidence.valid & kept)
         decision, inner = rule.decide(seen, memory.inner, key)
@@ -270,7 +272,8 @@ def lexicographic(
     objective 2, and so on. Of what is left the explorer with most credit
     (:func:`optax_ev3.credit`) is adopted, else ``current``, else ``stable``. Stable
     is replaced by what is adopted where it is shown to be better in one objective and,
-    in all more important ones, to lose less than their tolerances.
+    in all more important ones, to lose less than their tolerances; such losses may add
+    up over replacements.
 
     Args:
       tolerances: By name, in the order of priority: differences that do not count, in
@@ -409,11 +412,12 @@ def pareto(
     ``current`` by some objective, and not shown to gain by any. Of the others the one
     is adopted with the highest sum of paired z values against ``current``, the
     objectives weighted by lot in every round, uniformly. Where all are out, ``current``
-    stays; where ``current`` itself is shown to lose so much against ``stable``, and not
-    to gain, ``stable`` becomes visible.
+    stays; where both ``current`` and the chosen one are shown to lose so much against
+    ``stable``, and not to gain, ``stable`` becomes visible.
 
     Stable is replaced by what is adopted where that is shown to gain by one objective,
-    and to lose less than its tolerance by any.
+    and to lose less than its tolerance by any. Losses below the tolerances may add up
+    over replacements: what must not fall is for :func:`constrained`.
 
     Args:
       tolerances: By name of each objective, the loss that is borne, in units of the
@@ -621,14 +625,20 @@ def _checked_numbers(numbers: Mapping[str, float], what: str) -> dict[str, float
 
 
 def _checked_targets(targets, weights, rate):
-    if not 0 <= rate <= 1:
+    if not 0 <= real(rate, "rate") <= 1:
         raise ValueError(f"rate must be between 0 and 1, got {rate}.")
     if targets is None:
         return {}
+    if not isinstance(targets, Mapping):
+        raise TypeError(f"targets must be a mapping from objectives, got {targets!r}.")
     if set(targets) != set(weights):
         raise ValueError(
             f"targets must be of the objectives {list(weights)}, got {list(targets)}."
         )
     if rate == 0:
         raise ValueError("targets need a rate above 0: without, weights do not move.")
-    return dict(targets)
+    goals = {k: real(v, f"targets[{k!r}]") for k, v in targets.items()}
+    for name, value in goals.items():
+        if not math.isfinite(value):
+            raise ValueError(f"targets[{name!r}] must be finite, got {value}.")
+    return goals

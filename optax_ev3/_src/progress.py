@@ -83,12 +83,13 @@ def stalled(state: Any, rounds: int = 32, confidence: float = 0.95) -> jax.Array
 
     Args:
       state: As for :func:`optax_ev3.stable_params`; works under ``jit``, too.
-      rounds: How many, from 3 to ``history_length``.
+      rounds: How many, from 8 to ``history_length``.
       confidence: Of the test, one-sided.
 
     Raises:
       TypeError: If an argument is of the wrong kind.
-      ValueError: If ``rounds`` is below 3, or the history is shorter; if ``confidence``
+      ValueError: If ``rounds`` is below 8, too few for the confidence, or the
+        history is shorter; if ``confidence``
         is not between 0.5 and 1; if ``state`` holds no state of ev3, or more than one.
 
     Examples:
@@ -99,8 +100,13 @@ def stalled(state: Any, rounds: int = 32, confidence: float = 0.95) -> jax.Array
       >>> print(optax_ev3.stalled(state))
       False
     """
-    rounds = checks.integer(rounds, "rounds", 3)
+    rounds = checks.integer(rounds, "rounds", 8)
     alpha = checks.error_rate(confidence)
+    if 0.5 ** (rounds - 1) >= alpha:
+        raise ValueError(
+            f"no rise over {rounds} rounds is proof at confidence {confidence}: more "
+            f"rounds are needed."
+        )
     past = record.find(state).record
     length = past.adopted.shape[0]
     if rounds > length:

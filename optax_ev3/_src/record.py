@@ -29,6 +29,8 @@ class Record(NamedTuple):
     Attributes:
       rounds: ``[]`` int32, rounds recorded.
       since: ``[]`` int32, rounds since stable was last replaced.
+      lost: ``[]`` int32, 1 where the last round was not recorded, since nothing that
+        took part was valid.
       adopted: ``[H]`` int32, index of the adopted candidate.
       significant: ``[H]`` int32, 1 where stable was replaced.
       mean: ``[H, C]`` float32, mean scores by the main objective; zero where not
@@ -51,6 +53,7 @@ class Record(NamedTuple):
 
     rounds: jax.Array
     since: jax.Array
+    lost: jax.Array
     adopted: jax.Array
     significant: jax.Array
     mean: jax.Array
@@ -83,6 +86,7 @@ def empty(
     return Record(
         rounds=jnp.zeros([], jnp.int32),
         since=jnp.zeros([], jnp.int32),
+        lost=jnp.zeros([], jnp.int32),
         adopted=jnp.zeros([length], jnp.int32),
         significant=jnp.zeros([length], jnp.int32),
         mean=blank(),
@@ -139,6 +143,11 @@ def append(record: Record, decision: Decision, last: Round) -> Record:
         for name, past in record.others.items()
     }
     weights = decision.priorities
+    if weights is not None and jnp.shape(weights) != (len(last.objectives),):
+        raise ValueError(
+            f"a rule must give a priority for each of its objectives, "
+            f"{list(last.objectives)}, got shape {jnp.shape(weights)}."
+        )
     priorities = {
         name: put(past, jnp.zeros([]) if weights is None else weights[number])
         for name, past in record.priorities.items()
@@ -149,6 +158,7 @@ def append(record: Record, decision: Decision, last: Round) -> Record:
     return record._replace(
         rounds=jnp.asarray(optax.safe_increment(record.rounds)),
         since=jnp.where(decision.significant, 0, since),
+        lost=jnp.zeros([], jnp.int32),
         adopted=put(record.adopted, decision.adopted),
         significant=put(record.significant, decision.significant),
         mean=clean(record.mean, mean),

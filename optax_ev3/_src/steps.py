@@ -226,7 +226,7 @@ def loss_of(
         fn, role = one.loss_fn, f"loss_fn of explorer {name!r}"
     if fn is None:
         return None
-    numbers = hyperparams if one.space else {}
+    numbers = hyperparams if one.space and one.loss_fn is not None else {}
     bound = named.bind(fn, role, call.extra_args, {"key": call.key, **numbers})
 
     def with_aux(params):
