@@ -425,7 +425,7 @@ def _draw_priorities(past: _Past, axes: Axes) -> None:
 
 def _draw_hyperparam(past: _Past, name: str, axes: Axes) -> None:
     """One hyperparameter of all members, and of the one adopted."""
-    values, group = past.hyperparams[name], name.rsplit("/", 1)[0]
+    values, group = past.hyperparams[name], name.split("/", 1)[0]
     size = _marker_size(past)
     axes.plot(
         np.repeat(past.x, values.shape[1]),

@@ -327,6 +327,8 @@ def _resting(explorers, plan, state, race):
     total = sum(map(len, places.values()))
     own = [[*p, *(total + i for i in p if plan.averaged)] for p in places.values()]
     rests = credit.resting(state.record, own, race)
+    # All are called where nothing was valid in the last round.
+    rests &= state.record.ended == state.ev3_round
     if not plan.one_step:
         # The visible parameters follow the lead branch.
         lead = state.trajectory.lead
@@ -598,6 +600,7 @@ def _adapt(judge, seen, state, lasted):
     if lasted.plan.averaged:
         rested = jnp.tile(rested, 2)
     rested = jnp.pad(rested, (0, seen.valid.shape[0] - rested.shape[0]))
+    ended = jnp.asarray(optax.safe_increment(state.ev3_round))
     past = record.Round(
         seen,
         judge.main(seen),
@@ -605,6 +608,7 @@ def _adapt(judge, seen, state, lasted):
         rested,
         lasted.length,
         examples,
+        ended,
         _hyperparams(state.explorers),
     )
     appended = record.append(state.record, decision, past)
@@ -615,12 +619,10 @@ def _adapt(judge, seen, state, lasted):
     if judge.guard is not None:
         guarded = judge.guard.settle(guarded, seen, significant, promoted)
     state = state._replace(
-        ev3_round=jnp.asarray(optax.safe_increment(state.ev3_round)),
+        ev3_round=ended,
         memory=trees.where(explored, memory, state.memory),
         guarded=trees.where(explored, guarded, state.guarded),
-        record=trees.where(
-            explored, appended, state.record._replace(lost=jnp.ones([], jnp.int32))
-        ),
+        record=trees.where(explored, appended, state.record),
     )
     return rules.Decision(adopted, significant, promoted), state, past
 

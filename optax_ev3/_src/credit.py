@@ -54,7 +54,7 @@ def resting(past: Any, members: Sequence[Sequence[int]], race: int) -> jax.Array
     One rests that took part in at least ``race`` of the rounds that the record holds
     and was adopted in none of them. So, until it wins one, it takes part in at most
     ``race`` of any H rounds.
-    Where that leaves nobody, or nothing in the last round was finite, all take part.
+    Where that leaves nobody, all take part.
 
     Args:
       past: The record of past rounds.
@@ -68,4 +68,4 @@ def resting(past: Any, members: Sequence[Sequence[int]], race: int) -> jax.Array
         won = jnp.isin(past.adopted, jnp.asarray(own)) & known
         rests.append((took.sum() >= race) & ~won.any())
     found = jnp.stack(rests)
-    return found & ~found.all() & (past.lost == 0)
+    return found & ~found.all()

@@ -29,8 +29,8 @@ class Record(NamedTuple):
     Attributes:
       rounds: ``[]`` int32, rounds recorded.
       since: ``[]`` int32, rounds since stable was last replaced.
-      lost: ``[]`` int32, 1 where the last round was not recorded, since nothing that
-        took part was valid.
+      ended: ``[]`` int32, rounds that had ended when the last one was recorded; more
+        may have since, in which nothing was valid.
       adopted: ``[H]`` int32, index of the adopted candidate.
       significant: ``[H]`` int32, 1 where stable was replaced.
       mean: ``[H, C]`` float32, mean scores by the main objective; zero where not
@@ -53,7 +53,7 @@ class Record(NamedTuple):
 
     rounds: jax.Array
     since: jax.Array
-    lost: jax.Array
+    ended: jax.Array
     adopted: jax.Array
     significant: jax.Array
     mean: jax.Array
@@ -86,7 +86,7 @@ def empty(
     return Record(
         rounds=jnp.zeros([], jnp.int32),
         since=jnp.zeros([], jnp.int32),
-        lost=jnp.zeros([], jnp.int32),
+        ended=jnp.zeros([], jnp.int32),
         adopted=jnp.zeros([length], jnp.int32),
         significant=jnp.zeros([length], jnp.int32),
         mean=blank(),
@@ -113,6 +113,7 @@ class Round(NamedTuple):
       rests: ``[C]`` bool, which candidates were not explored.
       length: ``[]`` int32, calls of ``update`` in each branch.
       examples: ``[]`` int32, how many had scores of their own.
+      ended: ``[]`` int32, rounds that have ended, with this one.
       hyperparams: By evolving group and name ``[G]``.
     """
 
@@ -122,6 +123,7 @@ class Round(NamedTuple):
     rests: jax.Array
     length: jax.Array
     examples: jax.Array
+    ended: jax.Array
     hyperparams: Mapping[str, Mapping[str, jax.Array]]
 
 
@@ -158,7 +160,7 @@ def append(record: Record, decision: Decision, last: Round) -> Record:
     return record._replace(
         rounds=jnp.asarray(optax.safe_increment(record.rounds)),
         since=jnp.where(decision.significant, 0, since),
-        lost=jnp.zeros([], jnp.int32),
+        ended=last.ended,
         adopted=put(record.adopted, decision.adopted),
         significant=put(record.significant, decision.significant),
         mean=clean(record.mean, mean),
