@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_identical, says
+from helpers import assert_close, says
 from scipy import stats
 
 import optax_ev3
@@ -289,7 +289,8 @@ class TestRace:
         inner = [optax.sgd(0.1), optax.adam(0.1)]
         plain = run(optax_ev3.ev3(inner, score, **kwargs), 12)
         raced = run(optax_ev3.ev3(inner, score, race=2, **kwargs), 12)
-        assert_identical(plain[-1], raced[-1])
+        # Another program rounds otherwise.
+        assert_close(plain[-1], raced[-1], 1e-3, 1e-4)
 
     def test_averages_win_for_their_branch(self):
         average = optax_ev3.combine.trajectory_average()
