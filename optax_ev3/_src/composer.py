@@ -241,23 +241,23 @@ def ev3(
     key_impl = arguments.check_key(key)
 
     def init_fn(params: optax.Params) -> EV3State:
-        states, first = {}, 0
+        states, places = {}, explore.places(explorers)
         for name, one in explorers.items():
             positions = {
-                member: jnp.asarray(first + i, jnp.int32)
-                for i, member in enumerate(one.members(name))
+                member: jnp.asarray(place, jnp.int32)
+                for member, place in zip(one.members(name), places[name], strict=True)
             }
             states[name] = ExplorerState(
                 positions, steps.init_state(one, params), evolve.init(one)
             )
-            first += len(positions)
         return EV3State(
             ev3_round=jnp.zeros([], jnp.int32),
             ev3_calls=jnp.zeros([], jnp.int32),
             ev3_key=trees.own(jax.random.key_data(arguments.typed_key(key))),
             explorers=states,
             combined={
-                name: jnp.asarray(first + i, jnp.int32) for i, name in enumerate(more)
+                name: jnp.asarray(len(names) + i, jnp.int32)
+                for i, name in enumerate(more)
             },
             trajectory=()
             if plan.one_step
@@ -597,9 +597,7 @@ def _adapt(judge, seen, state, lasted):
     adopted = jnp.where(explored, decision.adopted, rules.fallback(seen))
     promoted = adopted if decision.promoted is None else decision.promoted
     rested = explore.spread(lasted.explorers, lasted.rests)
-    if lasted.plan.averaged:
-        rested = jnp.tile(rested, 2)
-    rested = jnp.pad(rested, (0, seen.valid.shape[0] - rested.shape[0]))
+    rested = lasted.plan.with_averages(rested, seen.valid.shape[0])
     ended = jnp.asarray(optax.safe_increment(state.ev3_round))
     past = record.Round(
         seen,
@@ -644,10 +642,8 @@ def _evolved(judge, state, lasted, adopted, past, restarted):
     state = state._replace(explorers=moved)
     if judge.rule.forget is None:
         return state
-    fresh = jnp.tile(fresh, 2) if lasted.plan.averaged else fresh
-    more = past.seen.valid.shape[0] - 2 - fresh.shape[0]
-    memory = judge.rule.forget(state.memory, jnp.pad(fresh, (0, more)))
-    return state._replace(memory=memory)
+    fresh = lasted.plan.with_averages(fresh, past.seen.valid.shape[0] - 2)
+    return state._replace(memory=judge.rule.forget(state.memory, fresh))
 
 
 def _with(state, opt_states):

@@ -53,8 +53,7 @@ def resting(past: Any, members: Sequence[Sequence[int]], race: int) -> jax.Array
 
     One rests that took part in at least ``race`` of the rounds that the record holds
     and was adopted in none of them. So, until it wins one, it takes part in at most
-    ``race`` of any H rounds.
-    Where that leaves nobody, all take part.
+    ``race`` of any H rounds. Where that leaves nobody, all take part.
 
     Args:
       past: The record of past rounds.

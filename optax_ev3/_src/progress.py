@@ -88,9 +88,9 @@ def stalled(state: Any, rounds: int = 32, confidence: float = 0.95) -> jax.Array
 
     Raises:
       TypeError: If an argument is of the wrong kind.
-      ValueError: If ``rounds`` is below 8, too few for the confidence, or the
-        history is shorter; if ``confidence``
-        is not between 0.5 and 1; if ``state`` holds no state of ev3, or more than one.
+      ValueError: If ``rounds`` is below 8, too few for the confidence, or the history
+        is shorter; if ``confidence`` is not between 0.5 and 1; if ``state`` holds no
+        state of ev3, or more than one.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_ev3

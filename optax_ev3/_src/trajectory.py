@@ -45,6 +45,11 @@ class Plan(NamedTuple):
         """Whether the averages of the branches are candidates."""
         return any(isinstance(x, combine.TrajectoryAverage) for x in self.combinations)
 
+    def with_averages(self, flags: jax.Array, count: int) -> jax.Array:
+        """Flags ``[K]`` of branches, then of averages, then false: ``[count]``."""
+        flags = jnp.tile(flags, 2) if self.averaged else flags
+        return jnp.pad(flags, (0, count - flags.shape[0]))
+
     def owner(self, candidate: jax.Array, total: int) -> jax.Array:
         """The explorer whose branch a candidate is, or its average; else ``total``."""
         count = 2 * total if self.averaged else total
