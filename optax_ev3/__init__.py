@@ -1,6 +1,6 @@
 """EV3 (explore, assess, adapt) as one optax gradient transformation."""
 
-from optax_ev3 import adapt, combine, evidence, metrics
+from optax_ev3 import adapt, combine, evidence, growth, metrics
 from optax_ev3._src.assess import in_chunks
 from optax_ev3._src.composer import EV3State, ExplorerState, ev3
 from optax_ev3._src.evolve import evolve, found_schedule, log_uniform, uniform
@@ -24,6 +24,7 @@ __all__ = [
     "evolve",
     "explorer",
     "found_schedule",
+    "growth",
     "held_out",
     "history",
     "host_metric",

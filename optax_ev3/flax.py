@@ -1,11 +1,18 @@
-"""For Flax: a ``TrainState`` that hands extra arguments to the optimizer."""
+"""For Flax: a ``TrainState`` that hands extra arguments on, and growth for NNX."""
 
 import dataclasses
 import functools
 from typing import Any
 
 import optax
+from flax import nnx
 from flax.training import train_state
+
+from optax_ev3._src import growth as _growth
+from optax_ev3._src import placement
+from optax_ev3._src.placement import Growth
+
+__all__ = ["TrainState", "grow_nnx"]
 
 
 class TrainState(train_state.TrainState):
@@ -51,3 +58,49 @@ class TrainState(train_state.TrainState):
             grads=grads, **replaced
         )
         return stepped.replace(tx=replaced.get("tx", self.tx))
+
+
+def grow_nnx(
+    model: Any,
+    optimizer: Any,
+    larger: Any,
+    tx: Any,
+    growth: Growth | None = None,
+) -> Any:
+    """:func:`optax_ev3.growth.grow` for a Flax NNX model and its ``nnx.Optimizer``.
+
+    Args:
+      model: The smaller model.
+      optimizer: Its ``nnx.Optimizer``.
+      larger: The larger model, freshly initialized; it takes on all variables of the
+        smaller one, statistics of BatchNorm too, once all is known to fit.
+      tx: The transformation of the larger model.
+      growth: How the one lies in the other; paths are those of the model's variables.
+
+    Returns:
+      An ``nnx.Optimizer`` for ``larger``.
+
+    Raises:
+      ValueError: If the growth does not fit.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_ev3.flax
+      >>> from flax import nnx
+      >>> from optax_ev3.models.nnx import MLP
+      >>> model = MLP(4, (8,), classes=3, rngs=nnx.Rngs(0))
+      >>> optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
+      >>> larger, how = model.widen(rngs=nnx.Rngs(1))
+      >>> optimizer = optax_ev3.flax.grow_nnx(
+      ...     model, optimizer, larger, optax.adam(0.1), how
+      ... )
+      >>> jnp.allclose(model(jnp.ones([2, 4])), larger(jnp.ones([2, 4])), rtol=1e-5)
+      Array(True, dtype=bool)
+    """
+    before = nnx.state(model)
+    plan = placement.plan(before, nnx.state(larger), growth)
+    nnx.update(larger, placement.apply(plan, before, nnx.state(larger)))
+    grown = nnx.Optimizer(larger, tx, wrt=optimizer.wrt)
+    state = _growth.take_along(plan, nnx.state(optimizer), nnx.state(grown))
+    nnx.update(grown, state)
+    _growth.report(plan)
+    return grown

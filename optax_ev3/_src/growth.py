@@ -1,0 +1,214 @@
+"""Growth: parameters and the optimizer's state go on in a larger model."""
+
+import collections
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import tree_leaves_with_path as leaves_with_path
+from jax.tree_util import tree_map_with_path
+
+from optax_ev3._src import placement
+from optax_ev3._src.placement import Growth, Place
+
+_log = logging.getLogger("optax_ev3")
+
+
+class Grown(NamedTuple):
+    """What :func:`grow` returns.
+
+    Attributes:
+      params: Parameters of the large model.
+      state: State of its transformation.
+    """
+
+    params: Any
+    state: Any
+
+
+def grow(
+    tx: Any,
+    state: Any,
+    params: Any,
+    fresh: Any,
+    growth: Growth | None = None,
+    *,
+    check: tuple[Callable[[Any], Any], Callable[[Any], Any]] | None = None,
+    tolerance: float = 1e-5,
+) -> Grown:
+    """Takes parameters and the optimizer's state along to a larger model.
+
+    Every array in the state that is like a parameter grows as that parameter does:
+    stable parameters, branches, averages, the inner optimizers' moments, of which those
+    of kept weights stay and new ones are as ``tx.init`` makes them, mostly zero. Of
+    optimizers that keep other shapes (factored moments), what changes its shape begins
+    anew. All else goes on: counts, history, what the rule remembers, evolved numbers,
+    also in the middle of a round. Only :func:`optax_ev3.should_grow` and
+    :func:`optax_ev3.stalled` count rounds from the growth on.
+
+    It says what was done as one line of the logger ``optax_ev3``, at level INFO. Call
+    it outside ``jit``; the step of the larger model then compiles once.
+
+    Args:
+      tx: The transformation of the larger model, with as many explorers and settings as
+        that of the smaller one; any other optax transformation as well.
+      state: The state of the smaller model's transformation.
+      params: The smaller model's parameters; for Linen, all variables that the
+        transformation sees, those of BatchNorm too.
+      fresh: The larger model's, freshly initialized: a tree of arrays.
+      growth: How the one lies in the other.
+      check: Two functions of parameters, the smaller and the larger model's, to outputs
+        on some examples, trees of arrays of the same shapes.
+      tolerance: How far the outputs may be apart: the largest difference in an array
+        over its largest absolute value.
+
+    Returns:
+      The larger model's parameters and state.
+
+    Raises:
+      TypeError: If ``growth`` or ``check`` is of the wrong kind.
+      ValueError: If the growth does not fit: if an old array would be lost, cut or has
+        another number of axes, if a pattern matches nothing, if ``state`` is that of
+        other explorers or another history, or if the outputs differ.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_ev3
+      >>> from optax_ev3 import growth
+      >>> def init(width):
+      ...     make = jax.random.normal
+      ...     return {
+      ...         "hidden": {"kernel": make(jax.random.key(0), [2, width])},
+      ...         "head": {"kernel": make(jax.random.key(1), [width, 3])},
+      ...     }
+      >>> def apply(params, x=jnp.ones([4, 2])):
+      ...     return (
+      ...         jax.nn.relu(x @ params["hidden"]["kernel"]) @ params["head"]["kernel"]
+      ...     )
+      >>> tx = optax_ev3.ev3([optax.adam(0.1)], lambda p: -(apply(p) ** 2).mean(1))
+      >>> params = init(4)
+      >>> state = tx.init(params)
+      >>> params, state = growth.grow(tx, state, params, init(8), check=(apply, apply))
+      >>> params["head"]["kernel"].shape
+      (8, 3)
+    """
+    plan = placement.plan(params, fresh, growth)
+    larger = placement.apply(plan, params, fresh)
+    moved = "not checked"
+    if check is not None:
+        moved = f"{_checked(check, params, larger, tolerance):.1e}, relative"
+    grown = take_along(plan, state, tx.init(larger))
+    report(plan, moved)
+    return Grown(larger, grown)
+
+
+def take_along(plan: Mapping[Any, Place], state: Any, fresh: Any) -> Any:
+    """The state of the large model's transformation, from one newly made for it."""
+    leaves = dict(leaves_with_path(state))
+    owners = _owners(plan, [path for path, _ in leaves_with_path(fresh)])
+
+    def take(path, new):
+        if [*map(placement.key_name, path)][-2:] == ["record", "since"]:
+            return jnp.zeros_like(new)  # Rounds without progress count anew.
+        suffix = owners.get(path)
+        if suffix is None:
+            return _same(path, leaves.get(path), new)
+        place = plan[suffix]
+        if place.old is None:
+            return new
+        old = leaves.get((*path[: len(path) - len(suffix)], *place.old))
+        if old is None:
+            return new
+        lead = old.shape[: max(0, old.ndim - len(place.shapes[0]))]
+        if (old.shape, new.shape) == tuple(lead + shape for shape in place.shapes):
+            return place.put(old, new)
+        return old if old.shape == new.shape else new
+
+    return tree_map_with_path(take, fresh)
+
+
+def _owners(plan: Mapping[Any, Place], paths: Sequence[Any]) -> dict[Any, Any]:
+    """By path in the state, the path of the parameter that an array is like.
+
+    Where several fit, it is the one that belongs to the most complete copy of the
+    parameters' tree: explorers may be called as parameters are.
+    """
+    fits = {
+        path: [path[i:] for i in range(len(path) + 1) if path[i:] in plan]
+        for path in paths
+    }
+    complete = collections.Counter(
+        path[: len(path) - len(end)] for path, ends in fits.items() for end in ends
+    )
+    return {
+        path: max(ends, key=lambda e: (complete[path[: len(path) - len(e)]], len(e)))
+        for path, ends in fits.items()
+        if ends
+    }
+
+
+def _same(path: Any, old: Any, new: Any) -> Any:
+    """What is like no parameter goes on as it was."""
+    if old is None or old.shape != new.shape or old.dtype != new.dtype:
+        found = "nothing" if old is None else f"{old.dtype}{list(old.shape)}"
+        raise ValueError(
+            f"the state does not fit the larger model's transformation, which needs "
+            f"the same explorers and settings: at {placement.path_name(path)} it has "
+            f"{found}, expected {new.dtype}{list(new.shape)}."
+        )
+    return old
+
+
+def _checked(check: Any, params: Any, larger: Any, tolerance: float) -> float:
+    """How far the outputs are apart; raises if too far."""
+    try:
+        small, large = check
+        before, after = small(params), large(larger)
+    except TypeError as error:
+        if not isinstance(check, Sequence) or not all(map(callable, check)):
+            raise TypeError(
+                "check must be two functions of parameters, the smaller and the larger "
+                f"model's, got {check!r}."
+            ) from error
+        raise
+    kinds = [
+        [(jax.tree.structure(tree)), *map(jnp.shape, jax.tree.leaves(tree))]
+        for tree in (before, after)
+    ]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"the outputs to check must have the same structure and shapes, got "
+            f"{kinds[0][1:]} before and {kinds[1][1:]} after growth."
+        )
+    worst = 0.0
+    for one, other in zip(*map(jax.tree.leaves, (before, after)), strict=True):
+        one, other = (np.asarray(x, np.float64) for x in (one, other))
+        largest = np.abs(one).max(initial=0)
+        apart = np.abs(one - other).max(initial=0)
+        worst = max(worst, float(apart / largest if largest else apart), key=_nan_last)
+    if not worst <= tolerance:
+        raise ValueError(
+            f"growth would change the outputs by {worst:.1e} of the largest, more than "
+            f"the tolerance {tolerance:.1e}: new layers need identity or zero."
+        )
+    return worst
+
+
+def _nan_last(number: float) -> float:
+    return math.inf if math.isnan(number) else number
+
+
+def report(plan: Mapping[Any, Place], moved: str = "not checked") -> None:
+    """One line of what was done."""
+    places = plan.values()
+    new = sum(place.old is None for place in places)
+    wider = sum(place.positions is not None for place in places)
+    before = sum(math.prod(p.shapes[0]) for p in places if p.old is not None)
+    after = sum(math.prod(place.shapes[1]) for place in places)
+    _log.info(
+        f"grew from {before:,} to {after:,} numbers: of {len(plan)} arrays {new} are "
+        f"new and {wider} larger; change of the outputs: {moved}"
+    )

@@ -1,0 +1,1 @@
+"""Models that grow, in Flax Linen and in Flax NNX."""
