@@ -30,7 +30,7 @@ class Cifar(NamedTuple):
     """Images ``[n, 32, 32, 3]`` uint8 and labels ``[n]`` int32, three times."""
 
     train: Part  # For gradients.
-    held_out: Part  # For EV3's assessments; of the official training part, too.
+    held_out: Part  # For EV3's assessments: split off the official training part.
     test: Part  # The official one, for nothing but the final figures.
     classes: int
 
@@ -120,11 +120,10 @@ def _check(path: pathlib.Path, packed: bytes, form: _Format) -> None:
 def _unpack(path: pathlib.Path, packed: bytes) -> dict[str, bytes]:
     """The contents of all files in a gzipped tar archive, by their names."""
     try:
-        with tarfile.open(
-            fileobj=io.BytesIO(gzip.decompress(packed)), mode="r:"
-        ) as tar:
+        unzipped = io.BytesIO(gzip.decompress(packed))
+        with tarfile.open(fileobj=unzipped, mode="r:") as tar:
             return {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}
-    except (EOFError, OSError, zlib.error, tarfile.TarError) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError) as error:
         raise ValueError(
             f"{path} with {len(packed):,} bytes is not a complete gzipped tar archive "
             f"({error}). Download it again."
@@ -182,7 +181,7 @@ def _read(
         raise ValueError(
             f"{where} {form.labels!r} must be in [0, {form.classes}), got {outside[0]}."
         )
-    channels_first = images.reshape(-1, 3, 32, 32)
+    channels_first = images.reshape(len(images), 3, 32, 32)
     images = np.ascontiguousarray(channels_first.transpose(0, 2, 3, 1))
     return images, labels.astype(np.int32)
 
@@ -200,7 +199,7 @@ def _split(labels: np.ndarray, held_out: int, classes: int):
 
 
 def statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each channel, float32, of images in [0, 1]."""
+    """Mean and standard deviation of each channel in [0, 1], float32, from bytes."""
     count = images[..., 0].size
     # Sums of integers are exact, and need no copy of all images in floating point.
     total = np.einsum("nhwc->c", images, dtype=np.int64)
@@ -211,7 +210,7 @@ def statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def normalize(images, mean, std) -> jax.Array:
-    """Images of bytes as float32, with :func:`statistics` of the training part."""
+    """Bytes as float32, given the `statistics` of the training part."""
     mean, std = (jnp.reshape(x, (1, 1, 1, 3)) for x in (mean, std))
     return (jnp.asarray(images, jnp.float32) / 255 - mean) / std
 
@@ -219,9 +218,9 @@ def normalize(images, mean, std) -> jax.Array:
 def augment(key: jax.Array, images: jax.Array) -> jax.Array:
     """Random crops of padded images, half of them flipped, for use under ``jit``.
 
-    He et al., "Deep Residual Learning for Image Recognition" (2016), section 4.2. As
-    there, the padding is zeros and the images come from :func:`normalize`, so that it
-    has the mean colour: augment after normalization, anew for each batch.
+    He et al., "Deep Residual Learning for Image Recognition" (2016), section 4.2. The
+    padding is zeros, which is the mean colour in what `normalize` returns: so augment
+    after it.
     """
 
     def one(key, image):
