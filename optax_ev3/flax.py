@@ -97,10 +97,12 @@ def grow_nnx(
       Array(True, dtype=bool)
     """
     before = nnx.state(model)
-    plan = placement.plan(before, nnx.state(larger), growth)
-    nnx.update(larger, placement.apply(plan, before, nnx.state(larger)))
-    grown = nnx.Optimizer(larger, tx, wrt=optimizer.wrt)
+    graph, fresh = nnx.split(larger)
+    plan = placement.plan(before, fresh, growth)
+    variables = placement.apply(plan, before, fresh)
+    grown = nnx.Optimizer(nnx.merge(graph, variables), tx, wrt=optimizer.wrt)
     state = _growth.take_along(plan, nnx.state(optimizer), nnx.state(grown))
     nnx.update(grown, state)
+    nnx.update(larger, variables)
     _growth.report(plan)
     return grown

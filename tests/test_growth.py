@@ -66,8 +66,8 @@ def score(params, batch):
     return -jnp.square(apply(params, x) - y).mean(axis=1)
 
 
-def loss(params):
-    return -score(params, TRAIN).mean()
+def loss(params, batch=TRAIN):
+    return -score(params, batch).mean()
 
 
 def stepper(tx):
@@ -137,7 +137,7 @@ def assert_corners(state, before, into):
     assert state.keys() == into.keys()
     for path, array in state.items():
         if path.endswith(".record.since"):
-            assert array == 0
+            assert array == 0, path
             continue
         expected = corner(before[path], into[path]) if path in before else into[path]
         assert array.dtype == expected.dtype
@@ -159,11 +159,7 @@ def _placements(draw):
     new = [size + draw(st.integers(0, 3)) for size in old]
     where = {
         axis: sorted(
-            draw(
-                st.lists(
-                    st.integers(0, n - 1), min_size=o, max_size=o, unique=True
-                )
-            )
+            draw(st.lists(st.integers(0, n - 1), min_size=o, max_size=o, unique=True))
         )
         for axis, (o, n) in enumerate(zip(old, new, strict=True))
         if draw(st.booleans())
@@ -172,7 +168,7 @@ def _placements(draw):
     return old, new, where, draw(st.none() | axes), draw(st.booleans())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(_placements())
 def test_transplant_equals_numpy(placement):
     old_shape, new_shape, where, inputs, is_kernel = placement
@@ -232,7 +228,9 @@ def test_rename_follows_what_moved():
     np.testing.assert_array_equal(new["Dense_0"], [1, 1, 9])
     np.testing.assert_array_equal(new["Dense_1"], [9, 9, 9])
     np.testing.assert_array_equal(new["Dense_2"], [2, 2, 9])
-    swapped = transplant(old, old, Growth(rename={"Dense_0": "Dense_1", "Dense_1": "Dense_0"}))
+    swapped = transplant(
+        old, old, Growth(rename={"Dense_0": "Dense_1", "Dense_1": "Dense_0"})
+    )
     np.testing.assert_array_equal(swapped["Dense_0"], [2, 2])
     np.testing.assert_array_equal(swapped["Dense_1"], [1, 1])
 
@@ -331,93 +329,106 @@ TRANSFORMATIONS = {
     "turns": lambda: _long(gradients="turns"),
     "never": lambda: _long(restart="never"),
     "guard": lambda: ev3(guard=evidence.ladder(), race=2),
-    "multi_steps": lambda: optax.MultiSteps(ev3(), 2),
-    "snapshot": lambda: contrib.reduce_on_plateau(),
+    "multi_steps": lambda: optax.MultiSteps(optax.adam(0.02), 2),
 }
-TRANSFORMATIONS.pop("snapshot")
 
 
-def larger(kind, seed=1):
+def larger(kind="both", seed=1):
     """Fresh parameters, and how those of ``network((4, 4))`` lie in them."""
     if kind == "wider":
         return network((6, 7), seed), Growth()
-    return network((4, 4, 4), seed), Growth(identity=["hidden_3"])
+    widths = (4, 4, 4) if kind == "deeper" else (6, 7, 7)
+    return network(widths, seed), Growth(identity=["hidden_3"])
 
 
-@pytest.mark.parametrize("kind", ["wider", "deeper"])
+def filled(tree, seed=0):
+    """Random numbers in the place of all numbers."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        if np.issubdtype(leaf.dtype, np.integer):
+            return jnp.asarray(rng.integers(1, 9, leaf.shape), leaf.dtype)
+        return jnp.asarray(rng.uniform(0.1, 1, leaf.shape), leaf.dtype)
+
+    return jax.tree.map(draw, tree)
+
+
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
-def test_everything_is_taken_along(name, kind):
-    tx = TRANSFORMATIONS[name]()
-    params, state = train(tx, network((4, 4)))
-    fresh, how = larger(kind)
+def test_everything_is_taken_along(name):
+    tx, params = TRANSFORMATIONS[name](), network((4, 4))
+    state = filled(jax.eval_shape(tx.init, params))
+    fresh, how = larger()
     grown = grow(tx, state, params, fresh, how, check=(apply, apply))
-    assert apart(apply(params), apply(grown.params)) < 1e-5
-    assert_corners(grown.params, params, transplant(params, fresh, how))
     into = tx.init(grown.params)
     assert_same_types(grown.state, into)
     assert_corners(grown.state, state, into)
-    # Training goes on, and no call after the first compiles.
-    step = jax.jit(stepper(tx))
+
+
+_QUICK = ["adamw", "ev3", "trajectory"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in TRANSFORMATIONS
+    ],
+)
+def test_training_goes_on(name):
+    tx = TRANSFORMATIONS[name]()
+    params, state = train(tx, network((4, 4)))
+    fresh, how = larger()
+    grown = grow(tx, state, params, fresh, how, check=(apply, apply))
+    assert apart(apply(params), apply(grown.params)) < 1e-5
+    old = jax.tree.map(np.array, (params, state, fresh))
+    before = np.array(grown.params["hidden_2"]["kernel"])
+    # No call after the first compiles, and all buffers can be donated.
+    step = jax.jit(stepper(tx), donate_argnums=(0, 1))
     new, after = step(*grown)
     for _ in range(3):
         new, after = step(new, after)
     assert step._cache_size() == 1
-    assert_same_types((new, after), tuple(grown))
+    assert_same_types((new, after), (fresh, tx.init(new)))
     assert_finite((new, after))
-    if name not in ("multi_steps", "turns"):
-        assert not np.array_equal(
-            new["hidden_2"]["kernel"], grown.params["hidden_2"]["kernel"]
-        )
-
-
-@pytest.mark.parametrize("kind", ["wider", "deeper"])
-@pytest.mark.parametrize("name", ["ev3", "trajectory", "schedule_free", "adamw"])
-def test_buffers_can_be_donated(name, kind):
-    tx = TRANSFORMATIONS[name]()
-    params, state = train(tx, network((4, 4)), 2)
-    fresh, how = larger(kind)
-    grown = grow(tx, state, params, fresh, how)
-    before = jax.tree.map(np.array, (params, state, fresh))
-    step = jax.jit(stepper(tx), donate_argnums=(0, 1))
-    new = step(*grown)
-    assert_finite(step(*new))
+    assert not np.array_equal(new["hidden_2"]["kernel"], before)
     # What was there before growth is still there.
-    assert_identical(jax.tree.map(np.array, (params, state, fresh)), before)
+    assert_identical(jax.tree.map(np.array, (params, state, fresh)), old)
 
 
 def test_factored_moments_begin_anew():
     tx = ev3([optax.adafactor(0.01, min_dim_size_to_factor=4, momentum=0.9)])
-    params, state = train(tx, network((4, 4)))
+    params = network((4, 4))
+    state = filled(jax.eval_shape(tx.init, params))
     params, grown = grow(tx, state, params, network((4, 6), 1))
     into = tx.init(params)
     old, new, init = (s.explorers["explorer_0"].opt_state for s in (state, grown, into))
     old, new, init = map(flat, (old, new, init))
     for path, array in new.items():
         same = old[path].shape == array.shape
-        if ".v" not in path or same:
-            expected = old[path] if same else corner(old[path], init[path])
+        anew = "kernel" in path and (".v_row" in path or ".v_col" in path)
+        if same or (anew and not same):
+            expected = old[path] if same else init[path]
         else:
-            expected = corner(old[path], init[path]) if "bias" in path else init[path]
+            expected = corner(old[path], init[path])
         np.testing.assert_array_equal(array, expected, err_msg=path)
     changed = [path for path in new if old[path].shape != new[path].shape]
-    assert any("v_col" in path for path in changed)
-    assert_finite(train(tx, params, 3, grown))
+    assert any(".v_col" in path for path in changed)
 
 
 def test_history_is_the_same_and_progress_counts_anew():
-    tx = ev3(adapt=adapt.lower_bound(), history_length=16)
-    params, state = train(tx, network((4, 4)), 40)
-    assert 1 <= int(state.record.since) < 40
-    rounds = int(state.record.since)
-    assert optax_ev3.should_grow(state, rounds)
-    params, grown = grow(tx, state, params, *larger("wider"))
+    tx = ev3(history_length=16)
+    params = network((4, 4))
+    state = filled(jax.eval_shape(tx.init, params))
+    assert optax_ev3.should_grow(state, 1)
+    state = state._replace(record=state.record._replace(rounds=jnp.int32(20)))
+    grown = grow(tx, state, params, *larger()).state
     assert not optax_ev3.should_grow(grown, 1)
     assert not optax_ev3.stalled(grown, 8)
-    assert_identical(optax_ev3.history(grown), optax_ev3.history(state))
+    before, after = optax_ev3.history(state), optax_ev3.history(grown)
+    assert flat(before).keys() == flat(after).keys()
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    assert_identical(optax_ev3.summary(grown), optax_ev3.summary(state))
     assert_identical(grown.memory, state.memory)
-    both = optax_ev3.summary(grown), optax_ev3.summary(state)
-    differ = {name for name in both[0] if not np.array_equal(both[0][name], both[1][name])}
-    assert differ <= {"ev3/rounds_since_significant", "ev3/since"}
 
 
 def test_goes_on_in_the_middle_of_a_round():
@@ -443,7 +454,7 @@ def test_goes_on_as_if_nothing_had_happened():
     small, state = train(tx, small, 5, state)
     large, grown = train(tx, large, 5, grown)
     assert apart(apply(small), apply(large)) < 1e-5
-    assert apart(*(optax_ev3.history(s)["mean/sgd"] for s in (state, grown))) < 1e-5
+    assert apart(*(optax_ev3.history(s)["mean"] for s in (state, grown))) < 1e-5
 
 
 def test_winner_and_stable_keep_their_scores():
@@ -473,27 +484,23 @@ def test_repeated_growth():
     assert_finite((params, state))
 
 
-def _moved(how, kind):
-    """Gradients of the second step after growth, and which entries are new."""
-    params, _ = train(optax.sgd(0.02), network((4, 4)), 3)
+@pytest.mark.parametrize("kind", ["wider", "deeper", "both"])
+def test_new_units_learn(kind):
+    params = network((4, 4), seed=8)
     fresh, how = larger(kind)
     new = transplant(params, fresh, how)
-    grads = jax.grad(loss)(new)
-    new = jax.tree.map(lambda p, g: p - 0.02 * g, new, grads)
-    return params, jax.grad(loss)(new)
-
-
-@pytest.mark.parametrize("kind", ["wider", "deeper"])
-def test_new_units_learn(kind):
-    params, grads = _moved(Growth(), kind)
-    old, new = flat(params), flat(grads)
-    count = 0
-    for path, grad in new.items():
-        fresh = np.ones(grad.shape, bool)
+    # So many examples that any two units are active together.
+    x = np.random.default_rng(1).normal(size=[1000, 3]).astype(np.float32)
+    batch = x, x[:, :2] ** 2
+    grads = jax.grad(loss)(new, batch)
+    new = jax.tree.map(lambda p, g: p - 1e-3 * g, new, grads)
+    old, count = flat(params), 0
+    for path, grad in flat(jax.grad(loss)(new, batch)).items():
+        is_new = np.ones(grad.shape, bool)
         if path in old:
-            fresh[tuple(map(slice, old[path].shape))] = False
-        count += fresh.sum()
-        assert (grad[fresh] != 0).all(), path
+            is_new[tuple(map(slice, old[path].shape))] = False
+        count += is_new.sum()
+        assert (grad[is_new] != 0).all(), path
     assert count > 15
 
 
@@ -512,11 +519,7 @@ def test_explorers_named_like_parameters():
 
     tx = optax_ev3.ev3({"adam": optax.adam(0.1), "w": optax.adam(0.2)}, score)
     params = init(3)
-    state = tx.init(params)
-    for _ in range(3):
-        grads = jax.tree.map(lambda p: p - 1, params)
-        updates, state = tx.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+    state = filled(jax.eval_shape(tx.init, params))
     new, grown = grow(tx, state, params, init(5))
     assert_corners(grown, state, tx.init(new))
 
@@ -530,11 +533,7 @@ def test_a_new_array_named_like_an_explorer():
     )
     tx = optax_ev3.ev3({"w": group}, score)
     params = {"b": jnp.zeros([2])}
-    state = tx.init(params)
-    for _ in range(3):
-        grads = jax.tree.map(lambda p: p - 1, params)
-        updates, state = tx.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+    state = filled(jax.eval_shape(tx.init, params))
     fresh = {"b": jnp.zeros([2]), "w": jnp.zeros([3]), "learning_rate": jnp.ones([3])}
     new, grown = grow(tx, state, params, fresh)
     assert_corners(grown, state, tx.init(new))
@@ -545,10 +544,8 @@ def test_one_array_as_parameters():
         return -jnp.square(w - 1).sum()[None]
 
     tx = optax_ev3.ev3([optax.adam(0.1)], score)
-    w = jnp.zeros([2])
-    state = tx.init(w)
-    updates, state = tx.update(w - 1, state, w)
-    w = optax.apply_updates(w, updates)
+    w = jnp.array([0.5, 0.25])
+    state = filled(jax.eval_shape(tx.init, w))
     new, grown = grow(tx, state, w, jnp.full([3], 7.0))
     np.testing.assert_array_equal(new, [*np.asarray(w), 7])
     assert_corners(grown, state, tx.init(new))
@@ -563,7 +560,9 @@ def test_from_numpy_and_back():
     restored = flax.serialization.from_bytes(tuple(grown), saved)
     restored = jax.tree.map(jnp.asarray, restored)
     assert_identical(restored, tuple(grown))
-    assert_identical(train(tx, *grown[:1], 6, grown[1]), train(tx, restored[0], 6, restored[1]))
+    assert_identical(
+        train(tx, *grown[:1], 6, grown[1]), train(tx, restored[0], 6, restored[1])
+    )
 
 
 def test_log(caplog):
@@ -698,25 +697,300 @@ def test_models_of_ones_own(name):
         total += grad.size
         assert (grad != 0).mean() > 0.99, path
     assert total > 50
-    assert_corners(
-        flat_layers(grown.state[0].mu), *_moments(params, state, grown.params, how)
-    )
+    # Adam's moments, by hand.
+    before, after = (flat(s[0].mu) for s in (state, grown.state))
+    for path, array in after.items():
+        old = before.get(path, np.zeros([0] * array.ndim))
+        kept = [*map(range, old.shape)]
+        if name == "flattened" and "head" in path and array.ndim == 2:
+            kept[0] = _flattened(3, 5, 16)
+        expected = by_hand(old, np.zeros(array.shape, np.float32), kept, ())
+        np.testing.assert_array_equal(array, expected, err_msg=path)
 
 
-def flat_layers(tree):
+# Bad input.
+
+
+def _tree(**arrays):
+    """Arrays of ones by name, ``__`` for ``/``, of these shapes."""
+    tree = {}
+    for name, shape in arrays.items():
+        *where, last = name.split("__")
+        node = tree
+        for part in where:
+            node = node.setdefault(part, {})
+        node[last] = np.ones(shape, np.float32)
     return tree
 
 
-def _moments(params, state, larger, how):
-    """Adam's first moments before growth, and zeros like those after it."""
-    before = dict(flat(state[0].mu))
-    after = {k: np.zeros_like(v) for k, v in flat(larger).items()}
-    raise NotImplementedError
+_ONE = _tree(a__kernel=(2, 3), a__bias=(3,))
+_TWO = _tree(a__kernel=(2, 3), a__bias=(3,), b__kernel=(3, 3), b__bias=(3,))
+_WIDE = _tree(a__kernel=(2, 5), a__bias=(5,))
+
+# By name: the old arrays, the new ones, how, and what the error says.
+DOES_NOT_FIT = {
+    "smaller": (_WIDE, _ONE, {}, ["(2, 5)", "a/kernel", "(2, 3)", "none of them sho"]),
+    "other rank": (
+        _tree(w=(2, 3)),
+        _tree(w=(6,)),
+        {},
+        ["shape (2, 3) into w", "(6,)", "as many axes"],
+    ),
+    "narrower head": (
+        _tree(head__kernel=(4, 10)),
+        _tree(head__kernel=(8, 9)),
+        {},
+        ["(4, 10)", "head/kernel", "(8, 9)"],
+    ),
+    "lost": (_TWO, _ONE, {}, ["lose b/", "rename"]),
+    "lost many": (
+        _tree(a=(1,), b=(1,), c=(1,), d=(1,), e=(1,)),
+        _tree(a=(1,)),
+        {},
+        ["lose b, c, d and 1 more"],
+    ),
+    "rename from nowhere": (
+        _ONE,
+        _TWO,
+        {"rename": {"c": "a"}},
+        ["rename has 'c'", "large model"],
+    ),
+    "rename to nowhere": (
+        _ONE,
+        _TWO,
+        {"rename": {"b": "c"}},
+        ["rename has 'c'", "small model"],
+    ),
+    "rename half a name": (
+        _tree(hidden=(1,)),
+        _tree(hidden=(1,)),
+        {"rename": {"hid": "hidden"}},
+        ["rename has 'hid'"],
+    ),
+    "rename two to one": (
+        _tree(a=(1,)),
+        _tree(b=(1,), c=(1,)),
+        {"rename": {"b": "a", "c": "a"}},
+        ["a of the small model", "both b and c"],
+    ),
+    "rename loses": (
+        _tree(a=(1,), b=(1,)),
+        _tree(a=(1,), b=(1,)),
+        {"rename": {"a": "b"}},
+        ["lose a"],
+    ),
+    **{
+        f"nothing matches {name}": (
+            _ONE,
+            _TWO,
+            {name: value},
+            ["no array of the large model matches 'c", "a/bias, a/kernel, b/bias and"],
+        )
+        for name, value in {
+            "identity": ["c"],
+            "zero": ["c"],
+            "inputs": {"c": (0,)},
+            "positions": {"c": {0: [0]}},
+        }.items()
+    },
+    "identity of other sizes": (
+        _ONE,
+        _tree(a__kernel=(2, 3), a__bias=(3,), b__kernel=(3, 4), b__bias=(4,)),
+        {"identity": ["b"]},
+        ["b/kernel cannot start as the identity", "(3, 4)"],
+    ),
+    "identity of old": (
+        _ONE,
+        _TWO,
+        {"identity": ["a"]},
+        ["a/bias is to start as identity, but it is not new"],
+    ),
+    "zero of old": (
+        _ONE,
+        _TWO,
+        {"zero": ["*kernel"]},
+        ["a/kernel is to start as zero, but it is not new"],
+    ),
+    "no such axis of inputs": (
+        _ONE,
+        _WIDE,
+        {"inputs": {"*kernel": (2,)}},
+        ["inputs: a/kernel has 2 axes, there is no axis 2"],
+    ),
+    "no such axis of positions": (
+        _ONE,
+        _WIDE,
+        {"positions": {"*kernel": {-3: [0]}}},
+        ["positions: a/kernel has 2 axes, there is no axis -3"],
+    ),
+    "too few positions": (
+        _ONE,
+        _WIDE,
+        {"positions": {"*kernel": {1: [0, 1]}}},
+        ["along axis 1 of a/kernel", "3 integers from 0 to 4", "[0 1]"],
+    ),
+    "positions that don't increase": (
+        _ONE,
+        _WIDE,
+        {"positions": {"*kernel": {1: [0, 2, 2]}}},
+        ["along axis 1 of a/kernel must increase, got [0 2 2]"],
+    ),
+    "unsorted positions": (
+        _ONE,
+        _WIDE,
+        {"positions": {"*kernel": {1: [0, 4, 2]}}},
+        ["must increase, got [0 4 2]"],
+    ),
+    "positions out of range": (
+        _ONE,
+        _WIDE,
+        {"positions": {"*kernel": {-1: [0, 1, 5]}}},
+        ["3 integers from 0 to 4", "[0 1 5]"],
+    ),
+    "negative positions": (
+        _ONE,
+        _WIDE,
+        {"positions": {"*kernel": {-1: [-1, 1, 2]}}},
+        ["3 integers from 0 to 4", "[-1  1  2]"],
+    ),
+    "fractional positions": (
+        _ONE,
+        _WIDE,
+        {"positions": {"*kernel": {1: [0.0, 1.0, 2.0]}}},
+        ["3 integers from 0 to 4"],
+    ),
+    "positions of what is new": (
+        _ONE,
+        _TWO,
+        {"positions": {"b/kernel": {1: [0, 1, 2]}}},
+        ["positions: the small model has nothing that becomes b/kernel"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DOES_NOT_FIT)
+def test_what_does_not_fit(name):
+    old, fresh, how, parts = DOES_NOT_FIT[name]
+    with says(ValueError, *parts):
+        transplant(old, fresh, Growth(**how))
+    tx = optax.adam(0.1)
+    state = filled(jax.eval_shape(tx.init, old))
+    before = jax.tree.map(np.array, (state, old, fresh))
+    with says(ValueError, *parts):
+        grow(tx, state, old, fresh, Growth(**how))
+    assert_identical(jax.tree.map(np.array, (state, old, fresh)), before)
+
+
+@pytest.mark.parametrize(
+    ("how", "parts"),
+    [
+        ({"rename": ["a"]}, ["rename must be a mapping", "list"]),
+        ({"rename": {"a": 1}}, ["rename", "1"]),
+        ({"inputs": (0,)}, ["inputs must be a mapping", "tuple"]),
+        ({"inputs": {"a": 0}}, ["inputs", "'a'", "0"]),
+        ({"inputs": {"a": "0"}}, ["inputs", "'a'", "'0'"]),
+        ({"positions": [0]}, ["positions must be a mapping", "list"]),
+        ({"positions": {"a": [0]}}, ["positions", "'a'", "[0]"]),
+        ({"identity": "a"}, ["identity must be a list of patterns", "'a'"]),
+        ({"identity": [1]}, ["identity must be a list of patterns", "[1]"]),
+        ({"zero": "a"}, ["zero must be a list of patterns", "'a'"]),
+        ({"zero": 1}, ["zero must be a list of patterns", "1"]),
+    ],
+)
+def test_growth_of_wrong_kinds(how, parts):
+    with says(TypeError, *parts):
+        Growth(**how)
+
+
+def test_axes_are_integers():
+    with says(TypeError, "an axis in inputs", "'0'"):
+        transplant(_ONE, _WIDE, Growth(inputs={"*": ["0"]}))
+    with says(TypeError, "an axis in positions", "0.5"):
+        transplant(_ONE, _WIDE, Growth(positions={"*kernel": {0.5: [0]}}))
+
+
+def test_growth_is_no_mapping():
+    tx, old = optax.sgd(0.1), {"a": jnp.ones(2)}
+    with says(TypeError, "growth must be a Growth, got dict"):
+        grow(tx, tx.init(old), old, old, {"a": "a"})
+    with says(TypeError, "growth must be a Growth, got str"):
+        transplant(old, old, "a")
+
+
+_OTHERS = {
+    "names": (lambda: ev3({"adam": optax.adam(0.1), "rms": optax.rmsprop(0.1)})),
+    "fewer": lambda: ev3({"adam": optax.adam(0.1)}),
+    "more": lambda: ev3({**_two(), "more": optax.sgd(0.1)}),
+    "optimizers": lambda: ev3({"adam": optax.sgd(0.1), "sgd": optax.sgd(0.1)}),
+    "without momentum": lambda: ev3({**_two(), "sgd": optax.sgd(0.05)}),
+    "history_length": lambda: ev3(history_length=8),
+    "rule": lambda: ev3(adapt=adapt.greedy()),
+    "trajectories": lambda: _long(),
+    "no ev3": lambda: optax.adam(0.1),
+    "chain": lambda: optax.chain(ev3(), optax.identity()),
+}
+
+
+@pytest.mark.parametrize("name", _OTHERS)
+def test_other_transformations(name):
+    tx, params = ev3(), network((4, 4))
+    state = filled(jax.eval_shape(tx.init, params))
+    with says(ValueError, "the same explorers and settings", "expected"):
+        grow(_OTHERS[name](), state, params, *larger())
+
+
+def test_outputs_to_check():
+    tx, params = optax.sgd(0.1), network((4, 4))
+    state, fresh = tx.init(params), network((4, 4, 4), 1)
+    how = Growth(identity=["hidden_3"])
+    for check in (apply, (apply,), (apply, apply, apply), (apply, None), "ab"):
+        with says(TypeError, "check must be two functions"):
+            grow(tx, state, params, fresh, how, check=check)
+    other = {
+        "shapes": lambda p: apply(p)[:5],
+        "structure": lambda p: {"logits": apply(p)},
+    }
+    for large in other.values():
+        with says(ValueError, "same structure and shapes", "(32, 2)"):
+            grow(tx, state, params, fresh, how, check=(apply, large))
+
+    def wrong(params):
+        raise TypeError("of the function itself")
+
+    with says(TypeError, "of the function itself"):
+        grow(tx, state, params, fresh, how, check=(apply, wrong))
+
+
+def test_outputs_that_change():
+    tx, params = optax.sgd(0.1), network((4, 4))
+    state, fresh = tx.init(params), network((4, 4, 4), 1)
+    with says(ValueError, "would change the outputs by", "tolerance 1.0e-05"):
+        grow(tx, state, params, fresh, check=(apply, apply))
+    grow(tx, state, params, fresh, check=(apply, apply), tolerance=100.0)
+    how = Growth(identity=["hidden_3"])
+
+    def off(by):
+        return lambda p: apply(p) + by * jnp.abs(apply(p)).max()
+
+    grow(tx, state, params, fresh, how, check=(apply, off(5e-6)))
+    with says(ValueError, "would change the outputs by 2.0e-05"):
+        grow(tx, state, params, fresh, how, check=(apply, off(2e-5)))
+    for bad in (jnp.nan, jnp.inf):
+        with says(ValueError, "would change the outputs"):
+            grow(tx, state, params, fresh, how, check=(apply, off(bad)))
+        with says(ValueError, "would change the outputs"):
+            grow(tx, state, params, fresh, how, check=(off(bad), apply))
+    # Where all outputs are zero, the difference itself counts.
+    nothing = lambda p: 0 * apply(p)
+    grow(tx, state, params, fresh, how, check=(nothing, nothing))
+    with says(ValueError, "would change the outputs"):
+        grow(tx, state, params, fresh, how, check=(nothing, apply))
 
 
 # In training.
 
 
+@pytest.mark.slow
 def test_digits_with_growth():
     from sklearn import datasets
 
@@ -775,9 +1049,7 @@ def test_digits_with_growth():
             widths, how = (16, 16), Growth(identity=["hidden_2"])
         check = [lambda p: apply(p, parts[2][0])] * 2
         grown += 1
-        params, state = grow(
-            tx, state, params, init(widths, grown), how, check=check
-        )
+        params, state = grow(tx, state, params, init(widths, grown), how, check=check)
         assert not optax_ev3.should_grow(state, 1)
     assert grown == 2
     assert tests[1] < 0.8 * tests[0]

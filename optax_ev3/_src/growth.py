@@ -108,18 +108,24 @@ def grow(
 def take_along(plan: Mapping[Any, Place], state: Any, fresh: Any) -> Any:
     """The state of the large model's transformation, from one newly made for it."""
     leaves = dict(leaves_with_path(state))
-    owners = _owners(plan, [path for path, _ in leaves_with_path(fresh)])
+    owners = _owners(plan, [path for path, _ in leaves_with_path(fresh)], leaves)
+    used = set()
+
+    def find(path):
+        used.add(path)
+        return leaves.get(path)
 
     def take(path, new):
-        if [*map(placement.key_name, path)][-2:] == ["record", "since"]:
-            return jnp.zeros_like(new)  # Rounds without progress count anew.
+        if f"/{placement.path_name(path)}".endswith("/record/since"):
+            # Rounds without progress count anew.
+            return jnp.zeros_like(_same(path, find(path), new))
         suffix = owners.get(path)
         if suffix is None:
-            return _same(path, leaves.get(path), new)
+            return _same(path, find(path), new)
         place = plan[suffix]
         if place.old is None:
             return new
-        old = leaves.get((*path[: len(path) - len(suffix)], *place.old))
+        old = find((*path[: len(path) - len(suffix)], *place.old))
         if old is None:
             return new
         lead = old.shape[: max(0, old.ndim - len(place.shapes[0]))]
@@ -127,17 +133,31 @@ def take_along(plan: Mapping[Any, Place], state: Any, fresh: Any) -> Any:
             return place.put(old, new)
         return old if old.shape == new.shape else new
 
-    return tree_map_with_path(take, fresh)
+    # Copies, so that all can be donated.
+    grown = tree_map_with_path(
+        lambda path, new: jnp.array(take(path, new), new.dtype), fresh
+    )
+    for path in leaves.keys() - used:
+        _same(path, leaves[path], None)
+    return grown
 
 
-def _owners(plan: Mapping[Any, Place], paths: Sequence[Any]) -> dict[Any, Any]:
+def _owners(
+    plan: Mapping[Any, Place], paths: Sequence[Any], before: Mapping[Any, Any]
+) -> dict[Any, Any]:
     """By path in the state, the path of the parameter that an array is like.
 
-    Where several fit, it is the one that belongs to the most complete copy of the
-    parameters' tree: explorers may be called as parameters are.
+    Explorers and their numbers may be called as parameters are. So where several fit,
+    it is the one that belongs to the most complete copy of the parameters' tree; and
+    what was in the state ``before`` is like no parameter that is new.
     """
+    known = {place.old for place in plan.values()}
     fits = {
-        path: [path[i:] for i in range(len(path) + 1) if path[i:] in plan]
+        path: [
+            path[i:]
+            for i in range(len(path) + 1)
+            if path[i:] in plan and (path[i:] in known or path not in before)
+        ]
         for path in paths
     }
     complete = collections.Counter(
@@ -152,36 +172,36 @@ def _owners(plan: Mapping[Any, Place], paths: Sequence[Any]) -> dict[Any, Any]:
 
 def _same(path: Any, old: Any, new: Any) -> Any:
     """What is like no parameter goes on as it was."""
-    if old is None or old.shape != new.shape or old.dtype != new.dtype:
-        found = "nothing" if old is None else f"{old.dtype}{list(old.shape)}"
+    found, expected = (
+        "nothing" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
+        for leaf in (old, new)
+    )
+    if found != expected:
         raise ValueError(
             f"the state does not fit the larger model's transformation, which needs "
             f"the same explorers and settings: at {placement.path_name(path)} it has "
-            f"{found}, expected {new.dtype}{list(new.shape)}."
+            f"{found}, expected {expected}."
         )
     return old
 
 
 def _checked(check: Any, params: Any, larger: Any, tolerance: float) -> float:
     """How far the outputs are apart; raises if too far."""
-    try:
-        small, large = check
-        before, after = small(params), large(larger)
-    except TypeError as error:
-        if not isinstance(check, Sequence) or not all(map(callable, check)):
-            raise TypeError(
-                "check must be two functions of parameters, the smaller and the larger "
-                f"model's, got {check!r}."
-            ) from error
-        raise
+    pair = isinstance(check, Sequence) and len(check) == 2
+    if not pair or not all(map(callable, check)):
+        raise TypeError(
+            f"check must be two functions of parameters, the smaller and the larger "
+            f"model's, got {check!r}."
+        )
+    before, after = check[0](params), check[1](larger)
     kinds = [
-        [(jax.tree.structure(tree)), *map(jnp.shape, jax.tree.leaves(tree))]
+        f"{[*map(np.shape, jax.tree.leaves(tree))]} in {jax.tree.structure(tree)}"
         for tree in (before, after)
     ]
     if kinds[0] != kinds[1]:
         raise ValueError(
             f"the outputs to check must have the same structure and shapes, got "
-            f"{kinds[0][1:]} before and {kinds[1][1:]} after growth."
+            f"{kinds[0]} before and {kinds[1]} after growth."
         )
     worst = 0.0
     for one, other in zip(*map(jax.tree.leaves, (before, after)), strict=True):

@@ -81,13 +81,22 @@ class Growth:
     )
 
     def __post_init__(self):
-        for name in ("rename", "inputs", "positions"):
-            if not isinstance(getattr(self, name), Mapping):
-                found = type(getattr(self, name)).__name__
+        kinds = {"rename": str, "inputs": Sequence, "positions": Mapping}
+        for name, kind in kinds.items():
+            given = getattr(self, name)
+            if not isinstance(given, Mapping):
+                found = type(given).__name__
                 raise TypeError(f"{name} must be a mapping, got {found}.")
+            for key, value in given.items():
+                fits = isinstance(value, kind)
+                if not fits or isinstance(value, str) != (name == "rename"):
+                    raise TypeError(
+                        f"{name} maps {key!r} to {value!r}, expected a {kind.__name__}."
+                    )
         for name in ("identity", "zero"):
             given = getattr(self, name)
-            if isinstance(given, str) or not all(isinstance(x, str) for x in given):
+            patterns = isinstance(given, Iterable) and not isinstance(given, str)
+            if not patterns or not all(isinstance(x, str) for x in given):
                 raise TypeError(f"{name} must be a list of patterns, got {given!r}.")
 
 
@@ -139,13 +148,13 @@ class Place(NamedTuple):
     def put(self, old: Any, into: Any) -> jax.Array:
         """``into`` with the old entries; both may have more axes in front."""
         if self.positions is None:
-            return jnp.asarray(old, into.dtype)
+            return jnp.array(old, into.dtype)
         where = (..., *np.ix_(*self.positions))
         return jnp.asarray(into).at[where].set(jnp.asarray(old, into.dtype))
 
     def begin(self, fresh: Any) -> jax.Array:
         """The large model's array before the old entries come in."""
-        fresh = jnp.asarray(fresh)
+        fresh = jnp.array(fresh, jnp.result_type(fresh))
         if self.start == "zero" or (self.start == "identity" and fresh.ndim < 2):
             return jnp.zeros_like(fresh)
         if self.start == "identity":
@@ -317,16 +326,13 @@ def _axis(axis, count, name, role):
 
 
 def apply(plan: Mapping[Any, Place], old: Any, fresh: Any) -> Any:
-    """The parameters of the large model."""
+    """The parameters of the large model, in buffers of their own."""
     leaves = dict(leaves_with_path(old))
 
     def make(path, leaf):
         place = plan[path]
-        if place.old is None:
-            return place.begin(leaf)
-        if place.positions is None:
-            return leaves[place.old]
-        return place.put(leaves[place.old], place.begin(leaf))
+        begun = place.begin(leaf)
+        return begun if place.old is None else place.put(leaves[place.old], begun)
 
     return tree_map_with_path(make, fresh)
 
