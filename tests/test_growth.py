@@ -729,7 +729,7 @@ _WIDE = _tree(a__kernel=(2, 5), a__bias=(5,))
 
 # By name: the old arrays, the new ones, how, and what the error says.
 DOES_NOT_FIT = {
-    "smaller": (_WIDE, _ONE, {}, ["(2, 5)", "a/kernel", "(2, 3)", "none of them sho"]),
+    "smaller": (_WIDE, _ONE, {}, ["(5,)", "a/bias", "(3,)", "none of them shorter"]),
     "other rank": (
         _tree(w=(2, 3)),
         _tree(w=(6,)),

@@ -207,8 +207,9 @@ def _checked(check: Any, params: Any, larger: Any, tolerance: float) -> float:
     for one, other in zip(*map(jax.tree.leaves, (before, after)), strict=True):
         one, other = (np.asarray(x, np.float64) for x in (one, other))
         largest = np.abs(one).max(initial=0)
-        apart = np.abs(one - other).max(initial=0)
-        worst = max(worst, float(apart / largest if largest else apart), key=_nan_last)
+        with np.errstate(invalid="ignore"):
+            apart = np.abs(one - other).max(initial=0) / (largest or 1)
+        worst = max(worst, float(apart), key=_nan_last)
     if not worst <= tolerance:
         raise ValueError(
             f"growth would change the outputs by {worst:.1e} of the largest, more than "

@@ -213,7 +213,9 @@ def _old_place(name, shape, path, leaf, growth) -> Place:
             f"{name} is to start as {start}, but it is not new: the small model has it "
             f"as {path_name(path)}."
         )
-    inputs = _matching(name, {**growth.inputs, _KERNELS: range(len(shape) - 1)})
+    inputs = _matching(name, growth.inputs)
+    if inputs is None and fnmatch.fnmatchcase(name, _KERNELS):
+        inputs = range(len(shape) - 1)
     where = _matching(name, growth.positions) or {}
     return Place(
         path,

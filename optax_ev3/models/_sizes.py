@@ -29,6 +29,13 @@ def wider(size: int, factor: int) -> int:
     return size * checks.integer(factor, "factor", 2)
 
 
+def hidden(features: Sequence[int]) -> Sequence[int]:
+    """Widths of hidden layers; raises if there are none."""
+    if not features:
+        raise ValueError("an MLP without hidden layers cannot grow.")
+    return features
+
+
 def block_names(blocks: Sequence[int]) -> dict[str, tuple[int, int]]:
     """By name of the block, the number of its stage and its own there, from 1."""
     return {

@@ -56,9 +56,7 @@ class MLP(nn.Module):
         Raises:
           ValueError: If there is no hidden layer yet: inputs may be negative.
         """
-        if not self.features:
-            raise ValueError("an MLP without hidden layers cannot be deepened.")
-        features = (*self.features, self.features[-1])
+        features = (*_sizes.hidden(self.features), self.features[-1])
         growth = Growth(identity=[f"*hidden_{len(features)}"])
         return self.clone(features=features), growth
 
@@ -68,7 +66,9 @@ class MLP(nn.Module):
         Args:
           factor: How many times, at least 2.
         """
-        features = tuple(_sizes.wider(width, factor) for width in self.features)
+        features = tuple(
+            _sizes.wider(width, factor) for width in _sizes.hidden(self.features)
+        )
         return self.clone(features=features), Growth()
 
 

@@ -63,9 +63,7 @@ class MLP(nnx.Module):
         Raises:
           ValueError: If there is no hidden layer yet: inputs may be negative.
         """
-        if not self.features:
-            raise ValueError("an MLP without hidden layers cannot be deepened.")
-        features = (*self.features, self.features[-1])
+        features = (*_sizes.hidden(self.features), self.features[-1])
         growth = Growth(identity=[f"hidden_{len(features)}"])
         return MLP(self.inputs, features, self.classes, rngs=rngs), growth
 
@@ -76,7 +74,9 @@ class MLP(nnx.Module):
           factor: How many times, at least 2.
           rngs: For the new model's parameters.
         """
-        features = [_sizes.wider(width, factor) for width in self.features]
+        features = [
+            _sizes.wider(width, factor) for width in _sizes.hidden(self.features)
+        ]
         return MLP(self.inputs, features, self.classes, rngs=rngs), Growth()
 
 
