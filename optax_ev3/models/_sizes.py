@@ -6,13 +6,6 @@ from optax_ev3._src import checks
 from optax_ev3._src.placement import Growth
 
 
-def several(sizes: Sequence[int], name: str) -> tuple[int, ...]:
-    """At least one positive integer."""
-    if not isinstance(sizes, Sequence) or isinstance(sizes, str) or not sizes:
-        raise TypeError(f"{name} must be a sequence of integers, got {sizes!r}.")
-    return tuple(checks.integer(size, f"each of {name}", 1) for size in sizes)
-
-
 def deeper(blocks: Sequence[int], stage: int | None, count: int) -> tuple[int, ...]:
     """The blocks of each stage with ``count`` more in one stage, or in all."""
     count = checks.integer(count, "count", 1)

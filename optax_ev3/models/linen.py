@@ -65,6 +65,9 @@ class MLP(nn.Module):
 
         Args:
           factor: How many times, at least 2.
+
+        Raises:
+          ValueError: If there is no hidden layer, or ``factor`` is below 2.
         """
         features = tuple(
             _sizes.wider(width, factor) for width in _sizes.hidden(self.features)

@@ -73,6 +73,9 @@ class MLP(nnx.Module):
         Args:
           factor: How many times, at least 2.
           rngs: For the new model's parameters.
+
+        Raises:
+          ValueError: If there is no hidden layer, or ``factor`` is below 2.
         """
         features = [
             _sizes.wider(width, factor) for width in _sizes.hidden(self.features)
