@@ -1,6 +1,7 @@
 """Growth: against NumPy by hand, in training, and bad input."""
 
 import functools
+import inspect
 import itertools
 import logging
 
@@ -266,6 +267,15 @@ def test_takes_the_dtypes_of_the_large_model():
     assert_same_types(transplant(weak, jax.tree.map(lambda x: x, fresh)), fresh)
 
 
+def test_more_classes():
+    old = network((4, 4))
+    fresh = network((4, 4), 1)
+    fresh["head"] = {"kernel": jnp.full([4, 3], 7.0), "bias": jnp.full([3], 8.0)}
+    new = transplant(old, fresh)
+    np.testing.assert_array_equal(apply(new)[:, :2], apply(old))
+    np.testing.assert_array_equal(new["head"]["kernel"][:, 2], np.full(4, 7))
+
+
 # What is taken along.
 
 
@@ -522,6 +532,19 @@ def test_explorers_named_like_parameters():
     state = filled(jax.eval_shape(tx.init, params))
     new, grown = grow(tx, state, params, init(5))
     assert_corners(grown, state, tx.init(new))
+
+
+def test_typed_keys_go_on():
+    names = inspect.signature(optax.add_noise).parameters
+    key = {"key": jax.random.key(3)} if "key" in names else {"seed": 3}
+    tx = optax.chain(optax.add_noise(0.1, 0.5, **key), optax.sgd(0.1, momentum=0.9))
+    params, state = train(tx, network((4, 4)))
+    grown = grow(tx, state, params, *larger())
+    old, new = (s[0].rng_key for s in (state, grown.state))
+    if jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
+        old, new = map(jax.random.key_data, (old, new))
+    np.testing.assert_array_equal(old, new)
+    assert_finite(train(tx, grown.params, 1, grown.state)[0])
 
 
 def test_a_new_array_named_like_an_explorer():

@@ -137,8 +137,9 @@ def take_along(plan: Mapping[Any, Place], state: Any, fresh: Any) -> Any:
     grown = tree_map_with_path(
         lambda path, new: jnp.array(take(path, new), new.dtype), fresh
     )
-    for path in leaves.keys() - used:
-        _same(path, leaves[path], None)
+    for path, leaf in leaves.items():
+        if path not in used:
+            _same(path, leaf, None)  # Raises: it would be lost.
     return grown
 
 

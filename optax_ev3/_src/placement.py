@@ -52,7 +52,8 @@ class Growth:
         or where these have several axes of outputs, as attention's. The first pattern
         that matches counts.
       positions: From patterns to a mapping from axes to where the old entries are along
-        them, as many increasing integers as there are old entries.
+        them, as many increasing integers as there are old entries. The first pattern
+        that matches counts here, too.
 
     Raises:
       TypeError: If an attribute is of the wrong kind.
