@@ -1,6 +1,6 @@
 """EV3 (explore, assess, adapt) as one optax gradient transformation."""
 
-from optax_ev3 import adapt, combine, evidence, growth, metrics
+from optax_ev3 import adapt, combine, distillation, evidence, growth, metrics
 from optax_ev3._src.assess import in_chunks
 from optax_ev3._src.composer import EV3State, ExplorerState, ev3
 from optax_ev3._src.evolve import evolve, found_schedule, log_uniform, uniform
@@ -19,6 +19,7 @@ __all__ = [
     "adapt",
     "combine",
     "credit",
+    "distillation",
     "ev3",
     "evidence",
     "evolve",
