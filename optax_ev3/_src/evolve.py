@@ -5,7 +5,6 @@ Dimensions: ``G`` members of a group.
 
 import math
 from collections.abc import Callable, Mapping
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +16,9 @@ from optax_ev3._src import checks, evidence, explore, record, trees
 
 # Of a step, as a share of the range: at the start, at the least, at the most.
 _FIRST, _LEAST, _MOST = 0.15, 0.005, 0.25
+# By factors: how far members of the first round are apart, and the most of a step. Both
+# in powers of 10, since what does harm does not depend on the range.
+_APART, _FARTHEST = 0.75, 0.5
 _LATELY = 0.3  # what the last round weighs in the path
 _NOISE = 0.4  # standard deviation of a step, in spreads, where all are equally good
 _CHANGE = 0.3  # the most by which the logarithm of a spread changes in a round
@@ -48,8 +50,30 @@ class Range(NamedTuple):
         return (value - self.low) / (self.high - self.low)
 
     @property
+    def most(self) -> float:
+        """The most of a step, as a share of the range."""
+        return min(_MOST, self._decades(_FARTHEST)) if self.logarithmic else _MOST
+
+    @property
     def _factors(self) -> float:
         return math.log(self.high) - math.log(self.low)
+
+    def _decades(self, count: float) -> float:
+        return count * math.log(10) / self._factors
+
+    def first(self, size: int) -> np.ndarray:
+        """Where the members begin, as places ``[size]``."""
+        quantiles = (np.arange(size) + 0.5) / size
+        if self.start is None:
+            return quantiles
+        start = self.place(self.start, np)
+        if not self.logarithmic:
+            return _reflected(start + 2 * _MOST * (quantiles - 0.5), np)
+        # From the start downwards: rates that are too large lower the loss at first,
+        # and do lasting harm; those that are too small only lose time. Where there is
+        # little room below, a part of the range.
+        span = min(self._decades(_APART) * (size - 1), max(start, _MOST))
+        return max(start - span, 0) + np.linspace(0, span, size)
 
     def value(self, place: Any, xp: Any = jnp) -> Any:
         """The value at a place, brought into the bounds: float32."""
@@ -204,16 +228,11 @@ def evolve(
                 f"optax_ev3.log_uniform(1e-5, 1.0), got {one!r}."
             )
     size = checks.integer(population, "population", 2)
-    # Spread over the range, or widely around the start, which may be far off: the first
-    # round does lasting harm where all rates are too large.
     # In NumPy, so that a group can be made under jit.
-    quantiles = (np.arange(size) + 0.5) / size
-    steps = _MOST * np.array([NormalDist().inv_cdf(q) for q in quantiles])
     grid = {}
     for number, (name, one) in enumerate(space.items()):
         order = np.random.default_rng(number).permutation(size) if number else ...
-        places = quantiles if one.start is None else one.place(one.start, np) + steps
-        grid[name] = tuple(one.value(places, np)[order].tolist())
+        grid[name] = tuple(one.value(one.first(size), np)[order].tolist())
     return explore.group(factory, grid, dict(space))
 
 
@@ -249,7 +268,10 @@ def init(one: explore.Explorer) -> Evolution | tuple[()]:
         return 0.5 if start is None else space[name].place(start, np)
 
     return Evolution(
-        each(lambda k: grid[k]), each(center), each(lambda _: _FIRST), each(lambda _: 0)
+        each(lambda k: grid[k]),
+        each(center),
+        each(lambda k: min(_FIRST, space[k].most)),
+        each(lambda _: 0),
     )
 
 
@@ -334,12 +356,12 @@ def move(
         path = (1 - _LATELY) * group.path[name]
         path += math.sqrt(_LATELY * (2 - _LATELY)) * step
         change = jnp.where(found, jnp.clip(path**2 - 1, -1, 1), 1) * _CHANGE
-        spread = jnp.clip(group.spread[name] * jnp.exp(change), _LEAST, _MOST)
+        # Rates that rise in small steps stop rising before they do harm.
+        most = jnp.where(found, one.most, _MOST)
+        spread = jnp.clip(group.spread[name] * jnp.exp(change), _LEAST, most)
         size = values.shape[0]
         places = center + spread * _mirrored(jax.random.fold_in(key, number), size)
-        # Reflected at the bounds, which else would collect what lies beyond.
-        places = 1 - jnp.abs(1 - jnp.abs(places))
-        values = jnp.where(stays & found, values, one.value(places))
+        values = jnp.where(stays & found, values, one.value(_reflected(places)))
         moved[name] = values, center, spread, path
     columns = zip(*moved.values(), strict=True)
     return Evolution(
@@ -348,6 +370,11 @@ def move(
             for column in columns
         )
     )
+
+
+def _reflected(places: Any, xp: Any = jnp) -> Any:
+    """Places, reflected at the bounds, which else would collect what lies beyond."""
+    return 1 - xp.abs(1 - xp.abs(places))
 
 
 def _mirrored(key: jax.Array, size: int) -> jax.Array:
