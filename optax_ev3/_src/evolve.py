@@ -263,13 +263,9 @@ def init(one: explore.Explorer) -> Evolution | tuple[()]:
     def each(fill):
         return {k: jnp.asarray(fill(k), jnp.float32) for k in space}
 
-    def center(name):
-        start = space[name].start
-        return 0.5 if start is None else space[name].place(start, np)
-
     return Evolution(
         each(lambda k: grid[k]),
-        each(center),
+        each(lambda k: space[k].first(one.size).mean()),
         each(lambda k: min(_FIRST, space[k].most)),
         each(lambda _: 0),
     )
@@ -353,9 +349,12 @@ def move(
         center = jnp.where(found, weights @ one.place(values), last)
         # Clipped, so that one long step does not count for many.
         step = jnp.clip((center - last) / group.spread[name], -1, 1) / _NOISE
-        path = (1 - _LATELY) * group.path[name]
-        path += math.sqrt(_LATELY * (2 - _LATELY)) * step
-        change = jnp.where(found, jnp.clip(path**2 - 1, -1, 1), 1) * _CHANGE
+        # Where few are drawn anew, that the center stays says little.
+        lately = _LATELY * jnp.where(found, 1 - stays.mean(), 1)
+        path = (1 - lately) * group.path[name]
+        path += jnp.sqrt(lately * (2 - lately)) * step
+        change = jnp.where(found, jnp.clip(path**2 - 1, -1, 1), 1)
+        change *= _CHANGE / _LATELY * lately
         # Rates that rise in small steps stop rising before they do harm.
         most = jnp.where(found, one.most, _MOST)
         spread = jnp.clip(group.spread[name] * jnp.exp(change), _LEAST, most)
