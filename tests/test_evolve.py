@@ -83,8 +83,9 @@ class TestMove:
         for name, own in zip(SPACE, places, strict=True):
             center = weights @ own
             step = np.clip((center - 0.4) / 0.1, -1, 1) / 0.4
-            path = 0.7 * 0.5 + np.sqrt(0.3 * 1.7) * step
-            spread = 0.1 * np.exp(0.3 * np.clip(path**2 - 1, -1, 1))
+            c = 0.3 * (1 - np.mean(stays))
+            path = (1 - c) * 0.5 + np.sqrt(c * (2 - c)) * step
+            spread = 0.1 * np.exp(c * np.clip(path**2 - 1, -1, 1))
             assert float(new.center[name]) == pytest.approx(center, abs=1e-4)
             assert float(new.path[name]) == pytest.approx(path, abs=1e-2)
             # Half a power of 10, of the four of the range, or a quarter.
@@ -115,6 +116,13 @@ class TestMove:
         new = _moved(SPACE, self.group(places), np.zeros(4, np.float32), [0] * 4)
         for center in new.center.values():
             assert float(center) == pytest.approx(0.4, abs=1e-5)
+
+    def test_where_nobody_is_drawn_anew_nothing_is_learnt_about_the_spread(self):
+        group = self.group(np.full((2, 4), 0.6))
+        new = _moved(SPACE, group, np.zeros(4, np.float32), [True] * 4)
+        for name in SPACE:
+            assert float(new.spread[name]) == pytest.approx(0.1)
+            assert float(new.path[name]) == pytest.approx(0.5)
 
     def test_without_a_finite_member_all_are_drawn_further_out(self):
         group = self.group(np.full((2, 4), 0.5))

@@ -19,9 +19,10 @@ _FIRST, _LEAST, _MOST = 0.15, 0.005, 0.25
 # By factors: how far members of the first round are apart, and the most of a step. Both
 # in powers of 10, since what does harm does not depend on the range.
 _APART, _FARTHEST = 0.75, 0.5
-_LATELY = 0.3  # what the last round weighs in the path
+# What the last round weighs in the path, where all members are drawn anew, and the most
+# by which the logarithm of a spread then changes.
+_LATELY = 0.3
 _NOISE = 0.4  # standard deviation of a step, in spreads, where all are equally good
-_CHANGE = 0.3  # the most by which the logarithm of a spread changes in a round
 
 
 class Range(NamedTuple):
@@ -165,20 +166,28 @@ def evolve(
     winner where it is shown to be one, and where all are alike around the middle.
     Scores are those of the main objective, where the rule takes several.
 
+    A :func:`optax_ev3.log_uniform` range with a start is searched from there downwards,
+    by powers of 10^0.75 as far as there is room, and steps of half a power of 10 are
+    the most: learning rates that are too large lower the loss at first, are adopted,
+    and do lasting harm, those that are too small only lose time. So the rate rises by
+    a warm-up of its own making, a few rounds for each power of 10.
+
     How far they are drawn follows from the history (cumulative step size adaptation):
     with :math:`\delta` the step of that mean in units of the spread :math:`\sigma`,
-    cut to 1 and divided by its standard deviation where all are equally good,
+    cut to 1 and divided by its standard deviation where all are equally good, and c
+    0.3 times the share of the members that are drawn anew,
 
     .. math:: p \leftarrow (1 - c) p + \sqrt{c (2 - c)}\, \delta, \qquad
-              \ln \sigma \leftarrow \ln \sigma + d \min(p^2 - 1, 1),
+              \ln \sigma \leftarrow \ln \sigma + c \min(p^2 - 1, 1),
 
     so that it grows while the mean moves on in one direction, and shrinks where it
     doesn't. Where no member is finite it grows, and all are drawn anew.
 
     The hyperparameters are part of the state: nothing is compiled again when they move.
-    Short rounds favour learning rates that are too small (Wu et al.); see
-    ``trajectory_length`` and ``trajectory_growth`` of :func:`optax_ev3.ev3`. With
-    ``restart_state="copy"`` inner states follow the winner, too.
+    Short rounds favour learning rates that are too small (Wu et al.), but at the very
+    beginning those that are too large; see ``trajectory_length``, ``trajectory_growth``
+    and ``restart="behind"`` of :func:`optax_ev3.ev3`. With ``restart_state="copy"``
+    inner states follow the winner, too.
 
     Args:
       factory: Makes an optax transformation from one number of each name, as
@@ -353,8 +362,7 @@ def move(
         lately = _LATELY * jnp.where(found, 1 - stays.mean(), 1)
         path = (1 - lately) * group.path[name]
         path += jnp.sqrt(lately * (2 - lately)) * step
-        change = jnp.where(found, jnp.clip(path**2 - 1, -1, 1), 1)
-        change *= _CHANGE / _LATELY * lately
+        change = jnp.where(found, jnp.clip(path**2 - 1, -1, 1), 1) * lately
         # Rates that rise in small steps stop rising before they do harm.
         most = jnp.where(found, one.most, _MOST)
         spread = jnp.clip(group.spread[name] * jnp.exp(change), _LEAST, most)
