@@ -52,7 +52,7 @@ class Range(NamedTuple):
 
     @property
     def most(self) -> float:
-        """The most of a step, as a share of the range."""
+        """The greatest spread of a step, as a share of the range."""
         return min(_MOST, self._decades(_FARTHEST)) if self.logarithmic else _MOST
 
     @property
@@ -167,10 +167,10 @@ def evolve(
     Scores are those of the main objective, where the rule takes several.
 
     A :func:`optax_ev3.log_uniform` range with a start is searched from there downwards,
-    by powers of 10^0.75 as far as there is room, and steps of half a power of 10 are
-    the most: learning rates that are too large lower the loss at first, are adopted,
-    and do lasting harm, those that are too small only lose time. So the rate rises by
-    a warm-up of its own making, a few rounds for each power of 10.
+    by powers of 10^0.75 as far as there is room, and there the standard deviation
+    :math:`\sigma` is at most half a power of 10: learning rates that are too large lower
+    the loss at first, are adopted, and do lasting harm, those that are too small only
+    lose time. So the rate rises in a warm-up, a few rounds for each power of 10.
 
     How far they are drawn follows from the history (cumulative step size adaptation):
     with :math:`\delta` the step of that mean in units of the spread :math:`\sigma`,
@@ -363,7 +363,7 @@ def move(
         path = (1 - lately) * group.path[name]
         path += jnp.sqrt(lately * (2 - lately)) * step
         change = jnp.where(found, jnp.clip(path**2 - 1, -1, 1), 1) * lately
-        # Rates that rise in small steps stop rising before they do harm.
+        # Rates that rise in small steps are stopped before they do much harm.
         most = jnp.where(found, one.most, _MOST)
         spread = jnp.clip(group.spread[name] * jnp.exp(change), _LEAST, most)
         size = values.shape[0]
