@@ -168,9 +168,9 @@ def evolve(
 
     A :func:`optax_ev3.log_uniform` range with a start is searched from there downwards,
     by powers of 10^0.75 as far as there is room, and there the standard deviation
-    :math:`\sigma` is at most half a power of 10: learning rates that are too large lower
-    the loss at first, are adopted, and do lasting harm, those that are too small only
-    lose time. So the rate rises in a warm-up, a few rounds for each power of 10.
+    :math:`\sigma` is at most half a power of 10: learning rates that are too large
+    lower the loss at first, are adopted, and do lasting harm, those that are too small
+    only lose time. So the rate rises in a warm-up, a few rounds for each power of 10.
 
     How far they are drawn follows from the history (cumulative step size adaptation):
     with :math:`\delta` the step of that mean in units of the spread :math:`\sigma`,
