@@ -76,7 +76,7 @@ SETTING = {
     "trajectory_growth": 1.1,
     "max_trajectory_length": 5 * LENGTH,
     "gradients": "own",
-    "restart": "significant",
+    "restart": "behind",
     "restart_state": "copy",
     "combine": [combine.trajectory_average()],
 }

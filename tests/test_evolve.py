@@ -83,11 +83,14 @@ class TestMove:
         for name, own in zip(SPACE, places, strict=True):
             center = weights @ own
             step = np.clip((center - 0.4) / 0.1, -1, 1) / 0.4
-            path = 0.7 * 0.5 + np.sqrt(0.3 * 1.7) * step
-            spread = 0.1 * np.exp(0.3 * np.clip(path**2 - 1, -1, 1))
+            c = 0.3 * (1 - np.mean(stays))
+            path = (1 - c) * 0.5 + np.sqrt(c * (2 - c)) * step
+            spread = 0.1 * np.exp(c * np.clip(path**2 - 1, -1, 1))
             assert float(new.center[name]) == pytest.approx(center, abs=1e-4)
             assert float(new.path[name]) == pytest.approx(path, abs=1e-2)
-            assert float(new.spread[name]) == pytest.approx(min(spread, 0.25), rel=2e-2)
+            # Half a power of 10, of the four of the range, or a quarter.
+            most = {"rate": 0.5 / 4, "momentum": 0.25}[name]
+            assert float(new.spread[name]) == pytest.approx(min(spread, most), rel=2e-2)
             low, high = SPACE[name].low, SPACE[name].high
             values = np.asarray(new.hyperparams[name])
             assert (np.float32(low) <= values).all() and (values <= high).all()
@@ -114,6 +117,13 @@ class TestMove:
         for center in new.center.values():
             assert float(center) == pytest.approx(0.4, abs=1e-5)
 
+    def test_where_nobody_is_drawn_anew_nothing_is_learnt_about_the_spread(self):
+        group = self.group(np.full((2, 4), 0.6))
+        new = _moved(SPACE, group, np.zeros(4, np.float32), [True] * 4)
+        for name in SPACE:
+            assert float(new.spread[name]) == pytest.approx(0.1)
+            assert float(new.path[name]) == pytest.approx(0.5)
+
     def test_without_a_finite_member_all_are_drawn_further_out(self):
         group = self.group(np.full((2, 4), 0.5))
         new = _moved(SPACE, group, np.full(4, -np.inf, np.float32), [True] * 4)
@@ -137,10 +147,17 @@ def _moved(space, group, z, stays, seed=0):
     return evolution.move(space, group, jnp.asarray(z), stays, jax.random.key(seed))
 
 
-def test_begins_around_the_start_or_all_over_the_range():
-    around = np.array(sgd(0.01).grid["learning_rate"])
-    assert around.min() < 0.01 < around.max() and len(set(around)) == 4
-    assert np.exp(np.log(around).mean()) == pytest.approx(0.01, rel=1e-4)
+def test_begins_at_the_start_and_below_or_all_over_the_range():
+    below = np.array(sgd(1.0, low=1e-6).grid["learning_rate"])
+    np.testing.assert_allclose(below, 10.0 ** (-0.75 * np.arange(4)[::-1]), rtol=1e-5)
+    # No room for that: down to the end of the range, or from there upwards.
+    below = np.array(sgd(0.01).grid["learning_rate"])
+    np.testing.assert_allclose(below, np.geomspace(1e-4, 0.01, 4), rtol=1e-5)
+    above = np.array(sgd(1e-4).grid["learning_rate"])
+    np.testing.assert_allclose(above, np.geomspace(1e-4, 1e-3, 4), rtol=1e-5)
+    space = {"learning_rate": uniform(0.0, 1.0, 0.5)}
+    around = np.array(evolve(optax.sgd, space).grid["learning_rate"])
+    np.testing.assert_allclose(around, 0.5 + 0.125 * np.array([-1.5, -0.5, 0.5, 1.5]))
     over = evolve(optax.sgd, {"learning_rate": log_uniform(1e-4, 1.0)}, 4)
     expected = 1e-4 ** (1 - (np.arange(4) + 0.5) / 4)
     np.testing.assert_allclose(over.grid["learning_rate"], expected, rtol=1e-5)

@@ -323,7 +323,7 @@ def test_history_and_summary_hold_what_is_released():
     assert past["significant"].any()
 
 
-@pytest.mark.parametrize("restart", ["always", "significant", "never"])
+@pytest.mark.parametrize("restart", ["always", "significant", "behind", "never"])
 @pytest.mark.parametrize("name", GUARDS)
 def test_with_trajectories(name, restart):
     tx = make(name, "confident", trajectory_length=2, restart=restart)

@@ -141,9 +141,11 @@ def ev3(
       restart: Which branches start the next round from the adopted parameters:
         ``"always"`` (all), ``"significant"`` (those shown to be worse by a paired test
         at three standard errors, by the main objective, and those that became
-        non-finite) or ``"never"``
-        (independent runs, the best one visible; where another candidate is adopted,
-        it stays visible for the next round).
+        non-finite), ``"behind"`` (the same, but compared with ``current``, where the
+        leader was a round ago: what is slow at first has time to catch up; for
+        :func:`optax_ev3.evolve`) or ``"never"`` (independent runs, the best one
+        visible; where another candidate is adopted, it stays visible for the next
+        round).
       restart_state: What becomes of the inner state of a branch that restarts from
         parameters that are not its own: ``"keep"`` (as the paper), ``"new"``, or
         ``"copy"`` (the winner's, where its structure is the same, else kept).

@@ -5,7 +5,6 @@ Dimensions: ``G`` members of a group.
 
 import math
 from collections.abc import Callable, Mapping
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import jax
@@ -17,9 +16,13 @@ from optax_ev3._src import checks, evidence, explore, record, trees
 
 # Of a step, as a share of the range: at the start, at the least, at the most.
 _FIRST, _LEAST, _MOST = 0.15, 0.005, 0.25
-_LATELY = 0.3  # what the last round weighs in the path
+# By factors: how far members of the first round are apart, and the most of a step. Both
+# in powers of 10, since what does harm does not depend on the range.
+_APART, _FARTHEST = 0.75, 0.5
+# What the last round weighs in the path, where all members are drawn anew, and the most
+# by which the logarithm of a spread then changes.
+_LATELY = 0.3
 _NOISE = 0.4  # standard deviation of a step, in spreads, where all are equally good
-_CHANGE = 0.3  # the most by which the logarithm of a spread changes in a round
 
 
 class Range(NamedTuple):
@@ -48,8 +51,30 @@ class Range(NamedTuple):
         return (value - self.low) / (self.high - self.low)
 
     @property
+    def most(self) -> float:
+        """The greatest spread of a step, as a share of the range."""
+        return min(_MOST, self._decades(_FARTHEST)) if self.logarithmic else _MOST
+
+    @property
     def _factors(self) -> float:
         return math.log(self.high) - math.log(self.low)
+
+    def _decades(self, count: float) -> float:
+        return count * math.log(10) / self._factors
+
+    def first(self, size: int) -> np.ndarray:
+        """Where the members begin, as places ``[size]``."""
+        quantiles = (np.arange(size) + 0.5) / size
+        if self.start is None:
+            return quantiles
+        start = self.place(self.start, np)
+        if not self.logarithmic:
+            return _reflected(start + 2 * _MOST * (quantiles - 0.5), np)
+        # From the start downwards: rates that are too large lower the loss at first,
+        # and do lasting harm; those that are too small only lose time. Where there is
+        # little room below, a part of the range.
+        span = min(self._decades(_APART) * (size - 1), max(start, _MOST))
+        return max(start - span, 0) + np.linspace(0, span, size)
 
     def value(self, place: Any, xp: Any = jnp) -> Any:
         """The value at a place, brought into the bounds: float32."""
@@ -141,20 +166,28 @@ def evolve(
     winner where it is shown to be one, and where all are alike around the middle.
     Scores are those of the main objective, where the rule takes several.
 
+    A :func:`optax_ev3.log_uniform` range with a start is searched from there downwards,
+    by powers of 10^0.75 as far as there is room, and there the standard deviation
+    :math:`\sigma` is at most half a power of 10: learning rates that are too large
+    lower the loss at first, are adopted, and do lasting harm, those that are too small
+    only lose time. So the rate rises in a warm-up, a few rounds for each power of 10.
+
     How far they are drawn follows from the history (cumulative step size adaptation):
     with :math:`\delta` the step of that mean in units of the spread :math:`\sigma`,
-    cut to 1 and divided by its standard deviation where all are equally good,
+    cut to 1 and divided by its standard deviation where all are equally good, and c
+    0.3 times the share of the members that are drawn anew,
 
     .. math:: p \leftarrow (1 - c) p + \sqrt{c (2 - c)}\, \delta, \qquad
-              \ln \sigma \leftarrow \ln \sigma + d \min(p^2 - 1, 1),
+              \ln \sigma \leftarrow \ln \sigma + c \min(p^2 - 1, 1),
 
     so that it grows while the mean moves on in one direction, and shrinks where it
     doesn't. Where no member is finite it grows, and all are drawn anew.
 
     The hyperparameters are part of the state: nothing is compiled again when they move.
-    Short rounds favour learning rates that are too small (Wu et al.); see
-    ``trajectory_length`` and ``trajectory_growth`` of :func:`optax_ev3.ev3`. With
-    ``restart_state="copy"`` inner states follow the winner, too.
+    Short rounds favour learning rates that are too small (Wu et al.), but at the very
+    beginning those that are too large; see ``trajectory_length``, ``trajectory_growth``
+    and ``restart="behind"`` of :func:`optax_ev3.ev3`. With ``restart_state="copy"``
+    inner states follow the winner, too.
 
     Args:
       factory: Makes an optax transformation from one number of each name, as
@@ -204,16 +237,11 @@ def evolve(
                 f"optax_ev3.log_uniform(1e-5, 1.0), got {one!r}."
             )
     size = checks.integer(population, "population", 2)
-    # Spread over the range, or widely around the start, which may be far off: the first
-    # round does lasting harm where all rates are too large.
     # In NumPy, so that a group can be made under jit.
-    quantiles = (np.arange(size) + 0.5) / size
-    steps = _MOST * np.array([NormalDist().inv_cdf(q) for q in quantiles])
     grid = {}
     for number, (name, one) in enumerate(space.items()):
         order = np.random.default_rng(number).permutation(size) if number else ...
-        places = quantiles if one.start is None else one.place(one.start, np) + steps
-        grid[name] = tuple(one.value(places, np)[order].tolist())
+        grid[name] = tuple(one.value(one.first(size), np)[order].tolist())
     return explore.group(factory, grid, dict(space))
 
 
@@ -244,12 +272,11 @@ def init(one: explore.Explorer) -> Evolution | tuple[()]:
     def each(fill):
         return {k: jnp.asarray(fill(k), jnp.float32) for k in space}
 
-    def center(name):
-        start = space[name].start
-        return 0.5 if start is None else space[name].place(start, np)
-
     return Evolution(
-        each(lambda k: grid[k]), each(center), each(lambda _: _FIRST), each(lambda _: 0)
+        each(lambda k: grid[k]),
+        each(lambda k: space[k].first(one.size).mean()),
+        each(lambda k: min(_FIRST, space[k].most)),
+        each(lambda _: 0),
     )
 
 
@@ -331,15 +358,17 @@ def move(
         center = jnp.where(found, weights @ one.place(values), last)
         # Clipped, so that one long step does not count for many.
         step = jnp.clip((center - last) / group.spread[name], -1, 1) / _NOISE
-        path = (1 - _LATELY) * group.path[name]
-        path += math.sqrt(_LATELY * (2 - _LATELY)) * step
-        change = jnp.where(found, jnp.clip(path**2 - 1, -1, 1), 1) * _CHANGE
-        spread = jnp.clip(group.spread[name] * jnp.exp(change), _LEAST, _MOST)
+        # Where few are drawn anew, that the center stays says little.
+        lately = _LATELY * jnp.where(found, 1 - stays.mean(), 1)
+        path = (1 - lately) * group.path[name]
+        path += jnp.sqrt(lately * (2 - lately)) * step
+        change = jnp.where(found, jnp.clip(path**2 - 1, -1, 1), 1) * lately
+        # Rates that rise in small steps are stopped before they do much harm.
+        most = jnp.where(found, one.most, _MOST)
+        spread = jnp.clip(group.spread[name] * jnp.exp(change), _LEAST, most)
         size = values.shape[0]
         places = center + spread * _mirrored(jax.random.fold_in(key, number), size)
-        # Reflected at the bounds, which else would collect what lies beyond.
-        places = 1 - jnp.abs(1 - jnp.abs(places))
-        values = jnp.where(stays & found, values, one.value(places))
+        values = jnp.where(stays & found, values, one.value(_reflected(places)))
         moved[name] = values, center, spread, path
     columns = zip(*moved.values(), strict=True)
     return Evolution(
@@ -348,6 +377,11 @@ def move(
             for column in columns
         )
     )
+
+
+def _reflected(places: Any, xp: Any = jnp) -> Any:
+    """Places, reflected at the bounds, which else would collect what lies beyond."""
+    return 1 - xp.abs(1 - xp.abs(places))
 
 
 def _mirrored(key: jax.Array, size: int) -> jax.Array:

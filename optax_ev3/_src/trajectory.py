@@ -15,7 +15,7 @@ from optax_ev3._src import adapt, combine, evidence, record, steps, trees
 from optax_ev3._src.explore import Explorer
 
 GRADIENTS = ("own", "shared", "turns")
-RESTARTS = ("always", "significant", "never")
+RESTARTS = ("always", "significant", "behind", "never")
 RESTART_STATES = ("keep", "new", "copy")
 
 # A branch is shown to be worse where noise would say so with probability 0.00135.
@@ -345,8 +345,12 @@ def restart(
     else:
         lead = jnp.where(owner < total, owner, state.lead)
         fresh = jnp.ones([total], bool)
-    if plan.restart == "significant":
-        against = evidence.compare(past.seen, past.objective, adopted)
+    if plan.restart in ("significant", "behind"):
+        # Those that are slow at first may get further than the leader in the end: they
+        # are behind where they have not reached what it had a round ago.
+        current = past.seen.valid.shape[0] - 2
+        rival = adopted if plan.restart == "significant" else current
+        against = evidence.compare(past.seen, past.objective, rival)
         worse = against.z[:total] < -_WORSE
         fresh = worse | ~past.seen.valid[:total] | (index == lead)
     ends = {}
