@@ -110,7 +110,7 @@ BAD_ARGUMENTS = {
     ),
     "restart": (
         lambda: ev3([SGD], metric, restart="sometimes"),
-        (ValueError, "restart", "'always', 'significant', 'never'", "'sometimes'"),
+        (ValueError, "restart", "'significant', 'behind', 'never'", "'sometimes'"),
     ),
     "restart_state": (
         lambda: ev3([SGD], metric, restart_state="old"),

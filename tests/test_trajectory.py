@@ -238,7 +238,7 @@ def test_length_grows_without_improvement_and_goes_back():
 
 @pytest.mark.parametrize("restart", ["always", "significant", "behind", "never"])
 def test_which_branches_restart(restart):
-    rates = {"good": 0.05, "near": 0.0501, "slow": 0.005, "bad": -0.3}
+    rates = {"good": 0.05, "near": 0.0501, "slow": 0.005, "bad": -0.1}
     inner = {name: optax.sgd(rate) for name, rate in rates.items()}
     tx = optax_ev3.ev3(
         inner,
