@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import GetAttrKey, keystr, tree_map_with_path
 from jax.tree_util import tree_leaves_with_path as leaves_with_path
-from jax.tree_util import tree_map_with_path
 
 from optax_ev3._src import checks
 
@@ -229,10 +229,10 @@ def _old_place(name, shape, path, leaf, growth) -> Place:
 
 def _start(name: str, growth: Growth) -> str:
     """How an array begins where nothing else is put into it."""
-    if any(fnmatch.fnmatchcase(name, pattern) for pattern in growth.zero):
-        return "zero"
-    layers = _layers(growth)
-    return "identity" if _matching(name, dict.fromkeys(layers, True)) else "fresh"
+    for start, patterns in (("zero", growth.zero), ("identity", _layers(growth))):
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            return start
+    return "fresh"
 
 
 def _layers(growth: Growth) -> list[str]:
@@ -340,20 +340,11 @@ def apply(plan: Mapping[Any, Place], old: Any, fresh: Any) -> Any:
     return tree_map_with_path(make, fresh)
 
 
-def key_name(key: Any) -> str:
-    """One name of a path."""
-    for attribute in ("key", "idx", "name"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
-
-
 def path_name(path: Any) -> str:
     """A path as text; without the attribute that holds the array of an NNX variable."""
-    names = [key_name(key) for key in path]
-    if names and names[-1] == "value" and hasattr(path[-1], "name"):
-        names.pop()
-    return "/".join(names)
+    if path and isinstance(path[-1], GetAttrKey) and path[-1].name == "value":
+        path = path[:-1]
+    return keystr(path, simple=True, separator="/")
 
 
 def _few(names: Any) -> str:

@@ -1,1 +1,8 @@
 """Models that grow, in Flax Linen and in Flax NNX."""
+
+try:
+    import flax  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        'optax_ev3.models needs Flax: pip install "optax_ev3[flax]"'
+    ) from error

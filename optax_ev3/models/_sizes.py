@@ -1,4 +1,4 @@
-"""Checks of the sizes of models that grow."""
+"""Sizes of models that grow, and what Linen's and NNX's models share."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,18 @@ def wider(size: int, factor: int) -> int:
     return size * checks.integer(factor, "factor", 2)
 
 
-def hidden(features: Sequence[int]) -> Sequence[int]:
+def deeper_mlp(features: Sequence[int]) -> tuple[tuple[int, ...], Growth]:
+    """Widths with one more hidden layer, at first the identity."""
+    features = (*_hidden(features), features[-1])
+    return features, Growth(identity=[f"*hidden_{len(features)}"])
+
+
+def wider_mlp(features: Sequence[int], factor: int) -> tuple[int, ...]:
+    """Widths of the hidden layers, multiplied."""
+    return tuple(wider(width, factor) for width in _hidden(features))
+
+
+def _hidden(features: Sequence[int]) -> Sequence[int]:
     """Widths of hidden layers; raises if there are none."""
     if not features:
         raise ValueError("an MLP without hidden layers cannot grow.")

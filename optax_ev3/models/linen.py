@@ -3,12 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-try:
-    from flax import linen as nn
-except ImportError as error:
-    raise ImportError(
-        'optax_ev3.models needs Flax: pip install "optax_ev3[flax]"'
-    ) from error
+from flax import linen as nn
 
 from optax_ev3._src.placement import Growth
 from optax_ev3.models import _sizes
@@ -56,8 +51,7 @@ class MLP(nn.Module):
         Raises:
           ValueError: If there is no hidden layer yet: inputs may be negative.
         """
-        features = (*_sizes.hidden(self.features), self.features[-1])
-        growth = Growth(identity=[f"*hidden_{len(features)}"])
+        features, growth = _sizes.deeper_mlp(self.features)
         return self.clone(features=features), growth
 
     def widen(self, factor: int = 2) -> tuple["MLP", Growth]:
@@ -69,9 +63,7 @@ class MLP(nn.Module):
         Raises:
           ValueError: If there is no hidden layer, or ``factor`` is below 2.
         """
-        features = tuple(
-            _sizes.wider(width, factor) for width in _sizes.hidden(self.features)
-        )
+        features = _sizes.wider_mlp(self.features, factor)
         return self.clone(features=features), Growth()
 
 

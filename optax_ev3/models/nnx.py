@@ -3,12 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-try:
-    from flax import nnx
-except ImportError as error:
-    raise ImportError(
-        'optax_ev3.models needs Flax: pip install "optax_ev3[flax]"'
-    ) from error
+from flax import nnx
 
 from optax_ev3._src.placement import Growth
 from optax_ev3.models import _sizes
@@ -63,8 +58,7 @@ class MLP(nnx.Module):
         Raises:
           ValueError: If there is no hidden layer yet: inputs may be negative.
         """
-        features = (*_sizes.hidden(self.features), self.features[-1])
-        growth = Growth(identity=[f"hidden_{len(features)}"])
+        features, growth = _sizes.deeper_mlp(self.features)
         return MLP(self.inputs, features, self.classes, rngs=rngs), growth
 
     def widen(self, factor: int = 2, *, rngs: nnx.Rngs) -> tuple["MLP", Growth]:
@@ -77,9 +71,7 @@ class MLP(nnx.Module):
         Raises:
           ValueError: If there is no hidden layer, or ``factor`` is below 2.
         """
-        features = [
-            _sizes.wider(width, factor) for width in _sizes.hidden(self.features)
-        ]
+        features = _sizes.wider_mlp(self.features, factor)
         return MLP(self.inputs, features, self.classes, rngs=rngs), Growth()
 
 
