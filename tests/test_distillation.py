@@ -384,6 +384,30 @@ def test_archived(make):
     np.testing.assert_allclose(slope, 0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda seed: distillation.stored(draw(6, 3, seed=seed)),
+        lambda seed: distillation.archived(student, draw(4, 3, seed=seed)),
+    ],
+    ids=["stored", "archived"],
+)
+def test_teachers_are_arguments_of_jitted_functions(make):
+    given, traced = {"x": X, "index": jnp.arange(6)}, []
+
+    def slope(teacher, w):
+        traced.append(None)
+        loss = distillation.loss(student, teacher)
+        wanted = inspect.signature(loss).parameters
+        return jax.grad(loss)(w, **{k: given[k] for k in wanted if k in given})
+
+    jitted = jax.jit(slope)
+    found = np.array([jitted(make(seed), W) for seed in range(3)])
+    assert len(traced) == 1
+    np.testing.assert_allclose(found, [slope(make(s), W) for s in range(3)], atol=1e-6)
+    assert np.ptp(found, axis=0).min() > 1e-3
+
+
 # Errors.
 
 

@@ -3,6 +3,7 @@
 Dimensions: ``n`` examples of a batch, ``N`` examples of the data.
 """
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import core, lax
+from jax.tree_util import Partial
 
 from optax_ev3._src import checks, named
 
@@ -221,7 +223,8 @@ def stored(logits: Any, size: int | None = None) -> Callable[..., jax.Array]:
       ``teacher(index)`` -> ``[n, classes]``, for :func:`loss`, where ``index``, ``[n]``
       integer, says which examples of the data the batch holds. Where it is negative or
       N or more, the logits are NaN, and so is the loss: :func:`optax_ev3.ev3` adopts no
-      update from it.
+      update from it. A pytree of its logits: a jitted function that takes it as an
+      argument holds no copy of them, and does not compile again for other ones.
 
     Raises:
       TypeError: If ``logits`` are no real numbers; at trace time, if ``index`` is not
@@ -256,13 +259,13 @@ def stored(logits: Any, size: int | None = None) -> Callable[..., jax.Array]:
 
     # The last row stands for examples that are not there. With NaN from a select or
     # jnp.take, optimized code of XLA for CPUs was seen to have finite exponentials.
-    size, rows = len(rows), jnp.pad(rows, [(0, 1), (0, 0)], constant_values=jnp.nan)
+    rows = jnp.pad(rows, [(0, 1), (0, 0)], constant_values=jnp.nan)
+    return Partial(_look_up, rows)
 
-    def teacher(index):
-        index = _integers(index, "index")
-        return rows[jnp.where((index >= 0) & (index < size), index, size)]
 
-    return teacher
+def _look_up(rows, index):
+    index, size = _integers(index, "index"), len(rows) - 1
+    return rows[jnp.where((index >= 0) & (index < size), index, size)]
 
 
 def archived(student: Callable[..., Any], params: Any) -> Callable[..., Any]:
@@ -279,7 +282,8 @@ def archived(student: Callable[..., Any], params: Any) -> Callable[..., Any]:
         them, give it a copy.
 
     Returns:
-      ``teacher(**named)`` -> logits, for :func:`loss`.
+      ``teacher(**named)`` -> logits, for :func:`loss`. A pytree of its parameters, as
+      of logits in :func:`stored`.
 
     Raises:
       TypeError: If ``student`` is not callable with parameters.
@@ -299,12 +303,22 @@ def archived(student: Callable[..., Any], params: Any) -> Callable[..., Any]:
       <https://arxiv.org/abs/2310.18893>`_, 2023.
     """
     named.check_callback(student, "student")
+    return Partial(_Archived(student), params)
 
-    def teacher(**given):
-        made = named.bind(student, "archived student", given)(params)
+
+@dataclasses.dataclass(frozen=True)
+class _Archived:
+    """Equal where its student is, so that a jitted function knows it again."""
+
+    student: Callable[..., Any]
+
+    def __post_init__(self):
+        found = _signature(named.parameters_after(self.student, 1), _PARAMS)
+        object.__setattr__(self, "__signature__", found)
+
+    def __call__(self, params, /, **given):
+        made = named.bind(self.student, "archived student", given)(params)
         return made[0] if isinstance(made, tuple) else made
-
-    return _signed(teacher, _signature(named.parameters_after(student, 1)))
 
 
 _PARAMS = inspect.Parameter("params", inspect.Parameter.POSITIONAL_ONLY)
