@@ -32,7 +32,7 @@ One split of the digits for all seeds is one draw of 300 held-out and 450 test i
 where they disagree, standard errors over seeds don't show it. With --resplit they do,
 as each seed draws its own.
 
-Run it with `python benchmarks/evolve.py`; it takes about twenty minutes on two cores.
+Run it with `python benchmarks/evolve.py`; it takes about half an hour on two cores.
 `--task digits\\ CNN` runs one task, `--filter REGEX` the rows whose names match.
 """
 

@@ -211,7 +211,7 @@ def statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def normalize(images, mean, std) -> jax.Array:
     """Bytes as float32, given the `statistics` of the training part."""
-    mean, std = (jnp.reshape(x, (1, 1, 1, 3)) for x in (mean, std))
+    mean, std = (jnp.reshape(x, (1, 1, 1, -1)) for x in (mean, std))
     return (jnp.asarray(images, jnp.float32) / 255 - mean) / std
 
 
