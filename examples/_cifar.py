@@ -33,6 +33,7 @@ class Cifar(NamedTuple):
     held_out: Part  # For EV3's assessments: split off the official training part.
     test: Part  # The official one, for nothing but the final figures.
     classes: int
+    rows: np.ndarray  # [n], where the training examples are in the official part.
 
 
 class _Format(NamedTuple):
@@ -105,6 +106,7 @@ def load(
         held_out=(images[assessed], labels[assessed]),
         test=_read(path, form.test, pickles, form),
         classes=form.classes,
+        rows=train,
     )
 
 

@@ -123,6 +123,7 @@ class Data(NamedTuple):
     test: tuple[Any, Any]  # For nothing but the final figures.
     mean: Any  # Of the channels, in [0, 1].
     std: Any
+    rows: Any  # Where the training examples are in the official training part.
 
     def pixels(self, images: Any) -> jax.Array:
         return _cifar.normalize(images, self.mean, self.std)
@@ -132,10 +133,11 @@ def load(setting: Setting, folder: str, seed: int) -> Data:
     """Digits are split anew for each seed; CIFAR has its own test part."""
     if setting.data == "digits":
         parts = _digits(seed)
+        rows = np.arange(len(parts[0][1]))
     else:
-        parts = _cifar.load(folder, setting.data)[:3]
-    arrays = jax.tree.map(jnp.asarray, parts)
-    return Data(*arrays, *_cifar.statistics(parts[0][0]))
+        *parts, _, rows = _cifar.load(folder, setting.data)
+    arrays = jax.tree.map(jnp.asarray, tuple(parts))
+    return Data(*arrays, *_cifar.statistics(parts[0][0]), rows)
 
 
 def _digits(seed: int):
@@ -247,6 +249,24 @@ def teacher_from(setting: Setting, model: ResNet, variables: Any, data: Data):
         return distillation.archived(inference(model), variables)
     images, _ = data.train
     return distillation.stored(logits_of(model, variables, data, images), len(images))
+
+
+def teacher_from_logits(setting: Setting, logits: np.ndarray, data: Data):
+    """A teacher whose logits of the official training part are known.
+
+    Raises:
+      ValueError: They are of another number of classes or examples.
+    """
+    size = len(data.train[1]) + len(data.held_out[1])
+    if setting.data == "digits":
+        raise ValueError("digits have no official training part that logits are of.")
+    if logits.shape != (size, setting.classes):
+        raise ValueError(
+            f"the teacher's logits must have shape [{size}, {setting.classes}], a row "
+            f"for each example of {setting.data}'s training part, got "
+            f"{list(logits.shape)}."
+        )
+    return distillation.stored(logits[data.rows], len(data.rows))
 
 
 # Students, and a teacher, of a fixed size.
