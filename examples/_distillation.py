@@ -9,6 +9,7 @@ teachers are arguments of these calls, so that models compile once for all seeds
 import dataclasses
 import functools
 import inspect
+import json
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -47,7 +48,8 @@ class Setting(NamedTuple):
     losses: tuple[Loss, ...]  # By the teacher; the first one also by former students.
     rates: tuple[float, ...]  # Learning rates of AdamW: each with every loss.
     batch: int
-    assessed: int  # Held-out examples that a round draws.
+    held_out: int  # Examples that are kept from training.
+    assessed: int  # Of them, how many a round draws, with replacement.
     length: int  # Steps of a trajectory.
     rounds: int  # Without significant progress, after which a student grows.
     most: int  # Rounds at one size, at most.
@@ -67,6 +69,7 @@ _PAPER = Setting(
     losses=(Loss(reverse=True),),
     rates=(1e-3,),
     batch=128,
+    held_out=5000,
     assessed=2048,
     length=5000,
     rounds=2,
@@ -83,14 +86,15 @@ SETTINGS = {
         data="digits",
         classes=10,
         augment=False,
-        sizes=(1, 2, 3),
+        sizes=(1, 2, 4),
         filters=4,
         losses=(Loss(), Loss(reverse=True)),
-        rates=(3e-3,),
+        rates=(1e-2,),
         batch=64,
+        held_out=300,
         assessed=300,
-        length=50,
-        rounds=8,
+        length=100,
+        rounds=6,
         most=40,
         passes=3,
         teacher_size=1,
@@ -112,6 +116,29 @@ SETTINGS = {
 }
 
 
+def configured(name: str, override: str = "{}") -> Setting:
+    """A setting, with other values from a JSON object.
+
+    Raises:
+      ValueError: There is no such field, or the sizes don't rise.
+    """
+    others = json.loads(override)
+    unknown = others.keys() - set(Setting._fields)
+    if unknown:
+        raise ValueError(
+            f"a setting has {', '.join(Setting._fields)}; got "
+            f"{', '.join(sorted(unknown))}."
+        )
+    if "losses" in others:
+        others["losses"] = [Loss(**loss) for loss in others["losses"]]
+    others = {k: tuple(v) if isinstance(v, list) else v for k, v in others.items()}
+    setting = SETTINGS[name]._replace(**others)
+    sizes = setting.sizes
+    if not sizes or sizes[0] < 1 or list(sizes) != sorted(set(sizes)):
+        raise ValueError(f"sizes must rise from at least 1, got {list(sizes)}.")
+    return setting
+
+
 # Data.
 
 
@@ -129,25 +156,27 @@ class Data(NamedTuple):
         return _cifar.normalize(images, self.mean, self.std)
 
 
-def load(setting: Setting, folder: str, seed: int) -> Data:
+def load(setting: Setting, folder: str, seed: int, checksums: bool = True) -> Data:
     """Digits are split anew for each seed; CIFAR has its own test part."""
     if setting.data == "digits":
-        parts = _digits(seed)
+        parts = _digits(seed, setting.held_out)
         rows = np.arange(len(parts[0][1]))
     else:
-        *parts, _, rows = _cifar.load(folder, setting.data)
+        *parts, _, rows = _cifar.load(
+            folder, setting.data, held_out=setting.held_out, checksums=checksums
+        )
     arrays = jax.tree.map(jnp.asarray, tuple(parts))
     return Data(*arrays, *_cifar.statistics(parts[0][0]), rows)
 
 
-def _digits(seed: int):
+def _digits(seed: int, held_out: int):
     """Scikit-learn's; images for training also shifted by a pixel, each way."""
     x, y = load_digits(return_X_y=True)
     x = np.minimum(x.reshape(-1, 8, 8, 1) * 16, 255).astype(np.uint8)
     y = y.astype(np.int32)
     split = functools.partial(train_test_split, random_state=seed)
     x, x_test, y, y_test = split(x, y, test_size=497, stratify=y)
-    x, x_held_out, y, y_held_out = split(x, y, test_size=300, stratify=y)
+    x, x_held_out, y, y_held_out = split(x, y, test_size=held_out, stratify=y)
     border = (1, 1)
     padded = np.pad(x, [(0, 0), border, border, (0, 0)])
     shifted = [padded[:, i : i + 8, j : j + 8] for i in range(3) for j in range(3)]
@@ -358,6 +387,26 @@ def train_fixed(
     return variables, found
 
 
+def train_teacher(setting, data, folder, seed, progress=lambda done: None):
+    """A network of the teacher's size that learns from the labels alone."""
+    size, filters = (setting.teacher_size,) * 3, setting.teacher_filters
+    model = ResNet(size, setting.classes, filters)
+    variables, _ = train_fixed(
+        setting,
+        model,
+        data,
+        nobody,
+        folder,
+        loss=Loss(hard=1.0),
+        rate=setting.teacher_rate,
+        steps=setting.teacher_steps,
+        falls=True,
+        seed=seed + 1_000_000,  # Another one than students have.
+        progress=progress,
+    )
+    return model, variables
+
+
 # Students that grow.
 
 
@@ -473,7 +522,7 @@ class Pass:
         if last:
             self.course = Course(**last[0])
         self.variables = init(self.model, seed, data)
-        self.state = self._transformation().init(self.variables)
+        self.state = jax.jit(self._transformation().init)(self.variables)
         if last:
             self.variables = _checkpoint.restore(self.variables, last[1]["variables"])
             self.state = _checkpoint.restore(self.state, last[1]["state"])
@@ -546,16 +595,15 @@ class Pass:
     def _end(self):
         """Takes stock of a size, and grows, if that is of use."""
         course, sizes = self.course, self.setting.sizes
-        stable = optax_ev3.stable_params(self.state)
-        better = not course.stages or self._is_better(stable)
+        better = not course.stages or self._is_better()
         if better:
             course.final = len(course.stages)
             about = {"size": course.size}
-            self.folder.write("student.msgpack", about, variables=stable)
+            self.folder.write("student.msgpack", about, variables=self.variables)
         course.stages.append(
             {
                 "layers": layers(self.model),
-                "numbers": numbers(stable),
+                "numbers": numbers(self.variables),
                 "calls": course.calls,
                 "rounds": course.rounds,
                 "gradients": self._gradients(),
@@ -568,19 +616,17 @@ class Pass:
         if not course.over:
             self._grow(sizes[sizes.index(course.size) + 1])
 
-    def _is_better(self, stable, level=0.05):
+    def _is_better(self, level=0.05):
         """Whether held-out data show that this size has brought anything.
 
         By a paired t test against the final student so far.
         """
-        model, variables = final_student(self.setting, self.data, self.folder)
-        before, now = (
-            log_likelihoods(*one, self.data, "held_out")
-            for one in ((model, variables), (self.model, stable))
-        )
-        if (before == now).all():
+        before = final_student(self.setting, self.data, self.folder)
+        now = self.model, self.variables
+        scores = [log_likelihoods(*one, self.data, "held_out") for one in (now, before)]
+        if (scores[0] == scores[1]).all():
             return False
-        test = stats.ttest_rel(now, before, alternative="greater")
+        test = stats.ttest_rel(*scores, alternative="greater")
         return bool(test.pvalue < level)
 
     def _grow(self, size):
@@ -601,6 +647,7 @@ class Pass:
             how,
             check=check,
         )
+        course.stages[-1]["grown/stable/nll"] = self._figures("held_out")["stable/nll"]
 
 
 _summary = jax.jit(optax_ev3.summary)

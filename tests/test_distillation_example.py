@@ -1,0 +1,255 @@
+"""The experiment of distillation: whole, resumed, on a full disk, with bad input."""
+
+import errno
+import importlib
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_identical, says
+from test_cifar import write_archive
+
+pytest.importorskip("sklearn")
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+TINY = {
+    "sizes": [1, 2],
+    "filters": 2,
+    "losses": [{"temperature": 2.0}],
+    "batch": 8,
+    "assessed": 40,
+    "length": 3,
+    "rounds": 1,
+    "most": 2,
+    "passes": 2,
+    "teacher_filters": 2,
+    "teacher_steps": 6,
+}
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    """The module, whose siblings it imports by their names."""
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        yield importlib.import_module("_distillation")
+    finally:
+        sys.path.remove(str(EXAMPLES))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(experiment):
+    return experiment._checkpoint
+
+
+def run(*args, cwd, **others):
+    """As a user runs it."""
+    override = json.dumps(TINY | others)
+    script = str(EXAMPLES / "distillation.py")
+    return subprocess.run(
+        [sys.executable, "-W", "error", script, f"--override={override}", *args],
+        cwd=cwd,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+def test_all_methods_on_digits(tmp_path):
+    done = run("--seeds=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("grew from 1,") == 2 * 3  # Single, no decide, second pass.
+    folder = tmp_path / "distillation"
+    results = json.loads((folder / "results.json").read_text())
+    assert len(results) == 2
+    for one in results:
+        stages = one["single pass"]
+        assert [stage["layers"] for stage in stages] == [8, 14]
+        # One explorer, rounds of 3 steps, one or two of them at each size.
+        assert all(stage["gradients"] in (3, 6, 9, 12) for stage in stages)
+        second = one["multi pass"]
+        assert all(x["gradients"] == 2 * x["calls"] for x in second)
+        for kind in ("fixed", "fixed, falling rate"):
+            marks = [found["steps"] for found in one[kind]]
+            assert marks == [stage["gradients"] for stage in stages]
+        whole = {found["steps"] for found in one["fixed, whole pass"]}
+        assert whole == {stages[-1]["gradients"]}
+        assert one["final of multi pass"]["layers"] in (8, 14)
+    for row in ("teacher", "ResNet-8", "ResNet-14", "final student of multi pass"):
+        assert re.search(rf"^{row}", done.stdout, re.M)
+    lines = (folder / "seed_1" / "pass_2" / "metrics.jsonl").read_text().splitlines()
+    calls = [json.loads(line)["calls"] for line in lines]
+    assert calls == list(range(3, 3 * len(calls) + 1, 3))
+    image = pytest.importorskip("matplotlib.image")
+    for name in ("accuracy.png", "course.png"):
+        assert image.imread(folder / name).std() > 0.01
+
+    # All is done: the same command shows it again; another setting is refused.
+    again = run("--seeds=2", cwd=tmp_path)
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert again.stdout == done.stdout
+    other = run("--seeds=2", cwd=tmp_path, batch=9)
+    assert other.returncode and "(batch differ)" in other.stderr
+
+
+def arguments(experiment, **others):
+    """Setting, data and teachers of a tiny pass."""
+    others = {k: tuple(v) if isinstance(v, list) else v for k, v in others.items()}
+    losses = (experiment.Loss(2.0), experiment.Loss(reverse=True))
+    setting = experiment.SETTINGS["digits"]._replace(
+        **TINY | {"sizes": (1, 2), "losses": losses} | others
+    )
+    data = experiment.load(setting, "", 0)
+    logits = np.random.default_rng(0).normal(size=[len(data.rows), 10])
+    teacher = experiment.distillation.stored(logits.astype(np.float32))
+    return setting, data, {experiment.TEACHER: teacher}, 0
+
+
+class Stop(Exception):
+    pass
+
+
+def test_an_interrupted_pass_goes_on_bit_for_bit(experiment, checkpoint, tmp_path):
+    args = arguments(experiment)
+
+    def folder(name):
+        return checkpoint.Folder(tmp_path / name, seconds=0.0)
+
+    whole = experiment.Pass(*args, folder("whole"))
+    whole.run()
+    interrupted, runs = folder("parts"), 0
+    while True:
+        one, calls = experiment.Pass(*args, interrupted), []
+
+        def stop(_, calls=calls, folder=interrupted):
+            calls.append(None)
+            if len(calls) == 3:  # Of the next round nothing is saved.
+                folder.log(lost=True)
+                raise Stop
+
+        runs += 1
+        try:
+            one.run(stop)
+            break
+        except Stop:
+            interrupted = folder("parts")
+    assert runs > 1
+    assert one.course == whole.course
+    assert_identical((one.variables, one.state), (whole.variables, whole.state))
+    for name in ("metrics.jsonl", "student.msgpack", "checkpoint.msgpack"):
+        assert (tmp_path / "parts" / name).read_bytes() == (
+            tmp_path / "whole" / name
+        ).read_bytes()
+
+    # Nothing is lost at the growth.
+    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    assert {json.loads(line)["layers"] for line in lines} == {8, 14}
+    model, variables = experiment.final_student(*args[:2], folder("whole"))
+    assert model.blocks in ((1, 1, 1), (2, 2, 2))
+    stage = whole.course.stages[whole.course.final]
+    found = experiment.figures(model, variables, args[1], "test")
+    assert found["nll"] == stage["test/visible/nll"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(checkpoint, tmp_path, monkeypatch):
+    folder = checkpoint.Folder(tmp_path, seconds=0.0)
+    folder.log(round=1)
+    folder.save({"round": 1}, variables={"w": np.ones(3)})
+    folder.log(round=2)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"(?s)No space left.*kept.*checkpoint"):
+        folder.save({"round": 2}, variables={"w": np.zeros(3)})
+    monkeypatch.undo()
+    assert not list(tmp_path.glob("*.part"))
+    about, trees = checkpoint.Folder(tmp_path).resume()
+    assert about == {"round": 1}
+    np.testing.assert_array_equal(trees["variables"]["w"], 1)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"round": 1}\n'
+
+
+def test_a_damaged_checkpoint_is_named(checkpoint, tmp_path):
+    folder = checkpoint.Folder(tmp_path)
+    folder.save({"round": 1}, now=True, variables={"w": np.ones(300)})
+    path = tmp_path / "checkpoint.msgpack"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"checkpoint\.msgpack can't be read"):
+        folder.resume()
+
+
+def test_no_decide_adopts_the_best_explorer(experiment):
+    rule = experiment.always_on()
+    scores = np.random.default_rng(0).normal(size=[5, 40])
+    scores[4] += 9  # Stable is far better, and the second explorer is not valid.
+    scores[1] += 3
+    valid = np.array([True, False, True, True, True])
+    best = max((0, 2), key=lambda i: scores[i].mean())
+
+    def decide():
+        gather = experiment.evidence.gather
+        seen = gather({"score": jnp.asarray(scores)}, jnp.asarray(valid), ~valid)
+        return rule.decide(seen, (), jax.random.key(0))[0]
+
+    assert (decide().adopted, decide().significant) == (best, False)
+    scores[best] += 20
+    assert (decide().adopted, decide().significant) == (best, True)
+    valid[:3] = False
+    assert decide().adopted == 3
+
+
+@pytest.mark.slow
+def test_cifar_from_a_generated_archive(tmp_path):
+    write_archive(tmp_path, "cifar100", count=300)
+    np.save(tmp_path / "logits.npy", np.random.default_rng(0).normal(size=[300, 100]))
+    args = ["--setting=cifar100", f"--data={tmp_path}", "--nochecksums", "--seeds=1"]
+    args += ["--method=single pass", "--method=fixed"]
+    small = {"sizes": [1], "held_out": 100, "teacher_size": 1}
+    done = run(*args, "--teacher_logits=logits.npy", cwd=tmp_path, **small)
+    assert done.returncode == 0, done.stderr
+    assert "teacher:" not in done.stdout
+    assert re.search(r"^ResNet-8 +\d", done.stdout, re.M)
+    done = run(*args, "--folder=other", cwd=tmp_path, **small)  # Trains a teacher.
+    assert done.returncode == 0, done.stderr
+    assert "teacher:" in done.stdout
+
+    missing = run(*args, "--data=.", cwd=EXAMPLES, **small)
+    assert missing.returncode
+    assert "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz" in missing.stderr
+    assert not (EXAMPLES / "distillation").exists()
+
+
+BAD_LOGITS = {"another length": (50, 10), "other classes": (60, 100)}
+
+
+@pytest.mark.parametrize("shape", BAD_LOGITS.values(), ids=BAD_LOGITS.keys())
+def test_logits_that_do_not_fit(experiment, shape):
+    setting, data, *_ = arguments(experiment)
+    setting = setting._replace(data="cifar10")
+    data = data._replace(
+        train=(np.zeros([50, 4, 4, 3]), np.zeros(50)),
+        held_out=(np.zeros([10, 4, 4, 3]), np.zeros(10)),
+    )
+    with says(ValueError, "[60, 10]", str(list(shape))):
+        experiment.teacher_from_logits(setting, np.zeros(shape), data)
+
+
+def test_bad_settings(tmp_path):
+    for others, message in {
+        "unknown": ({"colour": 1}, "got colour"),
+        "sizes": ({"sizes": [2, 1]}, "sizes must rise"),
+    }.values():
+        done = run(cwd=tmp_path, **others)
+        assert done.returncode and message in done.stderr
+    assert not list(tmp_path.iterdir())
