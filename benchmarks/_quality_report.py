@@ -1,0 +1,296 @@
+"""Tables and plots of benchmarks/quality.py, from its cells."""
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
+
+Cells = dict[str, dict[str, Any]]  # By task and method.
+EV3 = "EV3"
+HINDSIGHT = "best single in hindsight"
+
+
+class Kinds(NamedTuple):
+    """Which methods are what.
+
+    Attributes:
+      singles: The explorers alone.
+      others: Other methods of one run.
+      halving: Of how many the best go on, and the part of all gradients that each has
+        taken by then.
+      share: The part of all gradients that one explorer takes.
+    """
+
+    singles: tuple[str, ...]
+    others: tuple[str, ...]
+    halving: tuple[tuple[int, float], ...]
+    share: float
+
+
+def load(folder: pathlib.Path) -> Cells:
+    found: Cells = {}
+    for path in sorted(folder.glob("*/*.json")):
+        name = path.stem.replace(" over ", " / ")
+        found.setdefault(path.parent.name, {})[name] = json.loads(path.read_text())
+    return found
+
+
+def rows(cells: dict[str, Any], kinds: Kinds, table: str) -> dict[str, np.ndarray]:
+    """The figures ``[seeds]`` of each row of a task, lower is better.
+
+    Args:
+      cells: By method.
+      kinds: Which methods are what.
+      table: "whole", at equal gradients, or "most", at equal work.
+    """
+    found = {name: _end(cell, table) for name, cell in cells.items() if _ours(name)}
+    if all(name in cells for name in kinds.singles):
+        found |= _of_singles(
+            {name: cells[name] for name in kinds.singles}, kinds, table
+        )
+    for name in kinds.others:
+        if name in cells:
+            runs = [
+                _at(run, cells[name][table])
+                for run in cells[name]["runs"]
+                if cells[name][table] in run["marks"]
+            ]
+            ends = [{k: x[0] for k, x in one.items()} for one in runs]
+            found[name] = _chosen(ends)
+    for name in ("population-based training", "soup"):
+        if name in cells:
+            found[name] = np.array(cells[name]["runs"][0]["test"], float)
+    return found
+
+
+def _ours(name):
+    return name.startswith(EV3)
+
+
+def _at(run, mark):
+    """Figures ``[2, seeds]`` of a run at a step, NaN for the worst."""
+    place = run["marks"].index(mark)
+    worst = {"test": np.inf, "held_out": -np.inf}
+    return {
+        kind: np.nan_to_num(
+            np.array(run[kind][place], float), nan=x, posinf=x, neginf=x
+        )
+        for kind, x in worst.items()
+    }
+
+
+def _end(cell, table):
+    return _at(cell["runs"][0], cell[table])["test"][0]
+
+
+def _chosen(ends):
+    """The test figures of what has the best held-out score, for each seed."""
+    test, held_out = (np.array([end[k] for end in ends]) for k in ("test", "held_out"))
+    best = held_out.argmax(0)
+    return test[best, np.arange(len(best))]
+
+
+def _of_singles(cells, kinds, table):
+    """Rows of the explorers alone, and of what is made of their runs."""
+    whole = next(iter(cells.values()))["whole"]
+    found, ends = {}, []
+    for name, cell in cells.items():
+        end = _at(cell["runs"][0], cell[table])
+        for place, title in enumerate((name, f"{name}, averaged")):
+            one = {kind: x[place] for kind, x in end.items()}
+            found[title] = one["test"]
+            ends.append(one)
+    best = min(found.values(), key=np.mean)
+    shares = []
+    for cell in cells.values():
+        at = _at(cell["runs"][0], max(1, round(whole * kinds.share)))
+        shares += [{kind: x[place] for kind, x in at.items()} for place in (0, 1)]
+    return {
+        HINDSIGHT: best,
+        "all eight in full, by held-out": _chosen(ends),
+        "grid search": _chosen(shares),
+        "successive halving": _halved(list(cells.values()), whole, kinds.halving),
+        **found,
+    }
+
+
+def _halved(cells, whole, halving):
+    seeds = len(cells[0]["runs"][0]["test"][0][0])
+    result = np.zeros(seeds)
+    for seed in range(seeds):
+        left = range(len(cells))
+        for count, part in halving:
+            mark = max(1, round(whole * part))
+            ends = [_at(cells[i]["runs"][0], mark) for i in left]
+            scores = [end["held_out"][0][seed] for end in ends]
+            if count == 1:
+                result[seed] = ends[0]["test"][0][seed]
+            order = np.argsort(scores)[::-1][: max(count // 2, 1)]
+            left = [left[i] for i in order]
+    return result
+
+
+# Tables.
+
+
+def finite(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """With what overflowed as bad as the worst that did not."""
+    worst = max(x[np.isfinite(x)].max(initial=0) for x in found.values())
+    return {name: np.where(np.isfinite(x), x, worst) for name, x in found.items()}
+
+
+def compare(found: dict[str, np.ndarray], name: str) -> tuple[float, float]:
+    """The ratio of EV3's mean figure to another's, and a paired p value.
+
+    The p value is signed: negative where EV3 is better.
+    """
+    ours, theirs = found[EV3], found[name]
+    ratio = ours.mean() / theirs.mean() if theirs.mean() else np.nan
+    if (ours == theirs).all():
+        return ratio, 1.0
+    test = stats.ttest_rel(ours, theirs)
+    # Not zero, which has no sign to compare.
+    return ratio, float(np.copysign(max(test.pvalue, 1e-300), test.statistic))
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Corrected for as many tests, signs kept."""
+    order = np.argsort(np.abs(p_values))
+    corrected, highest = list(p_values), 0.0
+    for rank, place in enumerate(order):
+        p = min(1.0, abs(p_values[place]) * (len(order) - rank))
+        highest = max(highest, p)
+        corrected[place] = float(np.copysign(highest, p_values[place]))
+    return corrected
+
+
+def show(cells: Cells, kinds: Kinds) -> None:
+    for table, title in {"whole": "gradients", "most": "work"}.items():
+        found = {
+            task: finite(rows(one, kinds, table))
+            for task, one in cells.items()
+            if EV3 in one
+        }
+        print(f"\nAt equal {title}: test figure, mean ± standard error; ratio of EV3's")
+        for task, one in found.items():
+            _show_task(task, one)
+        _show_summary(found, kinds)
+
+
+def _show_task(task, found):
+    print(f"\n{task}, {len(found[EV3])} seeds")
+    for name in sorted(found, key=lambda name: found[name].mean()):
+        values = found[name]
+        error = values.std(ddof=1) / np.sqrt(len(values))
+        ratio, p = compare(found, name)
+        print(
+            f"  {name:36}{values.mean():9.4f} ± {error:.4f}"
+            + ("" if name == EV3 else f"{ratio:9.3f}   p {abs(p):.3f}")
+        )
+
+
+def _show_summary(found, kinds):
+    """Wins and losses of EV3 over tasks, and mean ranks among methods of one run."""
+    names = dict.fromkeys(name for one in found.values() for name in one if name != EV3)
+    print(f"\n{'EV3 against':38}{'better':>8}{'level':>8}{'worse':>8}{'ratio':>8}")
+    for name in names:
+        both = [one for one in found.values() if name in one]
+        ratios, p_values = zip(*(compare(one, name) for one in both), strict=True)
+        p_values = holm(list(p_values))
+        better = sum(-0.05 < p < 0 for p in p_values)
+        worse = sum(0 <= p < 0.05 for p in p_values)
+        level = len(both) - better - worse
+        mean = np.exp(np.nanmean(np.log(np.maximum(ratios, 1e-9))))
+        print(f"{name:38}{better:8}{level:8}{worse:8}{mean:8.3f}")
+    ranked = [EV3, *kinds.others]
+    complete = [one for one in found.values() if all(name in one for name in ranked)]
+    if complete:
+        means = np.array([[one[name].mean() for name in ranked] for one in complete])
+        ranks = stats.rankdata(means, axis=1).mean(0)
+        shown = sorted(zip(ranks, ranked, strict=True))
+        print("mean rank: " + ", ".join(f"{name} {rank:.1f}" for rank, name in shown))
+    print("better, worse: at 5%, paired t tests, Holm's correction over tasks")
+
+
+# Plots.
+
+
+def draw(cells: Cells, kinds: Kinds, folder: pathlib.Path) -> None:
+    found = {
+        task: finite(rows(one, kinds, "most"))
+        for task, one in cells.items()
+        if EV3 in one
+    }
+    _draw_profile(found, kinds, folder / "profile.png")
+    _draw_course(cells, kinds, folder / "course.png")
+
+
+def _draw_profile(found, kinds, path):
+    """Share of tasks on which a method is within a factor of the best one."""
+    names = [EV3, "grid search", "successive halving", *kinds.others]
+    names += ["population-based training"]
+    names = [n for n in names if all(n in one for one in found.values())]
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    means = np.array([[one[name].mean() for one in found.values()] for name in names])
+    factors = means / means.min(0)
+    for name, row in zip(names, factors, strict=True):
+        x = np.sort(row)
+        y = np.arange(1, len(x) + 1) / len(x)
+        main = name == EV3
+        axes.step(
+            [1, *x, 10],
+            [0, *y, 1],
+            where="post",
+            label=name,
+            color="black" if main else None,
+            lw=2.5 if main else 1.5,
+        )
+    axes.set(xscale="log", xlim=(1, 3), ylim=(0, 1.02))
+    axes.set_xticks([1, 1.25, 1.5, 2, 3], ["1", "1.25", "1.5", "2", "3"])
+    axes.minorticks_off()
+    axes.set_xlabel("Test figure over that of the best of these methods")
+    axes.set_ylabel("Share of tasks")
+    axes.set_title("Performance profile, equal work", loc="left")
+    axes.legend(frameon=False, loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    print(f"Picture: {path}")
+
+
+def _draw_course(cells, kinds, path):
+    """Figures over gradients: EV3, and the best single by its end."""
+    tasks = {
+        k: v
+        for k, v in cells.items()
+        if EV3 in v and all(n in v for n in kinds.singles)
+    }
+    if not tasks:
+        return
+    columns = min(4, len(tasks))
+    lines = -(-len(tasks) // columns)
+    figure = Figure(figsize=(3 * columns, 2.4 * lines), dpi=150, layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flat
+    for axes in list(panels)[len(tasks) :]:
+        axes.set_visible(False)
+    for axes, (task, one) in zip(panels, tasks.items(), strict=False):
+        best = min(kinds.singles, key=lambda n, one=one: _end(one[n], "whole").mean())
+        for name, colour in {best: "#E69F00", EV3: "black"}.items():
+            run, explorers = one[name]["runs"][0], one[name]["explorers"]
+            means = [np.mean(_at(run, mark)["test"][0]) for mark in run["marks"]]
+            axes.plot(
+                np.array(run["marks"]) * explorers, means, color=colour, label=name
+            )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_title(task, loc="left", fontsize=10)
+        axes.legend(frameon=False, fontsize=7)
+        axes.tick_params(labelsize=7, which="both")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("Gradients, those of all explorers counted")
+    figure.supylabel("Test figure")
+    figure.savefig(path)
+    print(f"Picture: {path}")

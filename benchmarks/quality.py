@@ -1,0 +1,539 @@
+"""One run of EV3 against the best optimizer in hindsight, sweeps, and other methods.
+
+Eleven tasks, see benchmarks/_tasks.py. EV3 has one setting for all of them and eight
+explorers: five rates of Adam, two of SGD with momentum, and RMSProp. Everybody gets the
+same parts of the data, initial parameters and order of batches, by seed; what may be
+chosen is chosen by the mean score of all held-out examples, save where it says "in
+hindsight". The rows:
+
+single: each of the eight alone, and the exponential average (0.99) of its weights.
+grid search: all eight; of these and their averages the best, for each seed.
+successive halving: all eight for a quarter as long as EV3, and so on with the better
+  half, each stage with a quarter of all gradients.
+population-based training: eight of Adam, whose rates are copied and moved.
+soup: greedy average of the eight ends.
+cosine, reduce_on_plateau, schedule-free, mechanize, prodigy: AdamW (Adam for
+  reduce_on_plateau), at five rates where they need one, the best for each seed; the
+  gradients of that search are not counted.
+
+Gradients: all methods take as many as EV3's explorers together: eight times its steps;
+grid search, halving, soup and populations share them out. Work: forward passes of
+single examples, a gradient counted as three, with EV3's assessments; single methods
+train on until they have done as much.
+
+Run it with `python benchmarks/quality.py`; cells, a method on a task each, are kept as
+JSON in `--folder`, and the same command goes on where it stopped. `--quick` runs three
+tasks with three seeds and few methods, in some minutes. `--show` only prints.
+"""
+
+import functools
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags, logging
+from optax import contrib
+
+import optax_ev3
+from optax_ev3 import adapt, combine
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import _quality_report as report
+from _tasks import TASKS
+
+SEEDS = flags.DEFINE_integer("seeds", 10, "Runs of each method.", lower_bound=2)
+QUICK = flags.DEFINE_bool("quick", False, "Three tasks, three seeds, few methods.")
+SHOW = flags.DEFINE_bool("show", False, "Prints and draws what there is.")
+FOLDER = flags.DEFINE_string("folder", "benchmarks/results/quality", "Of the cells.")
+TASK = flags.DEFINE_multi_enum("task", list(TASKS), list(TASKS), "Which; all.")
+METHOD = flags.DEFINE_string("method", "", "Only methods that match.")
+STEPS = flags.DEFINE_integer("steps", None, "Steps of every task.", lower_bound=8)
+
+ADAMS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+MOMENTUM = functools.partial(optax.sgd, momentum=0.9)
+RULES = {
+    **{f"adam {rate:g}": (optax.adam, rate) for rate in ADAMS},
+    **{f"momentum {rate:g}": (MOMENTUM, rate) for rate in (0.01, 0.1)},
+    "rmsprop 0.001": (optax.rmsprop, 1e-3),
+}
+SINGLES = {name: make(rate) for name, (make, rate) in RULES.items()}
+COUNT = len(SINGLES)
+DECAY = 0.99  # Of exponential averages.
+# Successive halving: of how many the best go on, after which parts of all gradients
+# each of them has taken. The first are the ends of grid search.
+HALVING = ((8, 1 / 32), (4, 3 / 32), (2, 7 / 32), (1, 15 / 32))
+SHARE = 1 / COUNT
+MARKS = (*(part for _, part in HALVING), 1 / 16, SHARE, 1 / 3, 2 / 3, 5 / 6, 1.0)
+
+# EV3: the first is the one that is recommended, the others are what it is made of.
+RECOMMENDED = {
+    "trajectory_length": 10,
+    "trajectory_growth": 1.5,
+    "max_trajectory_length": 80,
+    "gradients": "own",
+    "combine": [combine.trajectory_average()],
+}
+HOSTILE = {
+    "uphill": optax.sgd(-0.1),
+    "sgd 1000": optax.sgd(1000.0),
+    "nan": optax.sgd(math.nan),
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "EV3": {},
+    "EV3, three hostile explorers more": {"inner": {**SINGLES, **HOSTILE}},
+    "EV3, restart significant": {"restart": "significant"},
+    "EV3, restart behind": {"restart": "behind", "restart_state": "copy"},
+    "EV3, restart never": {"restart": "never"},
+    "EV3, no averages": {"combine": []},
+    "EV3, exponential average too": {
+        "combine": [combine.trajectory_average(), combine.exponential_average()]
+    },
+    "EV3, soups too": {
+        "combine": [combine.trajectory_average(), combine.greedy_soup(4)]
+    },
+    "EV3, length 50": {
+        "trajectory_length": 50,
+        "trajectory_growth": 1.0,
+        "max_trajectory_length": None,
+    },
+    "EV3, one step": {
+        "trajectory_length": 1,
+        "trajectory_growth": 1.0,
+        "max_trajectory_length": None,
+        "combine": [],
+        "gradients": None,
+    },
+    "EV3, shared gradients": {"gradients": "shared"},
+    "EV3, greedy": {"adapt": adapt.greedy()},
+    "EV3, the paper's rule": {"adapt": adapt.lower_bound()},
+}
+AWAY = {"/ 100": 0.01, "x 100": 100.0}
+EVOLVING = {
+    "trajectory_length": 20,
+    "trajectory_growth": 1.1,
+    "max_trajectory_length": 100,
+    "restart": "behind",
+    "restart_state": "copy",
+}
+
+
+def visible(params, state):
+    return params
+
+
+class Method(NamedTuple):
+    """How an optimizer is made, and which parameters are evaluated.
+
+    Attributes:
+      make: From the task, the held-out part, the seed, the learning rate and the number
+        of steps to a transformation.
+      rates: Learning rates to choose from.
+      explorers: How many gradients a step takes.
+      horizon: Whether it has to know the number of steps, so that runs of other lengths
+        are other runs.
+      evaluated: From final parameters and state.
+    """
+
+    make: Callable[..., Any]
+    rates: tuple[float, ...] = (0.0,)
+    explorers: int = 1
+    horizon: bool = False
+    evaluated: Callable[..., Any] = visible
+
+
+def ev3(**kwargs):
+    """EV3 with the recommended setting, but for what is given."""
+    kwargs = {"inner": SINGLES, **RECOMMENDED, **kwargs}
+
+    def make(task, held_out, seed, rate, steps):
+        count = len(jax.tree.leaves(held_out)[0])
+        return optax_ev3.ev3(
+            assess_fn=optax_ev3.held_out(task.score, held_out, count),
+            loss_fn=lambda params, batch: task.loss(params, batch),
+            key=seed,
+            **kwargs,
+        )
+
+    explorers = len(kwargs["inner"]) if isinstance(kwargs["inner"], dict) else COUNT
+    if kwargs["gradients"] != "own":
+        explorers = 1
+    return Method(make, explorers=explorers)
+
+
+def evolving(factor):
+    """A group of eight of Adam that starts at 0.003 times a factor."""
+    space = {"learning_rate": optax_ev3.log_uniform(1e-7, 10.0, 3e-3 * factor)}
+    return ev3(inner=[optax_ev3.evolve(optax.adam, space, COUNT)], **EVOLVING)
+
+
+def off(factor):
+    """The recommended setting with all rates multiplied."""
+    return ev3(inner={k: make(rate * factor) for k, (make, rate) in RULES.items()})
+
+
+def plateau(rate, steps):
+    """As documented: on means of the loss over some steps."""
+    window = max(steps // 100, 1)
+    return optax.chain(
+        optax.adam(rate),
+        contrib.reduce_on_plateau(patience=5, accumulation_size=window),
+    )
+
+
+@functools.cache
+def alone(make):
+    """The same function for the same optimizer, which then compiles once."""
+    return lambda task, held_out, seed, rate, steps: make(rate)
+
+
+def plain(make, **kwargs):
+    return Method(lambda task, held_out, seed, rate, steps: make(rate, steps), **kwargs)
+
+
+def cosine(rate, steps):
+    return optax.adamw(optax.cosine_decay_schedule(rate, steps))
+
+
+OTHERS = {
+    "cosine": plain(cosine, rates=ADAMS, horizon=True),
+    "reduce_on_plateau": plain(plateau, rates=ADAMS, horizon=True),
+    "schedule-free": plain(
+        lambda rate, steps: contrib.schedule_free_adamw(rate),
+        rates=ADAMS,
+        evaluated=lambda params, state: contrib.schedule_free_eval_params(
+            state, params
+        ),
+    ),
+    "prodigy": plain(lambda rate, steps: contrib.prodigy(1.0)),
+    "prodigy, cosine": plain(
+        lambda rate, steps: contrib.prodigy(optax.cosine_decay_schedule(1.0, steps)),
+        horizon=True,
+    ),
+    "mechanize": plain(lambda rate, steps: contrib.mechanize(optax.adamw(1e-3))),
+}
+METHODS = {
+    **{name: ev3(**kwargs) for name, kwargs in VARIANTS.items()},
+    **{name: Method(alone(make), (rate,)) for name, (make, rate) in RULES.items()},
+    **OTHERS,
+    **{f"EV3, rates {name}": off(factor) for name, factor in AWAY.items()},
+    **{
+        f"EV3, evolve from {name}": evolving(factor)
+        for name, factor in {"0.003": 1.0, **AWAY}.items()
+    },
+}
+QUICK_TASKS = ("digits MLP", "outliers", "distillation")
+QUICK_METHODS = rf"^({'|'.join(map(re.escape, ['EV3', *SINGLES, *OTHERS]))})$"
+
+
+# Runs.
+
+
+def stacked(task, seeds):
+    """The parts of all seeds."""
+    return jax.tree.map(lambda *x: np.stack(x), *map(task.parts, range(seeds)))
+
+
+def draw(task, parts, seed, number):
+    """The batch of a step, the same for all methods."""
+    key = jax.random.fold_in(jax.random.key(seed), number)
+    count = len(jax.tree.leaves(parts.train)[0])
+    rows = jax.random.randint(key, [task.batch], 0, count)
+    return jax.tree.map(lambda x: x[rows], parts.train)
+
+
+def figures_of(task, parts, params):
+    return {
+        "test": task.test(params, parts.test),
+        "held_out": task.held_out(params, parts.held_out),
+    }
+
+
+@functools.cache
+def trainer(task, make, evaluated, steps, marks, seeds):
+    """A function of a learning rate to figures by kind ``[marks, 2, seeds]``.
+
+    The two are of the parameters, and of the exponential average of their course. With
+    it comes how many rounds EV3 took ``[seeds]``, 0 for others.
+    """
+    last, marks = max(marks), jnp.asarray(marks)
+
+    def one(seed, parts, rate):
+        tx = make(task, parts.held_out, seed, rate, steps)
+        tx = optax.with_extra_args_support(tx)
+        params = task.init(jax.random.key(seed))
+
+        def step(carry, number):
+            params, state, average, kept = carry
+            batch = draw(task, parts, seed, number)
+            value, grads = jax.value_and_grad(task.loss)(params, batch)
+            updates, state = tx.update(grads, state, params, value=value, batch=batch)
+            params = optax.apply_updates(params, updates)
+            shown = evaluated(params, state)
+            decay = jnp.minimum(DECAY, (1 + number) / (10 + number))
+            average = optax.incremental_update(shown, average, 1 - decay)
+            kept = jax.lax.cond(
+                (number + 1 == marks).any(),
+                lambda: jax.tree.map(
+                    lambda old, *new: old.at[jnp.argmax(number + 1 == marks)].set(
+                        jnp.stack(new)
+                    ),
+                    kept,
+                    shown,
+                    average,
+                ),
+                lambda: kept,
+            )
+            return (params, state, average, kept), None
+
+        kept = jax.tree.map(lambda x: jnp.zeros([len(marks), 2, *x.shape]), params)
+        start = params, tx.init(params), params, kept
+        (_, state, _, kept), _ = jax.lax.scan(step, start, jnp.arange(last))
+
+        figures = jax.vmap(jax.vmap(functools.partial(figures_of, task, parts)))
+        rounds = state.ev3_round if isinstance(state, optax_ev3.EV3State) else 0
+        return figures(kept), jnp.asarray(rounds)
+
+    return _over_seeds(one, seeds, stacked(task, seeds))
+
+
+def _over_seeds(one, seeds, parts):
+    """Maps a function of seed, parts and a number over seeds, dealt to the cores."""
+    devices = math.gcd(seeds, jax.local_device_count())
+    mapped = jax.pmap(
+        lambda numbers, parts, rate: jax.lax.map(
+            lambda args: one(*args, rate), (numbers, parts)
+        ),
+        in_axes=(0, 0, None),
+        devices=jax.local_devices()[:devices],
+    )
+
+    def dealt(x):
+        return np.asarray(x).reshape(devices, seeds // devices, *np.shape(x)[1:])
+
+    def run(rate):
+        numbers, data = jax.tree.map(dealt, (np.arange(seeds), parts))
+        found = mapped(numbers, data, jnp.float32(rate))
+        return jax.tree.map(
+            lambda x: np.moveaxis(np.asarray(x).reshape(seeds, *x.shape[2:]), 0, -1),
+            found,
+        )
+
+    return run
+
+
+def population(task, steps, seeds, intervals=20):
+    """Population-based training (Jaderberg et al., 2017): figures ``[seeds]``.
+
+    Eight of Adam; at each interval the worst two by all held-out examples become copies
+    of the best two, and their learning rates are multiplied by 0.8 or by 1.25.
+    """
+    interval = max(steps // intervals, 1)
+
+    def one(seed, parts, _):
+        tx = optax.scale_by_adam()
+
+        def step(carry, number):
+            params, state, rates = carry
+            batch = draw(task, parts, seed, number)
+
+            def train(params, state, rate):
+                grads = jax.grad(task.loss)(params, batch)
+                updates, state = tx.update(grads, state, params)
+                updates = optax.tree.scale(-rate, updates)
+                return optax.apply_updates(params, updates), state
+
+            params, state = jax.vmap(train)(params, state, rates)
+
+            def exploit():
+                order = jnp.argsort(ranks(params))  # The best last.
+                source = jnp.arange(COUNT).at[order[:2]].set(order[-2:])
+                key = jax.random.fold_in(jax.random.key(seed), ~number)
+                factors = jax.random.choice(key, jnp.array([0.8, 1.25]), [COUNT])
+                moved = jnp.zeros(COUNT, bool).at[order[:2]].set(True)
+                new = rates[source] * jnp.where(moved, factors, 1)
+                copied = jax.tree.map(lambda x: x[source], (params, state))
+                return *copied, new
+
+            due = (number + 1) % interval == 0
+            return jax.lax.cond(due, exploit, lambda: (params, state, rates)), None
+
+        def ranks(params):
+            found = jax.vmap(task.held_out, in_axes=(0, None))(params, parts.held_out)
+            return jnp.nan_to_num(found, nan=-jnp.inf)
+
+        params = task.init(jax.random.key(seed))
+        params = jax.tree.map(lambda x: jnp.stack([x] * COUNT), params)
+        rates = jnp.asarray(np.geomspace(ADAMS[0], ADAMS[-1], COUNT), jnp.float32)
+        start = params, jax.vmap(tx.init)(params), rates
+        (params, *_), _ = jax.lax.scan(step, start, jnp.arange(steps))
+        best = jnp.argmax(ranks(params))
+        params = jax.tree.map(lambda x: x[best], params)
+        return figures_of(task, parts, params)
+
+    return _over_seeds(one, seeds, stacked(task, seeds))(0.0)
+
+
+def soup(task, steps, seeds):
+    """Greedy soup (Wortsman et al., 2022) of the ends of the eight: ``[seeds]``."""
+
+    def one(seed, parts, _):
+        params = task.init(jax.random.key(seed))
+
+        def end(tx):
+            def step(carry, number):
+                params, state = carry
+                batch = draw(task, parts, seed, number)
+                updates, state = tx.update(jax.grad(task.loss)(params, batch), state)
+                return (optax.apply_updates(params, updates), state), None
+
+            start = params, tx.init(params)
+            return jax.lax.scan(step, start, jnp.arange(steps))[0][0]
+
+        def score(params):
+            found = task.held_out(params, parts.held_out)
+            return jnp.nan_to_num(found, nan=-jnp.inf)
+
+        ends = [end(tx) for tx in SINGLES.values()]
+        ends = jax.tree.map(lambda *x: jnp.stack(x), *ends)
+        order = jnp.argsort(-jax.vmap(score)(ends))
+
+        def taste(carry, index):
+            total, size, best = carry
+            more = jax.tree.map(lambda t, x: t + x[index], total, ends)
+            found = score(jax.tree.map(lambda x: x / (size + 1), more))
+            keep = found >= best
+            total = jax.tree.map(lambda a, b: jnp.where(keep, a, b), more, total)
+            best = jnp.where(keep, found, best)
+            return (total, size + keep, best), None
+
+        start = jax.tree.map(jnp.zeros_like, params), 0.0, -jnp.inf
+        (total, size, _), _ = jax.lax.scan(taste, start, order)
+        params = jax.tree.map(lambda x: x / size, total)
+        return figures_of(task, parts, params)
+
+    return _over_seeds(one, seeds, stacked(task, seeds))(0.0)
+
+
+# Cells.
+
+
+def work(task, method, parts, steps, rounds):
+    """Forward passes of single examples; a gradient counts as three."""
+    done = 3.0 * method.explorers * steps * task.batch
+    if rounds.any():
+        examples = len(jax.tree.leaves(parts.held_out)[0])
+        # Ends and averages, current and stable.
+        done += rounds.mean() * (2 * method.explorers + 2) * examples
+    return done
+
+
+def cell(task, name, seeds, ratio):
+    """The figures of a method on a task, as JSON.
+
+    Args:
+      task: See there.
+      name: Of the method, or of a procedure.
+      seeds: How many.
+      ratio: EV3's work over that of its gradients.
+    """
+    steps = STEPS.value or task.steps
+    begun = time.perf_counter()
+    if name in PROCEDURES:
+        found = PROCEDURES[name](task, steps, seeds)
+        found = {kind: x.tolist() for kind, x in found.items()}
+        return {"runs": [found], "seconds": time.perf_counter() - begun}
+    method = METHODS[name]
+    whole = steps * max(COUNT // method.explorers, 1)
+    most = whole if name.startswith("EV3") else math.ceil(whole * ratio)
+    runs, rounds = [], np.zeros(1)
+    for rate in method.rates:
+        for end in sorted({whole, most}) if method.horizon else [most]:
+            marks = {end} if method.horizon else _marks(whole, most)
+            run = trainer(
+                task, method.make, method.evaluated, end, tuple(sorted(marks)), seeds
+            )
+            figures, rounds = run(rate)
+            runs.append(
+                {
+                    "rate": rate,
+                    "marks": sorted(marks),
+                    **{kind: x.tolist() for kind, x in figures.items()},
+                }
+            )
+    done = work(task, method, task.parts(0), whole, rounds)
+    return {
+        "runs": runs,
+        "steps": steps,
+        "whole": whole,
+        "most": most,
+        "explorers": method.explorers,
+        "work": done,
+        "ratio": done / (3 * method.explorers * whole * task.batch),
+        "seconds": time.perf_counter() - begun,
+    }
+
+
+def _marks(whole, most):
+    """At which steps figures are taken."""
+    return {max(1, round(whole * part)) for part in MARKS} | {most}
+
+
+PROCEDURES = {"population-based training": population, "soup": soup}
+
+
+def main(_):
+    logging.set_verbosity(logging.WARNING)
+    # Seeds are dealt out to the cores.
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    folder, seeds = pathlib.Path(FOLDER.value), SEEDS.value
+    tasks, pattern = TASK.value, METHOD.value
+    if QUICK.value:
+        folder, seeds = folder.with_name(folder.name + "_quick"), min(seeds, 3)
+        tasks, pattern = QUICK_TASKS, QUICK_METHODS
+    if not SHOW.value:
+        for task, name in itertools.product(tasks, [*METHODS, *PROCEDURES]):
+            if re.search(pattern, name):
+                fill(folder, task, name, seeds)
+    found = report.load(folder)
+    kinds = report.Kinds(tuple(SINGLES), tuple(OTHERS), HALVING, SHARE)
+    report.show(found, kinds)
+    report.draw(found, kinds, folder)
+
+
+@functools.cache
+def made(task):
+    return TASKS[task]()
+
+
+def fill(folder, task, name, seeds):
+    """Makes a cell, if it isn't there."""
+    path = folder / task / f"{name.replace('/', 'over')}.json"
+    if path.exists():
+        return
+    ratio = 1.0
+    if not name.startswith("EV3"):
+        first = folder / task / "EV3.json"
+        if not first.exists():
+            fill(folder, task, "EV3", seeds)
+        ratio = json.loads(first.read_text())["ratio"]
+    found = cell(made(task), name, seeds, ratio)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(found))
+    part.replace(path)  # A cell is whole, or not there.
+    print(f"{task}, {name}: {found['seconds']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main)
