@@ -21,6 +21,7 @@ Everything is kept in `--folder`: checkpoints, metrics as JSON lines, results, p
 Where the command was interrupted, the same command goes on.
 """
 
+import itertools
 import json
 import logging
 import pathlib
@@ -198,14 +199,17 @@ def main(_):
     logging.getLogger("optax_ev3").setLevel(logging.INFO)
     setting = experiment.configured(SETTING.value, OTHERS.value)
     folder = pathlib.Path(FOLDER.value)
-    # Whether students go on growing changes what their checkpoints mean.
-    claim(folder, setting._asdict() | {"every_size": EVERY_SIZE.value})
+    seeds = range(FIRST.value, FIRST.value + SEEDS.value)
+    # Data that are not there are found out before anything is written.
+    runs = (Run(setting, seed, folder) for seed in seeds)
+    first = next(runs)
+    chosen = {"every_size": EVERY_SIZE.value, "teacher_logits": LOGITS.value}
+    claim(folder, setting._asdict() | chosen)
     results = []
-    for seed in range(FIRST.value, FIRST.value + SEEDS.value):
-        results.append(Run(setting, seed, folder).results(METHODS.value))
-        _checkpoint.write(
-            folder / "results.json", json.dumps(results, indent=1).encode()
-        )
+    for one in itertools.chain([first], runs):
+        results.append(one.results(METHODS.value))
+        found = json.dumps(results, indent=1)
+        _checkpoint.write(folder / "results.json", found.encode())
     report.show(setting, results)
     report.draw_sizes(setting, results, folder / "accuracy.png")
     report.draw_course(
