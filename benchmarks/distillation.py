@@ -9,8 +9,8 @@ students: the experiment of examples/distillation.py on scikit-learn's digits, s
 tuning: fixed students by learning rate, loss, and kind of schedule, on other seeds.
 speed: a training step in the setting of the paper (CIFAR-100's shapes, random images,
   ResNet of 16 filters, batches of 128, 2 explorers, trajectories of 100, stored
-  logits), over as many plain jitted steps of AdamW as there are explorers. Rounds are
-  timed as a whole and taken apart: steps within them, and what their ends add.
+  logits), over as many plain jitted steps of AdamW as there are explorers: steps
+  within a round, and whole rounds with their assessments on 512 examples.
 
 Run it with `python benchmarks/distillation.py`; it takes about an hour on two cores,
 and goes on where it was interrupted. `--part students` runs one part.
@@ -273,13 +273,16 @@ def tuned(setting, folder, seed, size, rate, reverse, falls, steps, data, teache
 
 # Speed.
 
+LENGTH, ASSESSED = 100, 512  # Steps of a round, and held-out examples that it draws.
+BLOCK = 5  # Steps that are timed at once.
+
 
 def speed():
     """Seconds of a step with EV3 over those of as many plain steps, by size."""
     setting = experiment.configured("cifar100")._replace(
         losses=(experiment.Loss(), experiment.Loss(reverse=True)),
-        length=100,
-        assessed=512,
+        length=BLOCK + 1,
+        assessed=ASSESSED,
         augment=False,
     )
     print("\nCIFAR-100's shapes: time per gradient over that of plain AdamW")
@@ -297,11 +300,11 @@ def speed():
     return found
 
 
-def timed(setting, size, block=5):
+def timed(setting, size):
     """Seconds per gradient ``[repeats]``: plain, in a round, in whole rounds.
 
-    A round is as many steps as its length, the last one with assessments; the others
-    are alike, so that some of them are timed.
+    The last step of a round assesses, the others are alike. So short rounds are timed,
+    and counted as if they were long.
     """
     rng = np.random.default_rng(0)
     sizes = (2000, 1000, 1000)
@@ -360,11 +363,10 @@ def timed(setting, size, block=5):
     our_steps(setting.length)  # Compiles, and gets to a round's end.
     rows = []
     for _ in range(REPEATS.value):
-        alone = seconds(plain_steps, count * block) / (count * block)
-        within = seconds(our_steps, block) / block
-        our_steps(setting.length - block - 1)
+        alone = seconds(plain_steps, count * BLOCK) / (count * BLOCK)
+        within = seconds(our_steps, BLOCK) / BLOCK
         end = seconds(our_steps, 1)
-        whole = (within * (setting.length - 1) + end) / setting.length
+        whole = (within * (LENGTH - 1) + end) / LENGTH
         rows.append((alone, within / count, whole / count))
     return np.array(rows).T
 
