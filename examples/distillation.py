@@ -25,6 +25,7 @@ import itertools
 import json
 import logging
 import pathlib
+import sys
 from typing import Any
 
 import _checkpoint
@@ -108,14 +109,9 @@ class Run:
         if "multi pass" in methods:
             last = single
             for number in range(2, setting.passes + 1):
-                archived = experiment.final_student(
-                    self.setting, self.data, last.folder
-                )
-                teachers |= {
-                    f"student_{number - 1}": experiment.teacher_from(
-                        self.setting, *archived, self.data
-                    )
-                }
+                former = experiment.final_student(setting, self.data, last.folder)
+                archived = experiment.teacher_from(setting, *former, self.data)
+                teachers = teachers | {f"student_{number - 1}": archived}
                 last = self._grown(f"pass {number}", teachers, shift=number - 1)
             found["multi pass"] = last.course.stages
             found["final of multi pass"] = self._final(last)
@@ -194,9 +190,19 @@ class Run:
         return found
 
 
+class BesideBars(logging.Handler):
+    """Lines that do not tear the progress bars."""
+
+    def emit(self, record):
+        tqdm.write(record.getMessage(), file=sys.stderr)
+
+
 def main(_):
     absl_logging.set_verbosity(absl_logging.WARNING)
-    logging.getLogger("optax_ev3").setLevel(logging.INFO)
+    growths = logging.getLogger("optax_ev3")
+    growths.setLevel(logging.INFO)
+    growths.addHandler(BesideBars())
+    growths.propagate = False
     setting = experiment.configured(SETTING.value, OTHERS.value)
     folder = pathlib.Path(FOLDER.value)
     seeds = range(FIRST.value, FIRST.value + SEEDS.value)
