@@ -4,13 +4,12 @@ preservation: how far outputs are apart before and after each kind of growth of 
   that were trained for a while, relative to the largest, with running statistics and
   with a batch's own; Flax Linen and NNX.
 students: the experiment of examples/distillation.py on scikit-learn's digits, split
-  anew for each seed. Learning rates are the same for EV3's explorers and for students
-  of a fixed size; `tuning` says what other rates and the other loss give the latter.
-tuning: fixed students by learning rate, loss, and kind of schedule, on other seeds.
+  anew for each seed. Fixed students have the larger learning rate of EV3's explorers.
+tuning: what other rates, constant or falling, give fixed students, on other seeds.
 speed: a training step in the setting of the paper (CIFAR-100's shapes, random images,
   ResNet of 16 filters, batches of 128, 2 explorers, trajectories of 100, stored
-  logits), over as many plain jitted steps of AdamW as there are explorers. Rounds are
-  timed as a whole and taken apart: steps within them, and what their ends add.
+  logits), over as many plain jitted steps of AdamW as there are explorers: steps
+  within a round, and whole rounds with their assessments on 512 examples.
 
 Run it with `python benchmarks/distillation.py`; it takes about an hour on two cores,
 and goes on where it was interrupted. `--part students` runs one part.
@@ -213,7 +212,7 @@ def needed(setting, results):
 
 # Tuning.
 
-TUNED = {"rate": (3e-3, 1e-2, 3e-2), "reverse": (False, True), "falls": (False, True)}
+TUNED = {"rate": (1e-3, 3e-3, 1e-2, 3e-2), "falls": (False, True)}
 OTHER_SEEDS = (1000, 1001)
 
 
@@ -224,7 +223,7 @@ def tuning(folder, steps=3000):
     taught = {seed: teach(setting, seed, folder) for seed in OTHER_SEEDS}
     found = []
     print(f"\nStudents of a fixed size, {steps} steps, {len(taught)} other seeds")
-    print(f"{'student':10}{'rate':>8}{'':>9}{'KL':>10}{'held-out NLL':>14}{'test':>9}")
+    print(f"{'student':10}{'rate':>8}{'':>8}{'held-out NLL':>14}{'test':>9}")
     for size, *choice in itertools.product(setting.sizes, *TUNED.values()):
         rows = [
             tuned(setting, folder, seed, size, *choice, steps, *taught[seed])
@@ -232,10 +231,9 @@ def tuning(folder, steps=3000):
         ]
         nll, accuracy = np.mean(rows, axis=0)
         found.append([size, *choice, nll, accuracy])
-        rate, reverse, falls = choice
-        names = ("falls" if falls else "stays", "reverse" if reverse else "forward")
+        rate, falls = choice
         print(
-            f"ResNet-{6 * size + 2:<3}{rate:8g}{names[0]:>9}{names[1]:>10}"
+            f"ResNet-{6 * size + 2:<3}{rate:8g}{'falls' if falls else 'stays':>8}"
             f"{nll:14.4f}{accuracy:9.4f}",
             flush=True,
         )
@@ -250,9 +248,9 @@ def teach(setting, seed, folder):
     return data, experiment.teacher_from(setting, model, variables, data)
 
 
-def tuned(setting, folder, seed, size, rate, reverse, falls, steps, data, teacher):
+def tuned(setting, folder, seed, size, rate, falls, steps, data, teacher):
     """Held-out loss and test accuracy."""
-    name = f"{seed}_{size}_{rate:g}_{reverse}_{falls}"
+    name = f"{seed}_{size}_{rate:g}_{falls}"
     model = experiment.student(setting, size)
     variables, marked = experiment.train_fixed(
         setting,
@@ -260,7 +258,7 @@ def tuned(setting, folder, seed, size, rate, reverse, falls, steps, data, teache
         data,
         teacher,
         _checkpoint.Folder(folder / "tuning" / name),
-        loss=experiment.Loss(reverse=reverse),
+        loss=setting.losses[0],
         rate=rate,
         steps=steps,
         falls=falls,
@@ -273,13 +271,16 @@ def tuned(setting, folder, seed, size, rate, reverse, falls, steps, data, teache
 
 # Speed.
 
+LENGTH, ASSESSED = 100, 512  # Steps of a round, and held-out examples that it draws.
+BLOCK = 5  # Steps that are timed at once.
+
 
 def speed():
     """Seconds of a step with EV3 over those of as many plain steps, by size."""
     setting = experiment.configured("cifar100")._replace(
         losses=(experiment.Loss(), experiment.Loss(reverse=True)),
-        length=100,
-        assessed=512,
+        length=BLOCK + 1,
+        assessed=ASSESSED,
         augment=False,
     )
     print("\nCIFAR-100's shapes: time per gradient over that of plain AdamW")
@@ -297,11 +298,11 @@ def speed():
     return found
 
 
-def timed(setting, size, block=5):
+def timed(setting, size):
     """Seconds per gradient ``[repeats]``: plain, in a round, in whole rounds.
 
-    A round is as many steps as its length, the last one with assessments; the others
-    are alike, so that some of them are timed.
+    The last step of a round assesses, the others are alike. So short rounds are timed,
+    and counted as if they were long.
     """
     rng = np.random.default_rng(0)
     sizes = (2000, 1000, 1000)
@@ -360,11 +361,10 @@ def timed(setting, size, block=5):
     our_steps(setting.length)  # Compiles, and gets to a round's end.
     rows = []
     for _ in range(REPEATS.value):
-        alone = seconds(plain_steps, count * block) / (count * block)
-        within = seconds(our_steps, block) / block
-        our_steps(setting.length - block - 1)
+        alone = seconds(plain_steps, count * BLOCK) / (count * BLOCK)
+        within = seconds(our_steps, BLOCK) / BLOCK
         end = seconds(our_steps, 1)
-        whole = (within * (setting.length - 1) + end) / setting.length
+        whole = (within * (LENGTH - 1) + end) / LENGTH
         rows.append((alone, within / count, whole / count))
     return np.array(rows).T
 

@@ -595,7 +595,9 @@ class Pass:
     def _end(self):
         """Takes stock of a size, and grows, if that is of use."""
         course, sizes = self.course, self.setting.sizes
-        better = not course.stages or self._is_better()
+        # Where one size has brought nothing, growth would have ended.
+        worth = course.final == len(course.stages) - 1
+        better = not course.stages or (worth and self._is_better())
         if better:
             course.final = len(course.stages)
             about = {"size": course.size}

@@ -9,6 +9,7 @@ import _checkpoint
 import numpy as np
 from _distillation import Setting
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 GROWING = ("single pass", "multi pass", "no decide")
 TITLES = {
@@ -138,6 +139,9 @@ def draw_course(setting: Setting, folder: pathlib.Path, path: pathlib.Path) -> N
                 label="stable replaced",
             )
     axes.set_yscale("log")
+    axes.margins(y=0.12)  # Room for the names of sizes.
+    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        which(FuncFormatter(lambda nll, _: f"{nll:g}"))
     sizes = [line["layers"] for line in lines]
     for i, (before, after) in enumerate(itertools.pairwise([None, *sizes])):
         if before != after:

@@ -21,9 +21,11 @@ Everything is kept in `--folder`: checkpoints, metrics as JSON lines, results, p
 Where the command was interrupted, the same command goes on.
 """
 
+import itertools
 import json
 import logging
 import pathlib
+import sys
 from typing import Any
 
 import _checkpoint
@@ -107,14 +109,9 @@ class Run:
         if "multi pass" in methods:
             last = single
             for number in range(2, setting.passes + 1):
-                archived = experiment.final_student(
-                    self.setting, self.data, last.folder
-                )
-                teachers |= {
-                    f"student_{number - 1}": experiment.teacher_from(
-                        self.setting, *archived, self.data
-                    )
-                }
+                former = experiment.final_student(setting, self.data, last.folder)
+                archived = experiment.teacher_from(setting, *former, self.data)
+                teachers = teachers | {f"student_{number - 1}": archived}
                 last = self._grown(f"pass {number}", teachers, shift=number - 1)
             found["multi pass"] = last.course.stages
             found["final of multi pass"] = self._final(last)
@@ -193,19 +190,32 @@ class Run:
         return found
 
 
+class BesideBars(logging.Handler):
+    """Lines that do not tear the progress bars."""
+
+    def emit(self, record):
+        tqdm.write(record.getMessage(), file=sys.stderr)
+
+
 def main(_):
     absl_logging.set_verbosity(absl_logging.WARNING)
-    logging.getLogger("optax_ev3").setLevel(logging.INFO)
+    growths = logging.getLogger("optax_ev3")
+    growths.setLevel(logging.INFO)
+    growths.addHandler(BesideBars())
+    growths.propagate = False
     setting = experiment.configured(SETTING.value, OTHERS.value)
     folder = pathlib.Path(FOLDER.value)
-    # Whether students go on growing changes what their checkpoints mean.
-    claim(folder, setting._asdict() | {"every_size": EVERY_SIZE.value})
+    seeds = range(FIRST.value, FIRST.value + SEEDS.value)
+    # Data that are not there are found out before anything is written.
+    runs = (Run(setting, seed, folder) for seed in seeds)
+    first = next(runs)
+    chosen = {"every_size": EVERY_SIZE.value, "teacher_logits": LOGITS.value}
+    claim(folder, setting._asdict() | chosen)
     results = []
-    for seed in range(FIRST.value, FIRST.value + SEEDS.value):
-        results.append(Run(setting, seed, folder).results(METHODS.value))
-        _checkpoint.write(
-            folder / "results.json", json.dumps(results, indent=1).encode()
-        )
+    for one in itertools.chain([first], runs):
+        results.append(one.results(METHODS.value))
+        found = json.dumps(results, indent=1)
+        _checkpoint.write(folder / "results.json", found.encode())
     report.show(setting, results)
     report.draw_sizes(setting, results, folder / "accuracy.png")
     report.draw_course(

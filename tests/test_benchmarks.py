@@ -323,3 +323,16 @@ def test_convolution_of_the_benchmark_is_one():
             print(ours.shape == other.shape and abs(ours - other).max() < 1e-4)
     """
     assert run("-c", code, cwd=EVOLVE.parent).split() == ["True", "True"]
+
+
+@pytest.mark.slow
+def test_benchmark_of_distillation_runs(tmp_path):
+    pytest.importorskip("sklearn")
+    path = tmp_path / "figures.json"
+    args = ["--part=preservation", "--seeds=2", f"--json={path}"]
+    out = run(SCRIPT.with_name("distillation.py"), *args)
+    assert "NNX, ResNet widened" in out
+    found = json.loads(path.read_text())["preservation"]
+    assert len(found) == 10
+    apart = np.array(list(found.values()))
+    assert apart.shape == (10, 2) and 0 < apart.max() < 1e-5
