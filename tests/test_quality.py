@@ -1,0 +1,191 @@
+"""The quality suite: its tasks, its loop, and what its report makes of cells."""
+
+import importlib
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+pytest.importorskip("sklearn")
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """By name; they import each other by their names."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        yield {k: importlib.import_module(k) for k in ("_tasks", "_quality_report")}
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(autouse=True)
+def scripts_may_broadcast():
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def tasks(modules):
+    return modules["_tasks"]
+
+
+@pytest.fixture(scope="module")
+def report(modules):
+    return modules["_quality_report"]
+
+
+NAMES = [
+    "digits MLP",
+    "digits CNN",
+    "noisy labels",
+    "imbalanced",
+    "outliers",
+    "breast cancer",
+    "wine",
+    "transformer",
+    "distillation",
+    "auto-encoder",
+    "physics",
+]
+
+
+def test_all_tasks_are_tested(tasks):
+    assert list(tasks.TASKS) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tasks_can_be_learned(tasks, name):
+    task = tasks.TASKS[name]()
+    one, other = (jax.tree.map(jnp.asarray, task.parts(seed)) for seed in (0, 1))
+    assert jax.tree.map(jnp.shape, one) == jax.tree.map(jnp.shape, other)
+    pairs = zip(*map(jax.tree.leaves, (one, other)), strict=True)
+    assert all((a != b).any() for a, b in pairs)
+    params = task.init(jax.random.key(0))
+    # A short step against the gradient lowers the loss on the same examples.
+    batch = jax.tree.map(lambda x: x[: task.batch], one.train)
+    value, grads = jax.jit(jax.value_and_grad(task.loss))(params, batch)
+    size = optax.tree.norm(grads)
+    assert size > 0
+    lower = jax.tree.map(lambda p, g: p - 1e-3 / size * g, params, grads)
+    assert task.loss(lower, batch) < value
+    for figure in (task.test(params, one.test), task.held_out(params, one.held_out)):
+        assert figure.shape == () and jnp.isfinite(figure)
+
+
+@pytest.mark.parametrize("name", ["digits MLP", "outliers", "wine", "physics"])
+def test_parts_have_no_example_in_common(tasks, name):
+    parts = tasks.TASKS[name]().parts(3)
+    rows = [
+        {x.tobytes() for x in np.atleast_2d(jax.tree.leaves(part)[0].T).T}
+        for part in parts
+    ]
+    first = [len(jax.tree.leaves(part)[0]) for part in parts]
+    # Nothing is lost by the comparison but examples that are there twice.
+    assert sum(map(len, rows)) > 0.95 * sum(first)
+    shared = [a & b for a, b in [rows[:2], rows[1:], rows[::2]]]
+    assert max(map(len, shared)) < 0.02 * sum(first)
+
+
+def test_labels_are_noisy_in_the_training_part_alone(tasks):
+    clean, noisy = (tasks.TASKS[n]().parts(5) for n in ("digits MLP", "noisy labels"))
+    share = (clean.train[1] != noisy.train[1]).mean()
+    assert share == pytest.approx(0.27, abs=0.05)  # A tenth is drawn right.
+    for one, other in zip(clean[1:], noisy[1:], strict=True):
+        np.testing.assert_array_equal(one[1], other[1])
+
+
+def test_the_solution_of_the_physics_task_is_its_minimum(tasks):
+    # Central differences of the sine in the same equation.
+    t, h = np.linspace(0.1, 0.9, 9), 1e-4
+    u = lambda t: np.sin(tasks.WAVES * t)
+    second = (u(t + h) - 2 * u(t) + u(t - h)) / h**2
+    np.testing.assert_allclose(second + tasks.WAVES**2 * u(t), 0, atol=1e-3)
+
+
+# The report.
+
+
+def cell(test, held_out, marks=(1, 3, 7, 15, 4, 32), explorers=1):
+    """Figures ``[marks, 2, seeds]`` in a cell of 32 steps and as much work."""
+    run = {"marks": list(marks), "test": test, "held_out": held_out}
+    return {"runs": [run], "whole": 32, "most": 32, "explorers": explorers}
+
+
+@pytest.fixture
+def cells():
+    """Eight explorers, two seeds; held-out scores are what the test says, or not."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for number in range(8):
+        test = rng.uniform(size=[6, 2, 2])
+        found[f"single {number}"] = cell(test.tolist(), (-test).tolist())
+    ours = rng.uniform(size=[1, 2, 2])
+    found["EV3"] = cell(ours.tolist(), (-ours).tolist(), (32,), 8)
+    return found
+
+
+@pytest.fixture
+def kinds(report):
+    halving = ((8, 1 / 32), (4, 3 / 32), (2, 7 / 32), (1, 15 / 32))
+    names = tuple(f"single {number}" for number in range(8))
+    return report.Kinds(names, ("cosine",), halving, 1 / 8)
+
+
+def test_grid_search_and_hindsight(report, kinds, cells):
+    rows = report.rows(cells, kinds, "whole")
+    test = np.array([cells[name]["runs"][0]["test"] for name in kinds.singles])
+    ends = test[:, 5].reshape(16, 2)  # And averages.
+    np.testing.assert_array_equal(rows[report.HINDSIGHT], ends[ends.mean(1).argmin()])
+    np.testing.assert_array_equal(rows["all eight in full, by held-out"], ends.min(0))
+    shares = test[:, 4].reshape(16, 2)  # At 4 of 32 steps.
+    np.testing.assert_array_equal(rows["grid search"], shares.min(0))
+    np.testing.assert_array_equal(rows["single 3, averaged"], test[3, 5, 1])
+    np.testing.assert_array_equal(rows["EV3"], cells["EV3"]["runs"][0]["test"][0][0])
+
+
+def test_successive_halving(report, kinds, cells):
+    test = np.array([cells[name]["runs"][0]["test"] for name in kinds.singles])
+    expected = []
+    for seed in range(2):
+        left = list(range(8))
+        for mark, keep in enumerate((4, 2, 1)):
+            left = sorted(left, key=lambda i, m=mark, s=seed: test[i, m, 0, s])[:keep]
+        expected.append(test[left[0], 3, 0, seed])
+    rows = report.rows(cells, kinds, "whole")
+    np.testing.assert_array_equal(rows["successive halving"], expected)
+
+
+def test_rates_are_chosen_by_held_out_scores_for_each_seed(report, kinds, cells):
+    runs = [
+        cell([[test, [9, 9]]], [[score, [0, 0]]], (32,))["runs"][0]
+        for test, score in [([1, 2], [5, 6]), ([3, 4], [7, 5]), ([0, 0], [None, 4])]
+    ]
+    other = {"runs": runs, "whole": 32, "most": 32, "explorers": 1}
+    rows = report.rows(cells | {"cosine": other}, kinds, "whole")
+    np.testing.assert_array_equal(rows["cosine"], [3, 2])
+
+
+def test_what_overflows_is_as_bad_as_the_worst(report):
+    found = report.finite({"a": np.array([1, np.inf]), "b": np.array([3.0, 2.0])})
+    np.testing.assert_array_equal(found["a"], [1, 3])
+
+
+def test_holm(report):
+    # By hand: 0.01 * 3, then 0.02 * 2, then 0.5.
+    assert report.holm([0.5, -0.01, 0.02]) == pytest.approx([0.5, -0.03, 0.04])
+    assert report.holm([0.04, -0.039]) == pytest.approx([0.078, -0.078])
+
+
+def test_tables_and_plots(report, kinds, cells, tmp_path, capsys):
+    report.show({"wine": cells}, kinds)
+    out = capsys.readouterr().out
+    for row in ("At equal work", "wine, 2 seeds", "grid search", "EV3 against"):
+        assert row in out
+    report.draw({"wine": cells}, kinds, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"profile.png", "course.png"}
