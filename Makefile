@@ -70,7 +70,7 @@ docs: $(VENV)/.has-docs $(VENV)/.package ## Build the documentation into docs/_b
 	@echo "Building docs/_build/index.html ..."
 	@$(PY) -P -m sphinx -q -W --keep-going -E -b html docs docs/_build
 
-benchmarks: $(VENV)/.has-examples $(VENV)/.package ## Run every benchmark (minutes)
+benchmarks: $(VENV)/.has-examples $(VENV)/.package ## Run every benchmark (hours)
 	@test -n "$(BENCHMARKS)" || { echo "No benchmark found in benchmarks/." >&2; exit 1; }
 	@for file in $(BENCHMARKS); do \
 	    echo "Running $$file ..."; $(PY) $$file || exit 1; done

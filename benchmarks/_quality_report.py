@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 from scipy import stats
 
 Cells = dict[str, dict[str, Any]]  # By task and method.
@@ -255,7 +256,7 @@ def _draw_profile(found, kinds, path):
     axes.set_xlabel("Test figure over that of the best of these methods")
     axes.set_ylabel("Share of tasks")
     axes.set_title("Performance profile, equal work", loc="left")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
     print(f"Picture: {path}")
@@ -273,8 +274,8 @@ def _draw_course(cells, kinds, path):
     columns = min(4, len(tasks))
     lines = -(-len(tasks) // columns)
     figure = Figure(figsize=(3 * columns, 2.4 * lines), dpi=150, layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).flat
-    for axes in list(panels)[len(tasks) :]:
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes in panels[len(tasks) :]:
         axes.set_visible(False)
     for axes, (task, one) in zip(panels, tasks.items(), strict=False):
         best = min(kinds.singles, key=lambda n, one=one: _end(one[n], "whole").mean())
@@ -286,6 +287,9 @@ def _draw_course(cells, kinds, path):
             )
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which(FuncFormatter(lambda figure, _: f"{figure:g}"))
         axes.set_title(task, loc="left", fontsize=10)
         axes.legend(frameon=False, fontsize=7)
         axes.tick_params(labelsize=7, which="both")

@@ -1,7 +1,10 @@
 """The quality suite: its tasks, its loop, and what its report makes of cells."""
 
+import functools
 import importlib
 import pathlib
+import re
+import subprocess
 import sys
 
 import jax
@@ -189,3 +192,30 @@ def test_tables_and_plots(report, kinds, cells, tmp_path, capsys):
         assert row in out
     report.draw({"wine": cells}, kinds, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"profile.png", "course.png"}
+    image = pytest.importorskip("matplotlib.image").imread(tmp_path / "course.png")
+    orange = np.array([0xE6, 0x9F, 0x00]) / 255  # The line of the best single method.
+    assert (abs(image[..., :3] - orange) < 0.02).all(-1).sum() > 50
+
+
+@pytest.mark.slow
+def test_the_suite_runs_and_goes_on_where_it_stopped(tmp_path):
+    pattern = "^(EV3|adam .*|momentum .*|rmsprop .*|cosine|soup|population.*)$"
+    args = ["--seeds=2", "--steps=8", "--task=wine", f"--method={pattern}"]
+    command = [sys.executable, "-P", str(BENCHMARKS / "quality.py"), *args]
+    command += [f"--folder={tmp_path}"]
+    run = functools.partial(
+        subprocess.run, check=True, capture_output=True, text=True, encoding="utf-8"
+    )
+    lost = tmp_path / "wine" / "cosine.json"
+    out = run(command).stdout
+    for row in ("wine, EV3:", "grid search", "successive halving", "soup", "cosine"):
+        assert row in out
+    cells = {path: path.read_bytes() for path in lost.parent.iterdir()}
+    assert len(cells) == 1 + 8 + 3
+    lost.unlink()
+    again = run(command).stdout
+    made = re.findall(r"^wine, (.*): \d+ s$", again, re.M)
+    assert made == ["cosine"]
+    assert again.partition("At equal")[2] == out.partition("At equal")[2]
+    for path, content in cells.items():
+        assert path == lost or path.read_bytes() == content
