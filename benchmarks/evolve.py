@@ -59,6 +59,7 @@ from optax_ev3 import combine
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import _digits
+from _tasks import Parts, cnn, dense
 
 SEEDS = flags.DEFINE_integer("seeds", None, "Runs of each row.", lower_bound=2)
 STEPS = flags.DEFINE_integer("steps", None, "Training steps.", lower_bound=20)
@@ -86,14 +87,6 @@ AWAY = 100.0  # where evolution starts, in best rates
 GRID = range(-12, 1)  # 1e-4 to 1
 
 
-class Parts(NamedTuple):
-    """Inputs and labels, three times."""
-
-    train: Any
-    held_out: Any
-    test: Any
-
-
 class Task(NamedTuple):
     """A model, its data by the seed, and how long it is trained."""
 
@@ -116,11 +109,6 @@ class Task(NamedTuple):
 # Tasks.
 
 
-def dense(key, rows, columns):
-    he = jax.nn.initializers.he_normal()
-    return he(key, (rows, columns)), jnp.zeros(columns)
-
-
 def digits():
     """The parts by the seed: always the same, or with --resplit drawn anew."""
     fixed = Parts(*_digits.load())
@@ -141,32 +129,8 @@ def digits_mlp():
     return Task(_digits.init, _digits.logits, digits(), 1000, 128, 6)
 
 
-def patches(x, stride=1):
-    """All 3x3 neighbourhoods of images ``[n, h, w, c]``, the edges padded.
-
-    Convolutions are written as products: the branches of a population have weights of
-    their own, and grouped convolutions are slow on CPUs.
-    """
-    _, h, w, _ = x.shape
-    x = jnp.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
-    shifts = [(i, j) for i in range(3) for j in range(3)]
-    parts = [x[:, i : i + h : stride, j : j + w : stride] for i, j in shifts]
-    return jnp.concatenate(parts, axis=-1)
-
-
 def digits_cnn():
-    def init(key):
-        shapes = (9, 8), (72, 16), (256, 10)
-        keys = jax.random.split(key, len(shapes))
-        return [dense(k, *shape) for k, shape in zip(keys, shapes, strict=True)]
-
-    def logits(params, x):
-        (w1, b1), (w2, b2), (w3, b3) = params
-        x = jax.nn.relu(patches(x.reshape(-1, 8, 8, 1)) @ w1 + b1)
-        x = jax.nn.relu(patches(x, 2) @ w2 + b2)
-        return x.reshape(len(x), -1) @ w3 + b3
-
-    return Task(init, logits, digits(), 500, 128, 6)
+    return Task(*cnn(), digits(), 500, 128, 6)
 
 
 CONTEXT, WIDTH, HIDDEN = 16, 8, 128

@@ -308,14 +308,14 @@ def test_benchmark_of_evolution_runs(tmp_path):
     np.testing.assert_allclose(rates[:, 0], middle, rtol=0.05)
 
 
-def test_convolution_of_the_benchmark_is_one():
+def test_convolution_of_the_benchmarks_is_one():
     pytest.importorskip("sklearn")
     code = """if True:
-        import jax, evolve
+        import jax, _tasks
         x = jax.random.normal(jax.random.key(0), [2, 8, 8, 3])
         w = jax.random.normal(jax.random.key(1), [27, 5])
         for stride in (1, 2):
-            ours = evolve.patches(x, stride) @ w
+            ours = _tasks.patches(x, stride) @ w
             other = jax.lax.conv_general_dilated(
                 x, w.reshape(3, 3, 3, 5), (stride, stride), [(1, 1)] * 2,
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
