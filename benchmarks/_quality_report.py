@@ -168,13 +168,18 @@ def holm(p_values: list[float]) -> list[float]:
     return corrected
 
 
+def _tables(cells, kinds, table):
+    """The rows of each task that EV3 has a cell of."""
+    return {
+        task: finite(rows(one, kinds, table))
+        for task, one in cells.items()
+        if EV3 in one
+    }
+
+
 def show(cells: Cells, kinds: Kinds) -> None:
     for table, title in {"whole": "gradients", "most": "work"}.items():
-        found = {
-            task: finite(rows(one, kinds, table))
-            for task, one in cells.items()
-            if EV3 in one
-        }
+        found = _tables(cells, kinds, table)
         print(f"\nAt equal {title}: test figure, mean ± standard error; ratio of EV3's")
         for task, one in found.items():
             _show_task(task, one)
@@ -220,11 +225,7 @@ def _show_summary(found, kinds):
 
 
 def draw(cells: Cells, kinds: Kinds, folder: pathlib.Path) -> None:
-    found = {
-        task: finite(rows(one, kinds, "most"))
-        for task, one in cells.items()
-        if EV3 in one
-    }
+    found = _tables(cells, kinds, "most")
     _draw_profile(found, kinds, folder / "profile.png")
     _draw_course(cells, kinds, folder / "course.png")
 

@@ -523,10 +523,8 @@ def fill(folder, task, name, seeds):
         return
     ratio = 1.0
     if not name.startswith("EV3"):
-        first = folder / task / "EV3.json"
-        if not first.exists():
-            fill(folder, task, "EV3", seeds)
-        ratio = json.loads(first.read_text())["ratio"]
+        fill(folder, task, "EV3", seeds)
+        ratio = json.loads((folder / task / "EV3.json").read_text())["ratio"]
     found = cell(made(task), name, seeds, ratio)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")

@@ -4,9 +4,7 @@ import errno
 import importlib
 import json
 import os
-import pathlib
 import re
-import subprocess
 import sys
 
 import jax
@@ -15,9 +13,10 @@ import numpy as np
 import pytest
 from helpers import assert_identical, says
 from test_cifar import write_archive
+from test_examples import EXAMPLES
+from test_examples import run as run_example
 
 pytest.importorskip("sklearn")
-EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 TINY = {
     "sizes": [1, 2],
     "filters": 2,
@@ -50,18 +49,9 @@ def checkpoint(experiment):
 
 
 def run(*args, cwd, **others):
-    """As a user runs it."""
+    """A tiny setting, run as the other examples are."""
     override = json.dumps(TINY | others)
-    script = str(EXAMPLES / "distillation.py")
-    return subprocess.run(
-        [sys.executable, "-W", "error", script, f"--override={override}", *args],
-        cwd=cwd,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=300,
-    )
+    return run_example("distillation.py", f"--override={override}", *args, cwd=cwd)
 
 
 @pytest.mark.slow
