@@ -11,6 +11,8 @@ from scipy import stats
 
 Cells = dict[str, dict[str, Any]]  # By task and method.
 EV3 = "EV3"
+UNTRAINED = "untrained"
+TABLES = ("gradients", "work")
 HINDSIGHT = "best single in hindsight"
 
 
@@ -45,34 +47,40 @@ def rows(cells: dict[str, Any], kinds: Kinds, table: str) -> dict[str, np.ndarra
     Args:
       cells: By method.
       kinds: Which methods are what.
-      table: "whole", at equal gradients, or "most", at equal work.
+      table: "gradients", at equal ones, or "work", where EV3's assessments count.
     """
-    found = {name: _end(cell, table) for name, cell in cells.items() if _ours(name)}
+    mark = 1.0 if table == "gradients" else table
+    found = {
+        name: _at(cell["runs"][0], mark)["test"][0]
+        for name, cell in cells.items()
+        if name.startswith(EV3)
+    }
     if all(name in cells for name in kinds.singles):
-        found |= _of_singles(
-            {name: cells[name] for name in kinds.singles}, kinds, table
-        )
+        found |= _of_singles({name: cells[name] for name in kinds.singles}, kinds)
     for name in kinds.others:
         if name in cells:
-            runs = [
-                _at(run, cells[name][table])
-                for run in cells[name]["runs"]
-                if cells[name][table] in run["marks"]
-            ]
-            ends = [{k: x[0] for k, x in one.items()} for one in runs]
-            found[name] = _chosen(ends)
+            ends = [_at(run, 1.0) for run in cells[name]["runs"]]
+            found[name] = _chosen([{k: x[0] for k, x in end.items()} for end in ends])
     for name in ("population-based training", "soup"):
         if name in cells:
             found[name] = np.array(cells[name]["runs"][0]["test"], float)
+    if UNTRAINED in cells:
+        found = no_worse(found, np.array(cells[UNTRAINED]["runs"][0]["test"]))
     return found
 
 
-def _ours(name):
-    return name.startswith(EV3)
+def no_worse(found: dict[str, np.ndarray], start: np.ndarray) -> dict[str, np.ndarray]:
+    """With what ended worse than it began, or overflowed, as if it had not begun.
+
+    One exploded run would say all there is to be said about a mean, for any method.
+    """
+    return {
+        name: np.where(values < start, values, start) for name, values in found.items()
+    }
 
 
 def _at(run, mark):
-    """Figures ``[2, seeds]`` of a run at a step, NaN for the worst."""
+    """Figures ``[kinds, seeds]`` of a run at a mark, NaN for the worst."""
     place = run["marks"].index(mark)
     worst = {"test": np.inf, "held_out": -np.inf}
     return {
@@ -83,10 +91,6 @@ def _at(run, mark):
     }
 
 
-def _end(cell, table):
-    return _at(cell["runs"][0], cell[table])["test"][0]
-
-
 def _chosen(ends):
     """The test figures of what has the best held-out score, for each seed."""
     test, held_out = (np.array([end[k] for end in ends]) for k in ("test", "held_out"))
@@ -94,37 +98,30 @@ def _chosen(ends):
     return test[best, np.arange(len(best))]
 
 
-def _of_singles(cells, kinds, table):
+def _of_singles(cells, kinds):
     """Rows of the explorers alone, and of what is made of their runs."""
-    whole = next(iter(cells.values()))["whole"]
-    found, ends = {}, []
+    found, ends, shares = {}, [], []
     for name, cell in cells.items():
-        end = _at(cell["runs"][0], cell[table])
+        run = cell["runs"][0]
         for place, title in enumerate((name, f"{name}, averaged")):
-            one = {kind: x[place] for kind, x in end.items()}
-            found[title] = one["test"]
-            ends.append(one)
-    best = min(found.values(), key=np.mean)
-    shares = []
-    for cell in cells.values():
-        at = _at(cell["runs"][0], max(1, round(whole * kinds.share)))
-        shares += [{kind: x[place] for kind, x in at.items()} for place in (0, 1)]
+            for mark, into in ((1.0, ends), (kinds.share, shares)):
+                into.append({kind: x[place] for kind, x in _at(run, mark).items()})
+            found[title] = ends[-1]["test"]
     return {
-        HINDSIGHT: best,
+        HINDSIGHT: min(found.values(), key=np.mean),
         "all eight in full, by held-out": _chosen(ends),
         "grid search": _chosen(shares),
-        "successive halving": _halved(list(cells.values()), whole, kinds.halving),
+        "successive halving": _halved(list(cells.values()), kinds.halving),
         **found,
     }
 
 
-def _halved(cells, whole, halving):
+def _halved(cells, halving):
     seeds = len(cells[0]["runs"][0]["test"][0][0])
     result = np.zeros(seeds)
     for seed in range(seeds):
         left = range(len(cells))
-        for count, part in halving:
-            mark = max(1, round(whole * part))
+        for count, mark in halving:
             ends = [_at(cells[i]["runs"][0], mark) for i in left]
             scores = [end["held_out"][0][seed] for end in ends]
             if count == 1:
@@ -135,12 +132,6 @@ def _halved(cells, whole, halving):
 
 
 # Tables.
-
-
-def finite(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """With what overflowed as bad as the worst that did not."""
-    worst = max(x[np.isfinite(x)].max(initial=0) for x in found.values())
-    return {name: np.where(np.isfinite(x), x, worst) for name, x in found.items()}
 
 
 def compare(found: dict[str, np.ndarray], name: str) -> tuple[float, float]:
@@ -170,17 +161,13 @@ def holm(p_values: list[float]) -> list[float]:
 
 def _tables(cells, kinds, table):
     """The rows of each task that EV3 has a cell of."""
-    return {
-        task: finite(rows(one, kinds, table))
-        for task, one in cells.items()
-        if EV3 in one
-    }
+    return {task: rows(one, kinds, table) for task, one in cells.items() if EV3 in one}
 
 
 def show(cells: Cells, kinds: Kinds) -> None:
-    for table, title in {"whole": "gradients", "most": "work"}.items():
+    for table in TABLES:
         found = _tables(cells, kinds, table)
-        print(f"\nAt equal {title}: test figure, mean ± standard error; ratio of EV3's")
+        print(f"\nAt equal {table}: test figure, mean ± standard error; ratio of EV3's")
         for task, one in found.items():
             _show_task(task, one)
         _show_summary(found, kinds)
@@ -225,7 +212,7 @@ def _show_summary(found, kinds):
 
 
 def draw(cells: Cells, kinds: Kinds, folder: pathlib.Path) -> None:
-    found = _tables(cells, kinds, "most")
+    found = _tables(cells, kinds, "work")
     _draw_profile(found, kinds, folder / "profile.png")
     _draw_course(cells, kinds, folder / "course.png")
 
@@ -279,13 +266,10 @@ def _draw_course(cells, kinds, path):
     for axes in panels[len(tasks) :]:
         axes.set_visible(False)
     for axes, (task, one) in zip(panels, tasks.items(), strict=False):
-        best = min(kinds.singles, key=lambda n, one=one: _end(one[n], "whole").mean())
+        courses = {name: _course(one[name]) for name in (*kinds.singles, EV3)}
+        best = min(kinds.singles, key=lambda name: courses[name][1][-1])
         for name, colour in {best: "#E69F00", EV3: "black"}.items():
-            run, explorers = one[name]["runs"][0], one[name]["explorers"]
-            means = [np.mean(_at(run, mark)["test"][0]) for mark in run["marks"]]
-            axes.plot(
-                np.array(run["marks"]) * explorers, means, color=colour, label=name
-            )
+            axes.plot(*courses[name], color=colour, label=name)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -299,3 +283,11 @@ def _draw_course(cells, kinds, path):
     figure.supylabel("Test figure")
     figure.savefig(path)
     print(f"Picture: {path}")
+
+
+def _course(cell):
+    """Gradients, and mean test figures after as many."""
+    run = cell["runs"][0]
+    marks = sorted(mark for mark in run["marks"] if mark != "work")
+    means = [np.mean(_at(run, mark)["test"][0]) for mark in marks]
+    return np.array(marks) * cell["budget"], means

@@ -53,6 +53,7 @@ import _quality_report as report
 from _tasks import TASKS
 
 SEEDS = flags.DEFINE_integer("seeds", 10, "Runs of each method.", lower_bound=2)
+FIRST = flags.DEFINE_integer("first_seed", 0, "The first one.", lower_bound=0)
 QUICK = flags.DEFINE_bool("quick", False, "Three tasks, three seeds, few methods.")
 SHOW = flags.DEFINE_bool("show", False, "Prints and draws what there is.")
 FOLDER = flags.DEFINE_string("folder", "benchmarks/results/quality", "Of the cells.")
@@ -74,7 +75,9 @@ DECAY = 0.99  # Of exponential averages.
 # each of them has taken. The first are the ends of grid search.
 HALVING = ((8, 1 / 32), (4, 3 / 32), (2, 7 / 32), (1, 15 / 32))
 SHARE = 1 / COUNT
-MARKS = (*(part for _, part in HALVING), 1 / 16, SHARE, 1 / 3, 2 / 3, 5 / 6, 1.0)
+# Parts of all gradients after which figures are taken.
+MARKS = (*(part for _, part in HALVING), 1 / 16, SHARE, 1 / 4, 1 / 3, 2 / 3, 1.0)
+WORK = "work"  # Where EV3 has done as much work, assessments counted.
 
 # EV3: the first is the one that is recommended, the others are what it is made of.
 RECOMMENDED = {
@@ -136,27 +139,39 @@ class Method(NamedTuple):
     """How an optimizer is made, and which parameters are evaluated.
 
     Attributes:
-      make: From the task, the held-out part, the seed, the learning rate and the number
-        of steps to a transformation.
+      make: From the learning rate and the number of steps to a transformation.
       rates: Learning rates to choose from.
-      explorers: How many gradients a step takes.
-      horizon: Whether it has to know the number of steps, so that runs of other lengths
-        are other runs.
+      horizon: Whether it has to know the number of steps.
       evaluated: From final parameters and state.
     """
 
     make: Callable[..., Any]
     rates: tuple[float, ...] = (0.0,)
-    explorers: int = 1
     horizon: bool = False
     evaluated: Callable[..., Any] = visible
+
+
+class EV3(NamedTuple):
+    """How EV3 is made, and what a round of it takes.
+
+    Attributes:
+      make: From the task, the held-out part and the seed to a transformation.
+      explorers: How many there are.
+      own: Whether each of them takes gradients of its own.
+      more: Assessments of a round beside those of candidates.
+    """
+
+    make: Callable[..., Any]
+    explorers: int
+    own: bool
+    more: int
 
 
 def ev3(**kwargs):
     """EV3 with the recommended setting, but for what is given."""
     kwargs = {"inner": SINGLES, **RECOMMENDED, **kwargs}
 
-    def make(task, held_out, seed, rate, steps):
+    def make(task, held_out, seed):
         count = len(jax.tree.leaves(held_out)[0])
         return optax_ev3.ev3(
             assess_fn=optax_ev3.held_out(task.score, held_out, count),
@@ -165,10 +180,11 @@ def ev3(**kwargs):
             **kwargs,
         )
 
-    explorers = len(kwargs["inner"]) if isinstance(kwargs["inner"], dict) else COUNT
-    if kwargs["gradients"] != "own":
-        explorers = 1
-    return Method(make, explorers=explorers)
+    inner = kwargs["inner"]
+    explorers = len(inner) if isinstance(inner, dict) else COUNT
+    # A soup of some size takes that many assessments, one of them of its own.
+    more = sum(one.size - 1 for one in kwargs["combine"] if hasattr(one, "size"))
+    return EV3(make, explorers, kwargs["gradients"] == "own", more)
 
 
 def evolving(factor):
@@ -194,11 +210,7 @@ def plateau(rate, steps):
 @functools.cache
 def alone(make):
     """The same function for the same optimizer, which then compiles once."""
-    return lambda task, held_out, seed, rate, steps: make(rate)
-
-
-def plain(make, **kwargs):
-    return Method(lambda task, held_out, seed, rate, steps: make(rate, steps), **kwargs)
+    return lambda rate, steps: make(rate)
 
 
 def cosine(rate, steps):
@@ -206,21 +218,21 @@ def cosine(rate, steps):
 
 
 OTHERS = {
-    "cosine": plain(cosine, rates=ADAMS, horizon=True),
-    "reduce_on_plateau": plain(plateau, rates=ADAMS, horizon=True),
-    "schedule-free": plain(
+    "cosine": Method(cosine, rates=ADAMS, horizon=True),
+    "reduce_on_plateau": Method(plateau, rates=ADAMS, horizon=True),
+    "schedule-free": Method(
         lambda rate, steps: contrib.schedule_free_adamw(rate),
         rates=ADAMS,
         evaluated=lambda params, state: contrib.schedule_free_eval_params(
             state, params
         ),
     ),
-    "prodigy": plain(lambda rate, steps: contrib.prodigy(1.0)),
-    "prodigy, cosine": plain(
+    "prodigy": Method(lambda rate, steps: contrib.prodigy(1.0)),
+    "prodigy, cosine": Method(
         lambda rate, steps: contrib.prodigy(optax.cosine_decay_schedule(1.0, steps)),
         horizon=True,
     ),
-    "mechanize": plain(lambda rate, steps: contrib.mechanize(optax.adamw(1e-3))),
+    "mechanize": Method(lambda rate, steps: contrib.mechanize(optax.adamw(1e-3))),
 }
 METHODS = {
     **{name: ev3(**kwargs) for name, kwargs in VARIANTS.items()},
@@ -241,7 +253,7 @@ QUICK_METHODS = rf"^({'|'.join(map(re.escape, ['EV3', *SINGLES, *OTHERS]))})$"
 
 def stacked(task, seeds):
     """The parts of all seeds."""
-    return jax.tree.map(lambda *x: np.stack(x), *map(task.parts, range(seeds)))
+    return jax.tree.map(lambda *x: np.stack(x), *map(task.parts, seeds))
 
 
 def draw(task, parts, seed, number):
@@ -260,56 +272,116 @@ def figures_of(task, parts, params):
 
 
 @functools.cache
-def trainer(task, make, evaluated, steps, marks, seeds):
+def trainer(task, make, evaluated, steps, parts_of_it, seeds):
     """A function of a learning rate to figures by kind ``[marks, 2, seeds]``.
 
-    The two are of the parameters, and of the exponential average of their course. With
-    it comes how many rounds EV3 took ``[seeds]``, 0 for others.
+    The two are of the parameters, and of the exponential average of their course.
     """
-    last, marks = max(marks), jnp.asarray(marks)
+    marks = jnp.asarray([max(1, round(steps * part)) for part in parts_of_it])
 
     def one(seed, parts, rate):
-        tx = make(task, parts.held_out, seed, rate, steps)
-        tx = optax.with_extra_args_support(tx)
+        tx = optax.with_extra_args_support(make(rate, steps))
         params = task.init(jax.random.key(seed))
 
         def step(carry, number):
             params, state, average, kept = carry
             batch = draw(task, parts, seed, number)
             value, grads = jax.value_and_grad(task.loss)(params, batch)
-            updates, state = tx.update(grads, state, params, value=value, batch=batch)
+            updates, state = tx.update(grads, state, params, value=value)
             params = optax.apply_updates(params, updates)
             shown = evaluated(params, state)
             decay = jnp.minimum(DECAY, (1 + number) / (10 + number))
             average = optax.incremental_update(shown, average, 1 - decay)
-            kept = jax.lax.cond(
-                (number + 1 == marks).any(),
-                lambda: jax.tree.map(
-                    lambda old, *new: old.at[jnp.argmax(number + 1 == marks)].set(
-                        jnp.stack(new)
-                    ),
-                    kept,
-                    shown,
-                    average,
-                ),
-                lambda: kept,
-            )
+            kept = keep(kept, (shown, average), number + 1 == marks)
             return (params, state, average, kept), None
 
-        kept = jax.tree.map(lambda x: jnp.zeros([len(marks), 2, *x.shape]), params)
-        start = params, tx.init(params), params, kept
-        (_, state, _, kept), _ = jax.lax.scan(step, start, jnp.arange(last))
-
-        figures = jax.vmap(jax.vmap(functools.partial(figures_of, task, parts)))
-        rounds = state.ev3_round if isinstance(state, optax_ev3.EV3State) else 0
-        return figures(kept), jnp.asarray(rounds)
+        start = params, tx.init(params), params, blank(params, len(marks), 2)
+        (*_, kept), _ = jax.lax.scan(step, start, jnp.arange(steps))
+        return jax.vmap(jax.vmap(functools.partial(figures_of, task, parts)))(kept)
 
     return _over_seeds(one, seeds, stacked(task, seeds))
 
 
+def blank(params, marks, kinds):
+    return jax.tree.map(lambda x: jnp.zeros([marks, kinds, *x.shape]), params)
+
+
+def keep(kept, shown, here):
+    """Parameters of several kinds put where ``here [marks]`` says."""
+
+    def put(old, *new):
+        mask = here.reshape(-1, *[1] * (old.ndim - 1))
+        return jnp.where(mask, jnp.stack(new), old)
+
+    return jax.lax.cond(
+        here.any(), lambda: jax.tree.map(put, kept, *shown), lambda: kept
+    )
+
+
+@functools.cache
+def ev3_trainer(task, method, budget, seeds):
+    """A function without arguments to figures ``[marks, 1, seeds]`` of EV3.
+
+    Explorers may rest, so that what a call takes is counted: rounds end until the
+    gradients of all explorers are as many as the budget, and figures are those of the
+    last round that lies within each part of it; the last mark is that of equal work.
+    """
+    limits = jnp.asarray([*(budget * part for part in MARKS), budget])
+    passes = 3.0 * task.batch  # Of a gradient: forward passes of single examples.
+
+    def one(seed, parts, _):
+        tx = method.make(task, parts.held_out, seed)
+        params = task.init(jax.random.key(seed))
+        examples = len(jax.tree.leaves(parts.held_out)[0])
+
+        def call(carry):
+            params, state, number, gradients, assessed, kept = carry
+            batch = draw(task, parts, seed, number)
+            grads = jax.grad(task.loss)(params, batch)
+            updates, new = tx.update(grads, state, params, batch=batch)
+            params = optax.apply_updates(params, updates)
+            ended = new.ev3_round > state.ev3_round
+            took, candidates = taken(new, method)
+            gradients += jnp.where(ended, took, 0)
+            assessed += jnp.where(ended, candidates * examples, 0)
+            done = jnp.full(len(limits), gradients).at[-1].add(assessed / passes)
+            kept = keep(kept, [params], ended & (done <= limits))
+            return params, new, number + 1, gradients, assessed, kept
+
+        start = (
+            params,
+            tx.init(params),
+            0,
+            0,
+            0,
+            keep(blank(params, len(limits), 1), [params], jnp.ones(len(limits), bool)),
+        )
+        end = jax.lax.while_loop(lambda carry: carry[3] < budget, call, start)
+        _, state, calls, gradients, assessed, kept = end
+        figures = jax.vmap(jax.vmap(functools.partial(figures_of, task, parts)))(kept)
+        spent = {
+            "calls": calls,
+            "rounds": state.ev3_round,
+            "work": 1 + assessed / passes / gradients,
+        }
+        return figures | spent
+
+    return functools.partial(_over_seeds(one, seeds, stacked(task, seeds)), 0.0)
+
+
+def taken(state, method):
+    """Gradients that the last round took, and candidates that it scored."""
+    record = state.record
+    row = (record.rounds - 1) % len(record.adopted)
+    took_part = record.valid[row] >= 0
+    explorers = took_part[: method.explorers].sum() if method.own else 1
+    return record.length[row] * explorers, took_part.sum() + method.more
+
+
 def _over_seeds(one, seeds, parts):
     """Maps a function of seed, parts and a number over seeds, dealt to the cores."""
-    devices = math.gcd(seeds, jax.local_device_count())
+    count = len(seeds)
+    devices = math.gcd(count, jax.local_device_count())
     mapped = jax.pmap(
         lambda numbers, parts, rate: jax.lax.map(
             lambda args: one(*args, rate), (numbers, parts)
@@ -319,13 +391,13 @@ def _over_seeds(one, seeds, parts):
     )
 
     def dealt(x):
-        return np.asarray(x).reshape(devices, seeds // devices, *np.shape(x)[1:])
+        return np.asarray(x).reshape(devices, count // devices, *np.shape(x)[1:])
 
     def run(rate):
-        numbers, data = jax.tree.map(dealt, (np.arange(seeds), parts))
+        numbers, data = jax.tree.map(dealt, (np.array(seeds), parts))
         found = mapped(numbers, data, jnp.float32(rate))
         return jax.tree.map(
-            lambda x: np.moveaxis(np.asarray(x).reshape(seeds, *x.shape[2:]), 0, -1),
+            lambda x: np.moveaxis(np.asarray(x).reshape(count, *x.shape[2:]), 0, -1),
             found,
         )
 
@@ -425,82 +497,54 @@ def soup(task, steps, seeds):
     return _over_seeds(one, seeds, stacked(task, seeds))(0.0)
 
 
+def untrained(task, steps, seeds):
+    """The initial parameters: ``[seeds]``. A run that ends worse has failed."""
+    del steps
+
+    def one(seed, parts, _):
+        return figures_of(task, parts, task.init(jax.random.key(seed)))
+
+    return _over_seeds(one, seeds, stacked(task, seeds))(0.0)
+
+
+PROCEDURES = {
+    "population-based training": population,
+    "soup": soup,
+    "untrained": untrained,
+}
+
+
 # Cells.
 
 
-def work(task, method, parts, steps, rounds):
-    """Forward passes of single examples; a gradient counts as three."""
-    done = 3.0 * method.explorers * steps * task.batch
-    if rounds.any():
-        examples = len(jax.tree.leaves(parts.held_out)[0])
-        # Ends and averages, current and stable.
-        done += rounds.mean() * (2 * method.explorers + 2) * examples
-    return done
-
-
-def cell(task, name, seeds, ratio):
-    """The figures of a method on a task, as JSON.
-
-    Args:
-      task: See there.
-      name: Of the method, or of a procedure.
-      seeds: How many.
-      ratio: EV3's work over that of its gradients.
-    """
+def cell(task, name, seeds):
+    """The figures of a method, or of a procedure, on a task, as JSON."""
     steps = STEPS.value or task.steps
-    begun = time.perf_counter()
+    budget, begun = steps * COUNT, time.perf_counter()
     if name in PROCEDURES:
-        found = PROCEDURES[name](task, steps, seeds)
-        found = {kind: x.tolist() for kind, x in found.items()}
-        return {"runs": [found], "seconds": time.perf_counter() - begun}
-    method = METHODS[name]
-    whole = steps * max(COUNT // method.explorers, 1)
-    most = whole if name.startswith("EV3") else math.ceil(whole * ratio)
-    runs, rounds = [], np.zeros(1)
-    for rate in method.rates:
-        for end in sorted({whole, most}) if method.horizon else [most]:
-            marks = {end} if method.horizon else _marks(whole, most)
-            run = trainer(
-                task, method.make, method.evaluated, end, tuple(sorted(marks)), seeds
-            )
-            figures, rounds = run(rate)
-            runs.append(
-                {
-                    "rate": rate,
-                    "marks": sorted(marks),
-                    **{kind: x.tolist() for kind, x in figures.items()},
-                }
-            )
-    done = work(task, method, task.parts(0), whole, rounds)
-    return {
-        "runs": runs,
-        "steps": steps,
-        "whole": whole,
-        "most": most,
-        "explorers": method.explorers,
-        "work": done,
-        "ratio": done / (3 * method.explorers * whole * task.batch),
-        "seconds": time.perf_counter() - begun,
-    }
-
-
-def _marks(whole, most):
-    """At which steps figures are taken."""
-    return {max(1, round(whole * part)) for part in MARKS} | {most}
-
-
-PROCEDURES = {"population-based training": population, "soup": soup}
+        runs = [PROCEDURES[name](task, steps, seeds)]
+    elif isinstance(METHODS[name], EV3):
+        found = ev3_trainer(task, METHODS[name], budget, seeds)()
+        runs = [{"marks": [*MARKS, WORK], **found}]
+    else:
+        method = METHODS[name]
+        marks = (1.0,) if method.horizon else MARKS
+        train = trainer(task, method.make, method.evaluated, budget, marks, seeds)
+        runs = [{"rate": x, "marks": marks, **train(x)} for x in method.rates]
+    runs = jax.tree.map(lambda x: x.tolist() if hasattr(x, "tolist") else x, runs)
+    return {"runs": runs, "budget": budget, "seconds": time.perf_counter() - begun}
 
 
 def main(_):
     logging.set_verbosity(logging.WARNING)
     # Seeds are dealt out to the cores.
     jax.config.update("jax_num_cpu_devices", os.cpu_count())
-    folder, seeds = pathlib.Path(FOLDER.value), SEEDS.value
+    folder, count = pathlib.Path(FOLDER.value), SEEDS.value
     tasks, pattern = TASK.value, METHOD.value
     if QUICK.value:
-        folder, seeds = folder.with_name(folder.name + "_quick"), min(seeds, 3)
+        folder, count = folder.with_name(folder.name + "_quick"), min(count, 3)
         tasks, pattern = QUICK_TASKS, QUICK_METHODS
+    seeds = range(FIRST.value, FIRST.value + count)
     if not SHOW.value:
         for task, name in itertools.product(tasks, [*METHODS, *PROCEDURES]):
             if re.search(pattern, name):
@@ -521,11 +565,7 @@ def fill(folder, task, name, seeds):
     path = folder / task / f"{name.replace('/', 'over')}.json"
     if path.exists():
         return
-    ratio = 1.0
-    if not name.startswith("EV3"):
-        fill(folder, task, "EV3", seeds)
-        ratio = json.loads((folder / task / "EV3.json").read_text())["ratio"]
-    found = cell(made(task), name, seeds, ratio)
+    found = cell(made(task), name, seeds)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(found))
