@@ -11,7 +11,7 @@ speed: a training step in the setting of the paper (CIFAR-100's shapes, random i
   logits), over as many plain jitted steps of AdamW as there are explorers: steps
   within a round, and whole rounds with their assessments on 512 examples.
 
-Run it with `python benchmarks/distillation.py`; it takes about an hour on two cores,
+Run it with `python benchmarks/distillation.py`; it takes over an hour on two cores,
 and goes on where it was interrupted. `--part students` runs one part.
 """
 
@@ -138,7 +138,8 @@ def students(folder):
     workers = min(os.cpu_count() or 1, SEEDS.value)
     parts = np.array_split(np.arange(SEEDS.value), workers)
     # Each on a core of its own.
-    alone = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
+    chosen = os.environ.get("XLA_FLAGS", "")
+    alone = {"XLA_FLAGS": f"{chosen} --xla_cpu_multi_thread_eigen=false"}
     processes = []
     for number, part in enumerate(parts):
         where = folder / f"students_{number}_of_{workers}"
@@ -212,7 +213,7 @@ def needed(setting, results):
 
 # Tuning.
 
-TUNED = {"rate": (1e-3, 3e-3, 1e-2, 3e-2), "falls": (False, True)}
+TUNED = {"rate": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "falls": (False, True)}
 OTHER_SEEDS = (1000, 1001)
 
 
