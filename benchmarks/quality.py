@@ -85,8 +85,16 @@ RECOMMENDED = {
     "trajectory_growth": 1.5,
     "max_trajectory_length": 80,
     "gradients": "own",
+    "restart": "never",
+    "restart_state": "copy",
+    "race": 4,
+    "history_length": 16,
     "combine": [combine.trajectory_average()],
+    "adapt": adapt.greedy(),
 }
+# What is given up by not racing, and by what only makes sense without.
+TOGETHER = {"restart": "always", "restart_state": "keep", "race": None}
+CONSTANT = {"trajectory_growth": 1.0, "max_trajectory_length": None}
 HOSTILE = {
     "uphill": optax.sgd(-0.1),
     "sgd 1000": optax.sgd(1000.0),
@@ -95,31 +103,30 @@ HOSTILE = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "EV3": {},
     "EV3, three hostile explorers more": {"inner": {**SINGLES, **HOSTILE}},
+    "EV3, nobody rests": {"race": None},
     "EV3, restart significant": {"restart": "significant"},
-    "EV3, restart behind": {"restart": "behind", "restart_state": "copy"},
-    "EV3, restart never": {"restart": "never"},
+    "EV3, restart always": {"restart": "always"},
+    "EV3, restart always, nobody rests, confident": {**TOGETHER, "adapt": None},
+    "EV3, confident": {"adapt": None},
+    "EV3, the paper's rule": {"adapt": adapt.lower_bound()},
     "EV3, no averages": {"combine": []},
     "EV3, exponential average too": {
         "combine": [combine.trajectory_average(), combine.exponential_average()]
     },
-    "EV3, soups too": {
-        "combine": [combine.trajectory_average(), combine.greedy_soup(4)]
+    "EV3, soups, restart always, nobody rests": {
+        **TOGETHER,
+        "combine": [combine.trajectory_average(), combine.greedy_soup(4)],
     },
-    "EV3, length 50": {
-        "trajectory_length": 50,
-        "trajectory_growth": 1.0,
-        "max_trajectory_length": None,
-    },
+    "EV3, length 50": {"trajectory_length": 50, **CONSTANT},
+    "EV3, shared gradients": {"gradients": "shared", **CONSTANT, **TOGETHER},
     "EV3, one step": {
         "trajectory_length": 1,
-        "trajectory_growth": 1.0,
-        "max_trajectory_length": None,
         "combine": [],
         "gradients": None,
+        "adapt": None,
+        **CONSTANT,
+        **TOGETHER,
     },
-    "EV3, shared gradients": {"gradients": "shared"},
-    "EV3, greedy": {"adapt": adapt.greedy()},
-    "EV3, the paper's rule": {"adapt": adapt.lower_bound()},
 }
 AWAY = {"/ 100": 0.01, "x 100": 100.0}
 EVOLVING = {
@@ -127,7 +134,9 @@ EVOLVING = {
     "trajectory_growth": 1.1,
     "max_trajectory_length": 100,
     "restart": "behind",
-    "restart_state": "copy",
+    "race": None,
+    "history_length": 64,
+    "adapt": None,
 }
 
 

@@ -48,6 +48,18 @@ def run(tx, calls, w=0.0, seed=0, **extra):
     return states
 
 
+def run_down(tx, calls):
+    """The states after every call, for a score that is the parameter itself."""
+    w = jnp.zeros([])
+    state, update = tx.init(w), jax.jit(tx.update)
+    states = []
+    for _ in range(calls):
+        updates, state = update(-jnp.ones([]), state, w)
+        w = optax.apply_updates(w, updates)
+        states.append(state)
+    return states
+
+
 THREE = {"a": optax.sgd(0.1), "b": optax.sgd(-0.1), "nan": optax.sgd(jnp.nan)}
 
 
@@ -167,6 +179,65 @@ class TestRace:
             own = past(took)._replace(adopted=jnp.ones([8], jnp.int32))
             rests = credits.resting(own, [[0], [1]], 3)
             assert bool(rests[0]) == (sum(took) >= 3)
+
+    @pytest.mark.parametrize("errors", [0.0, 0.3])
+    def test_who_rests_where_branches_go_on_apart(self, errors):
+        """Against the definition, for scores by lot."""
+        rng = np.random.default_rng(5)
+        rested, kinds = set(), collections.Counter()
+        for _ in range(200):
+            kept, rounds = 6, int(rng.integers(1, 20))
+            mean = np.cumsum(rng.normal(0.3, 1, [kept, 5]), axis=0)
+            valid = rng.choice([-1, 0, 1], [kept, 5], p=[0.2, 0.1, 0.7])
+            valid[:, 0] = valid[:, 3:] = 1  # One of the explorers always takes part.
+            adopted = rng.integers(0, 5, kept)
+            past = record.empty(kept, 5)._replace(
+                rounds=jnp.int32(rounds),
+                mean=jnp.asarray(mean, jnp.float32),
+                stderr=jnp.full([kept, 5], errors),
+                valid=jnp.asarray(valid),
+                adopted=jnp.asarray(adopted),
+            )
+            found = credits.resting(past, [[0], [1], [2]], 3, apart=True)
+            expected = []
+            last = range(max(rounds - kept, 0), rounds)
+            for one in range(3):
+                rows = [n % kept for n in last if valid[n % kept, one] >= 0]
+                if one in adopted[: min(rounds, kept)] or len(rows) < 2:
+                    expected.append(False)
+                    continue
+                scores = np.where(valid > 0, mean, -np.inf)[:, :3]
+                ends = [(scores[n, one], scores[n].max()) for n in (rows[0], rows[-1])]
+                (before, best), (now, new_best) = ends
+                falls = now == -np.inf or before - now > 2 * errors * 2**0.5
+                gains = new_best - now <= (best - before) / 2
+                expected.append(falls or (len(rows) >= 3 and not gains))
+                kinds[falls, gains] += 1
+            expected = [False] * 3 if all(expected) else expected
+            assert found.tolist() == expected
+            rested.add(tuple(expected))
+        assert len(rested) > 4 and len(kinds) == 4
+
+    def test_who_rests_comes_back_from_the_adopted_parameters(self):
+        """Branches of constant speed: the slow one is found where the fast one was."""
+        average = optax_ev3.combine.trajectory_average()
+        tx = optax_ev3.ev3(
+            {"fast": optax.sgd(0.1), "slow": optax.sgd(0.01)},
+            lambda w: w + 0 * X,
+            loss_fn=lambda w: -w,
+            trajectory_length=2,
+            restart="never",
+            combine=[average],
+            adapt=adapt.greedy(),
+            race=2,
+            history_length=8,
+        )
+        mean = optax_ev3.history(run_down(tx, 22)[-1])["mean"]
+        took = ~np.isnan(mean[:, 1])
+        # The last eight of eleven rounds: two at the end, after more of rest.
+        np.testing.assert_array_equal(took, [False] * 6 + [True] * 2)
+        start = mean[5, 0]  # The fast one's, when the other came back.
+        np.testing.assert_allclose(mean[6:, 1], start + 0.02 * np.arange(1, 3), 1e-5)
 
     @pytest.mark.parametrize("length", [1, 2])
     def test_its_cost_goes_away(self, length):

@@ -114,10 +114,13 @@ def test_the_solution_of_the_physics_task_is_its_minimum(tasks):
 # The report.
 
 
-def cell(test, held_out, marks=(1, 3, 7, 15, 4, 32), explorers=1):
-    """Figures ``[marks, 2, seeds]`` in a cell of 32 steps and as much work."""
+PARTS = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1 / 8, 1.0)
+
+
+def cell(test, held_out, marks=PARTS):
+    """Figures ``[marks, kinds, seeds]`` in a cell of 32 gradients."""
     run = {"marks": list(marks), "test": test, "held_out": held_out}
-    return {"runs": [run], "whole": 32, "most": 32, "explorers": explorers}
+    return {"runs": [run], "budget": 32}
 
 
 @pytest.fixture
@@ -128,8 +131,8 @@ def cells():
     for number in range(8):
         test = rng.uniform(size=[6, 2, 2])
         found[f"single {number}"] = cell(test.tolist(), (-test).tolist())
-    ours = rng.uniform(size=[1, 2, 2])
-    found["EV3"] = cell(ours.tolist(), (-ours).tolist(), (32,), 8)
+    ours = rng.uniform(size=[2, 1, 2])
+    found["EV3"] = cell(ours.tolist(), (-ours).tolist(), (1.0, "work"))
     return found
 
 
@@ -141,7 +144,7 @@ def kinds(report):
 
 
 def test_grid_search_and_hindsight(report, kinds, cells):
-    rows = report.rows(cells, kinds, "whole")
+    rows = report.rows(cells, kinds, "gradients")
     test = np.array([cells[name]["runs"][0]["test"] for name in kinds.singles])
     ends = test[:, 5].reshape(16, 2)  # And averages.
     np.testing.assert_array_equal(rows[report.HINDSIGHT], ends[ends.mean(1).argmin()])
@@ -149,7 +152,12 @@ def test_grid_search_and_hindsight(report, kinds, cells):
     shares = test[:, 4].reshape(16, 2)  # At 4 of 32 steps.
     np.testing.assert_array_equal(rows["grid search"], shares.min(0))
     np.testing.assert_array_equal(rows["single 3, averaged"], test[3, 5, 1])
-    np.testing.assert_array_equal(rows["EV3"], cells["EV3"]["runs"][0]["test"][0][0])
+    ours = cells["EV3"]["runs"][0]["test"]
+    np.testing.assert_array_equal(rows["EV3"], ours[0][0])
+    # At equal work others are what they were, EV3 ends earlier.
+    at_work = report.rows(cells, kinds, "work")
+    np.testing.assert_array_equal(at_work["EV3"], ours[1][0])
+    np.testing.assert_array_equal(at_work["grid search"], rows["grid search"])
 
 
 def test_successive_halving(report, kinds, cells):
@@ -160,23 +168,28 @@ def test_successive_halving(report, kinds, cells):
         for mark, keep in enumerate((4, 2, 1)):
             left = sorted(left, key=lambda i, m=mark, s=seed: test[i, m, 0, s])[:keep]
         expected.append(test[left[0], 3, 0, seed])
-    rows = report.rows(cells, kinds, "whole")
+    rows = report.rows(cells, kinds, "gradients")
     np.testing.assert_array_equal(rows["successive halving"], expected)
 
 
 def test_rates_are_chosen_by_held_out_scores_for_each_seed(report, kinds, cells):
     runs = [
-        cell([[test, [9, 9]]], [[score, [0, 0]]], (32,))["runs"][0]
+        cell([[test, [9, 9]]], [[score, [0, 0]]], (1.0,))["runs"][0]
         for test, score in [([1, 2], [5, 6]), ([3, 4], [7, 5]), ([0, 0], [None, 4])]
     ]
-    other = {"runs": runs, "whole": 32, "most": 32, "explorers": 1}
-    rows = report.rows(cells | {"cosine": other}, kinds, "whole")
+    other = {"runs": runs, "budget": 32}
+    rows = report.rows(cells | {"cosine": other}, kinds, "gradients")
     np.testing.assert_array_equal(rows["cosine"], [3, 2])
 
 
-def test_what_overflows_is_as_bad_as_the_worst(report):
-    found = report.finite({"a": np.array([1, np.inf]), "b": np.array([3.0, 2.0])})
+def test_what_ends_worse_than_it_began_counts_as_its_start(report, kinds, cells):
+    start = np.array([2.0, 3.0])
+    found = report.no_worse({"a": np.array([1, np.inf]), "b": np.array([4, 2])}, start)
     np.testing.assert_array_equal(found["a"], [1, 3])
+    np.testing.assert_array_equal(found["b"], [2, 2])
+    untrained = {"runs": [{"test": [0.0, 0.5], "held_out": [0.0, 0.0]}], "budget": 32}
+    rows = report.rows(cells | {report.UNTRAINED: untrained}, kinds, "gradients")
+    assert all(x[0] == 0 and x[1] <= 0.5 for x in rows.values())
 
 
 def test_holm(report):

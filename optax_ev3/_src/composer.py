@@ -141,7 +141,8 @@ def ev3(
       restart: Which branches start the next round from the adopted parameters:
         ``"always"`` (all), ``"significant"`` (those shown to be worse by a paired test
         at three standard errors, by the main objective, and those that became
-        non-finite), ``"behind"`` (the same, but compared with ``current``, where the
+        non-finite; where averages are candidates, the better of end and average
+        counts), ``"behind"`` (the same, but compared with ``current``, where the
         leader was a round ago: what is slow at first has time to catch up; for
         :func:`optax_ev3.evolve`) or ``"never"`` (independent runs, the best one
         visible; where another candidate is adopted, it stays visible for the next
@@ -152,9 +153,14 @@ def ev3(
       combine: More candidates at no gradient cost, see :mod:`optax_ev3.combine`.
       race: An explorer rests, and costs nothing, while the history shows it in at
         least this many rounds and adopted in none of them: it takes part in at most
-        ``race`` of any ``history_length`` rounds, until it wins one. A sweep or a group
-        that evolves races as one. Assessments are saved in the mode ``"unroll"``.
-        Default: nobody rests.
+        ``race`` of any ``history_length`` rounds, until it wins one. Where branches go
+        on apart (any other ``restart`` than ``"always"``), those go on as well that
+        catch up, by half or more of what they were behind the best of a round, from
+        the first to the last of their rounds in the history; two rounds are enough for
+        those whose own score falls, by two standard errors, or is not finite; and who
+        rests begins again from the adopted parameters. A sweep or a group that evolves
+        races as one. Assessments are saved in the mode ``"unroll"``. Default: nobody
+        rests.
       adapt: The rule, see :mod:`optax_ev3.adapt`; default
         ``optax_ev3.adapt.confident()``, with ``clip=10, prior_rounds=1`` unless rounds
         have one step.
@@ -328,7 +334,7 @@ def _resting(explorers, plan, state, race):
     places = explore.places(explorers)
     total = sum(map(len, places.values()))
     own = [[*p, *(total + i for i in p if plan.averaged)] for p in places.values()]
-    rests = credit.resting(state.record, own, race)
+    rests = credit.resting(state.record, own, race, plan.apart)
     # All are called where nothing was valid in the last round.
     rests &= state.record.ended == state.ev3_round
     if not plan.one_step:
