@@ -81,9 +81,7 @@ WORK = "work"  # Where EV3 has done as much work, assessments counted.
 
 # EV3: the first is the one that is recommended, the others are what it is made of.
 RECOMMENDED = {
-    "trajectory_length": 10,
-    "trajectory_growth": 1.5,
-    "max_trajectory_length": 80,
+    "trajectory_length": 25,
     "gradients": "own",
     "restart": "never",
     "restart_state": "copy",
@@ -94,7 +92,6 @@ RECOMMENDED = {
 }
 # What is given up by not racing, and by what only makes sense without.
 TOGETHER = {"restart": "always", "restart_state": "keep", "race": None}
-CONSTANT = {"trajectory_growth": 1.0, "max_trajectory_length": None}
 HOSTILE = {
     "uphill": optax.sgd(-0.1),
     "sgd 1000": optax.sgd(1000.0),
@@ -117,14 +114,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
         **TOGETHER,
         "combine": [combine.trajectory_average(), combine.greedy_soup(4)],
     },
-    "EV3, length 50": {"trajectory_length": 50, **CONSTANT},
-    "EV3, shared gradients": {"gradients": "shared", **CONSTANT, **TOGETHER},
+    "EV3, length 50": {"trajectory_length": 50},
+    "EV3, length 10 growing to 80": {
+        "trajectory_length": 10,
+        "trajectory_growth": 1.5,
+        "max_trajectory_length": 80,
+    },
+    "EV3, shared gradients": {
+        "trajectory_length": 10,
+        "gradients": "shared",
+        **TOGETHER,
+    },
     "EV3, one step": {
         "trajectory_length": 1,
         "combine": [],
         "gradients": None,
         "adapt": None,
-        **CONSTANT,
         **TOGETHER,
     },
 }
