@@ -25,12 +25,14 @@ class Kinds(NamedTuple):
       halving: Of how many the best go on, and the part of all gradients that each has
         taken by then.
       share: The part of all gradients that one explorer takes.
+      variants: EV3 in other settings.
     """
 
     singles: tuple[str, ...]
     others: tuple[str, ...]
     halving: tuple[tuple[int, float], ...]
     share: float
+    variants: tuple[str, ...] = ()
 
 
 def load(folder: pathlib.Path) -> Cells:
@@ -206,6 +208,82 @@ def _show_summary(found, kinds):
         shown = sorted(zip(ranks, ranked, strict=True))
         print("mean rank: " + ", ".join(f"{name} {rank:.1f}" for rank, name in shown))
     print("better, worse: at 5%, paired t tests, Holm's correction over tasks")
+
+
+def verdicts(cells: Cells, kinds: Kinds) -> None:
+    """How EV3 does against what was asked of it."""
+    at_gradients, at_work = (_tables(cells, kinds, table) for table in TABLES)
+    complete = {k: v for k, v in at_gradients.items() if HINDSIGHT in v}
+    print("\nWhat was asked")
+    if complete:
+        level = [k for k, v in complete.items() if _within(v[EV3], v[HINDSIGHT])]
+        better = _significant(complete, HINDSIGHT)[0]
+        print(
+            f"Equal gradients, {HINDSIGHT}: within one standard error of it or better "
+            f"on {len(level)} of {len(complete)} tasks, significantly better on "
+            f"{len(better)}: {', '.join(better) or 'none'}."
+        )
+        better, worse = _significant(at_work, "grid search")
+        print(
+            f"Equal work, grid search: significantly better on {len(better)} of "
+            f"{len(complete)} tasks ({', '.join(better) or 'none'}), worse on "
+            f"{len(worse)} ({', '.join(worse) or 'none'})."
+        )
+    for name in kinds.variants:
+        ratios = {
+            task: one[name].mean() / one[EV3].mean()
+            for task, one in at_gradients.items()
+            if name in one
+        }
+        if ratios:
+            low, high = (f(ratios, key=ratios.__getitem__) for f in (min, max))
+            mean = np.exp(np.mean(np.log(list(ratios.values()))))
+            print(
+                f"Equal gradients, {name} over EV3: {mean:.3f} (geometric mean of "
+                f"{len(ratios)} tasks; {ratios[low]:.3f} on {low} to "
+                f"{ratios[high]:.3f} on {high})."
+            )
+
+
+def _within(ours, theirs):
+    """No worse, within one standard error of the paired difference."""
+    gap = ours - theirs
+    return gap.mean() <= gap.std(ddof=1) / np.sqrt(len(gap))
+
+
+def _significant(found, name):
+    """On which tasks EV3 is better, and worse, at 5% with Holm's correction."""
+    tasks = [task for task, one in found.items() if name in one]
+    p_values = holm([compare(found[task], name)[1] for task in tasks])
+    return (
+        [t for t, p in zip(tasks, p_values, strict=True) if -0.05 < p < 0],
+        [t for t, p in zip(tasks, p_values, strict=True) if 0 <= p < 0.05],
+    )
+
+
+def write_table(cells: Cells, kinds: Kinds, path: pathlib.Path) -> None:
+    """The main rows as a table of Markdown, at equal gradients and at equal work."""
+    names = [EV3, HINDSIGHT, "grid search", "successive halving", *kinds.others]
+    names += ["population-based training", "soup"]
+    lines = []
+    for table in TABLES:
+        found = _tables(cells, kinds, table)
+        shown = [n for n in names if any(n in one for one in found.values())]
+        lines += [f"At equal {table}:", "", f"| task | {' | '.join(shown)} |"]
+        lines.append("|---" * (len(shown) + 1) + "|")
+        for task, one in found.items():
+            best = min(one[n].mean() for n in shown if n in one)
+            row = [_cell(one[n], best) if n in one else "" for n in shown]
+            lines.append(f"| {task} | {' | '.join(row)} |")
+        lines.append("")
+    path.write_text("\n".join(lines))
+    print(f"Table: {path}")
+
+
+def _cell(values, best):
+    mean, error = values.mean(), values.std(ddof=1) / np.sqrt(len(values))
+    text = f"{mean:.3g} ± {error:.2g}"
+    return f"**{text}**" if mean == best else text
 
 
 # Plots.

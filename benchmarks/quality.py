@@ -545,8 +545,16 @@ def cell(task, name, seeds):
         marks = (1.0,) if method.horizon else MARKS
         train = trainer(task, method.make, method.evaluated, budget, marks, seeds)
         runs = [{"rate": x, "marks": marks, **train(x)} for x in method.rates]
-    runs = jax.tree.map(lambda x: x.tolist() if hasattr(x, "tolist") else x, runs)
-    return {"runs": runs, "budget": budget, "seconds": time.perf_counter() - begun}
+    runs = jax.tree.map(lambda x: rounded(np.asarray(x)), runs)
+    seconds = round(time.perf_counter() - begun, 1)
+    return {"runs": runs, "budget": budget, "seconds": seconds}
+
+
+def rounded(x):
+    """Numbers of six digits, what is none as it is; as JSON takes them."""
+    if not np.issubdtype(x.dtype, np.floating):
+        return x.tolist()
+    return np.vectorize(lambda one: float(f"{one:.6g}"), otypes=[float])(x).tolist()
 
 
 def main(_):
@@ -564,8 +572,11 @@ def main(_):
             if re.search(pattern, name):
                 fill(folder, task, name, seeds)
     found = report.load(folder)
-    kinds = report.Kinds(tuple(SINGLES), tuple(OTHERS), HALVING, SHARE)
+    ours = tuple(name for name in METHODS if name.startswith("EV3, "))
+    kinds = report.Kinds(tuple(SINGLES), tuple(OTHERS), HALVING, SHARE, ours)
     report.show(found, kinds)
+    report.verdicts(found, kinds)
+    report.write_table(found, kinds, folder / "table.md")
     report.draw(found, kinds, folder)
 
 

@@ -198,6 +198,50 @@ def test_holm(report):
     assert report.holm([0.04, -0.039]) == pytest.approx([0.078, -0.078])
 
 
+def test_what_was_asked_is_told(report, kinds, monkeypatch, capsys):
+    """Four seeds, two tasks: on one EV3 is clearly better, on the other not by much."""
+    better = np.array([1.0, 1.1, 0.9, 1.0])
+    level = np.array([2.0, 2.2, 2.4, 2.6])
+    found = {
+        "a": {
+            report.EV3: better,
+            report.HINDSIGHT: np.add(better, [1.0, 1.01, 0.99, 1.0]),
+            "grid search": np.subtract(better, [0.5, 0.51, 0.49, 0.5]),
+            "EV3, other": 1.1 * better,
+        },
+        "b": {
+            report.EV3: level,
+            report.HINDSIGHT: np.add(level, [0.3, -0.3, 0.3, -0.4]),
+            "grid search": level[::-1],
+            "EV3, other": 0.9 * level,
+        },
+    }
+    monkeypatch.setattr(report, "_tables", lambda *args: found)
+    report.verdicts({}, kinds._replace(variants=("EV3, other",)))
+    out = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "or better on 2 of 2 tasks, significantly better on 1: a.",
+        "significantly better on 0 of 2 tasks (none), worse on 1 (a).",
+        # The root of 1.1 times 0.9.
+        "0.995 (geometric mean of 2 tasks; 0.900 on b to 1.100 on a)",
+    ):
+        assert part in out
+
+
+def test_table_of_markdown(report, kinds, cells, tmp_path):
+    report.write_table({"wine": cells}, kinds, tmp_path / "table.md")
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    head, row = (
+        [x.strip("* ") for x in line.split("|")[1:-1]] for line in (lines[2], lines[4])
+    )
+    rows = report.rows(cells, kinds, "gradients")
+    for name, text in list(zip(head, row, strict=True))[1:]:
+        mean, error = (float(x) for x in text.split("±"))
+        assert mean == pytest.approx(rows[name].mean(), rel=5e-3)
+        assert error == pytest.approx(abs(np.diff(rows[name])[0]) / 2, rel=5e-2)
+    assert "grid search" in head and lines[4].count("**") == 2
+
+
 def test_tables_and_plots(report, kinds, cells, tmp_path, capsys):
     report.show({"wine": cells}, kinds)
     out = capsys.readouterr().out
@@ -232,3 +276,58 @@ def test_the_suite_runs_and_goes_on_where_it_stopped(tmp_path):
     assert again.partition("At equal")[2] == out.partition("At equal")[2]
     for path, content in cells.items():
         assert path == lost or path.read_bytes() == content
+
+
+RECOUNT = """
+import jax, numpy as np, optax, optax_ev3
+from absl import flags
+import quality
+
+flags.FLAGS(["quality"])
+task, budget = quality.made("wine"), 400
+method = quality.ev3(trajectory_length=5, race=2, history_length=8)
+found = quality.ev3_trainer(task, method, budget, range(2))()
+parts = jax.tree.map(jax.numpy.asarray, task.parts(1))
+tx, params = method.make(task, parts.held_out, 1), task.init(jax.random.key(1))
+
+@jax.jit
+def step(params, state, number):
+    batch = quality.draw(task, parts, 1, number)
+    grads = jax.grad(task.loss)(params, batch)
+    updates, state = tx.update(grads, state, params, batch=batch)
+    return optax.apply_updates(params, updates), state
+
+state, calls, gradients, assessed, within = tx.init(params), 0, 0, 0, {}
+while gradients < budget:
+    params, state = step(params, state, calls)
+    calls += 1
+    if calls % 5:
+        continue
+    past = optax_ev3.history(state)
+    took = ~np.isnan(past["mean"][-1])
+    gradients += 5 * took[:8].sum()
+    assessed += 50 * took.sum()
+    work = gradients + assessed / (3 * task.batch)
+    test = float(task.test(params, parts.test))
+    within |= {1.0: test} if gradients <= budget else {}
+    within |= {"work": test} if work <= budget else {}
+assert gradients < 8 * calls  # Somebody rested.
+assert found["calls"][1] == calls and found["rounds"][1] == calls // 5
+np.testing.assert_allclose(found["work"][1], work / gradients, 1e-5)
+marks = [*quality.MARKS, quality.WORK]
+for mark, test in within.items():
+    np.testing.assert_allclose(found["test"][marks.index(mark), 0, 1], test, 1e-3)
+assert within[1.0] != within["work"]
+"""
+
+
+@pytest.mark.slow
+def test_what_explorers_take_is_counted():
+    done = subprocess.run(
+        [sys.executable, "-c", RECOUNT],
+        cwd=BENCHMARKS,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
