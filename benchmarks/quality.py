@@ -8,22 +8,25 @@ hindsight". The rows:
 
 single: each of the eight alone, and the exponential average (0.99) of its weights.
 grid search: all eight; of these and their averages the best, for each seed.
-successive halving: all eight for a quarter as long as EV3, and so on with the better
-  half, each stage with a quarter of all gradients.
+successive halving: all eight, then the better half of them, and so on, each stage with
+  a quarter of all gradients.
 population-based training: eight of Adam, whose rates are copied and moved.
 soup: greedy average of the eight ends.
 cosine, reduce_on_plateau, schedule-free, mechanize, prodigy: AdamW (Adam for
   reduce_on_plateau), at five rates where they need one, the best for each seed; the
   gradients of that search are not counted.
 
-Gradients: all methods take as many as EV3's explorers together: eight times its steps;
-grid search, halving, soup and populations share them out. Work: forward passes of
-single examples, a gradient counted as three, with EV3's assessments; single methods
-train on until they have done as much.
+At equal gradients all methods take as many as eight explorers in the task's number of
+steps; grid search, halving, soup and populations share them out. Explorers of EV3 that
+rest take none, so that the others take more steps. At equal work EV3 ends earlier: its
+assessments count as well, in forward passes of single examples, a gradient as three.
+What others choose by held-out scores is not counted. A run that ends worse than its
+initial parameters counts as these, for every method alike.
 
 Run it with `python benchmarks/quality.py`; cells, a method on a task each, are kept as
 JSON in `--folder`, and the same command goes on where it stopped. `--quick` runs three
-tasks with three seeds and few methods, in some minutes. `--show` only prints.
+tasks with three seeds and few methods, in some minutes. `--show` only prints, and makes
+table and plots.
 """
 
 import functools
@@ -181,30 +184,38 @@ class EV3(NamedTuple):
     more: int
 
 
-def ev3(**kwargs):
+def ev3(explorers=None, **kwargs):
     """EV3 with the recommended setting, but for what is given."""
     kwargs = {"inner": SINGLES, **RECOMMENDED, **kwargs}
+    inner, own = kwargs.pop("inner"), kwargs["gradients"] == "own"
 
     def make(task, held_out, seed):
+        def loss(params, batch):
+            return task.loss(params, batch)
+
+        def explorer(one):
+            # With losses of their own they need no gradient of the caller's.
+            return optax_ev3.explorer(one, loss) if own else one
+
         count = len(jax.tree.leaves(held_out)[0])
         return optax_ev3.ev3(
-            assess_fn=optax_ev3.held_out(task.score, held_out, count),
-            loss_fn=lambda params, batch: task.loss(params, batch),
+            {name: explorer(one) for name, one in inner.items()},
+            optax_ev3.held_out(task.score, held_out, count),
+            loss_fn=loss,
             key=seed,
             **kwargs,
         )
 
-    inner = kwargs["inner"]
-    explorers = len(inner) if isinstance(inner, dict) else COUNT
     # A soup of some size takes that many assessments, one of them of its own.
     more = sum(one.size - 1 for one in kwargs["combine"] if hasattr(one, "size"))
-    return EV3(make, explorers, kwargs["gradients"] == "own", more)
+    return EV3(make, explorers or len(inner), own, more)
 
 
 def evolving(factor):
     """A group of eight of Adam that starts at 0.003 times a factor."""
     space = {"learning_rate": optax_ev3.log_uniform(1e-7, 10.0, 3e-3 * factor)}
-    return ev3(inner=[optax_ev3.evolve(optax.adam, space, COUNT)], **EVOLVING)
+    group = optax_ev3.evolve(optax.adam, space, COUNT)
+    return ev3(inner={"adam": group}, explorers=COUNT, **EVOLVING)
 
 
 def off(factor):
@@ -259,7 +270,9 @@ METHODS = {
     },
 }
 QUICK_TASKS = ("digits MLP", "outliers", "distillation")
-QUICK_METHODS = rf"^({'|'.join(map(re.escape, ['EV3', *SINGLES, *OTHERS]))})$"
+QUICK_METHODS = (
+    rf"^({'|'.join(map(re.escape, ['EV3', 'untrained', *SINGLES, *OTHERS]))})$"
+)
 
 
 # Runs.
@@ -351,7 +364,10 @@ def ev3_trainer(task, method, budget, seeds):
         def call(carry):
             params, state, number, gradients, assessed, kept = carry
             batch = draw(task, parts, seed, number)
-            grads = jax.grad(task.loss)(params, batch)
+            if method.own:
+                grads = jax.tree.map(jnp.zeros_like, params)
+            else:
+                grads = jax.grad(task.loss)(params, batch)
             updates, new = tx.update(grads, state, params, batch=batch)
             params = optax.apply_updates(params, updates)
             ended = new.ev3_round > state.ev3_round

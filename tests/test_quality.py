@@ -293,8 +293,8 @@ tx, params = method.make(task, parts.held_out, 1), task.init(jax.random.key(1))
 @jax.jit
 def step(params, state, number):
     batch = quality.draw(task, parts, 1, number)
-    grads = jax.grad(task.loss)(params, batch)
-    updates, state = tx.update(grads, state, params, batch=batch)
+    none = jax.tree.map(jax.numpy.zeros_like, params)
+    updates, state = tx.update(none, state, params, batch=batch)
     return optax.apply_updates(params, updates), state
 
 state, calls, gradients, assessed, within = tx.init(params), 0, 0, 0, {}

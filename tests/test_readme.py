@@ -26,6 +26,17 @@ def test_first_example():
     assert reached > -0.2  # -0.69 knows nothing.
 
 
+@pytest.mark.slow
+def test_the_recommended_setting():
+    names = {}
+    exec(shown_in("docs/settings.md"), names)
+    reached = float(names["score"](names["params"], names["held_out"]).mean())
+    assert reached > -0.1
+    # Explorers that did not win have rested.
+    mean = optax_ev3.history(names["state"])["mean"]
+    assert np.isnan(mean).any() and not np.isnan(mean).all(axis=0).any()
+
+
 def test_a_metric_of_ones_own():
     names = {"jnp": jnp, "model": lambda w, x: w * x}
     exec(shown_in("docs/assessment.md"), names)
