@@ -270,9 +270,7 @@ METHODS = {
     },
 }
 QUICK_TASKS = ("digits MLP", "outliers", "distillation")
-QUICK_METHODS = (
-    rf"^({'|'.join(map(re.escape, ['EV3', 'untrained', *SINGLES, *OTHERS]))})$"
-)
+QUICK_METHODS = "|".join(map(re.escape, ["EV3", "untrained", *SINGLES, *OTHERS]))
 
 
 # Runs.
@@ -581,7 +579,7 @@ def main(_):
     tasks, pattern = TASK.value, METHOD.value
     if QUICK.value:
         folder, count = folder.with_name(folder.name + "_quick"), min(count, 3)
-        tasks, pattern = QUICK_TASKS, QUICK_METHODS
+        tasks, pattern = QUICK_TASKS, f"^({QUICK_METHODS})$"
     seeds = range(FIRST.value, FIRST.value + count)
     if not SHOW.value:
         for task, name in itertools.product(tasks, [*METHODS, *PROCEDURES]):
