@@ -263,37 +263,6 @@ def test_which_branches_restart(restart):
     assert max(jax.tree.leaves(far)) > 1e-5  # The near one can be told from the good.
 
 
-@pytest.mark.parametrize("averaged", [True, False])
-def test_a_branch_that_swings_around_the_best_does_not_restart(averaged):
-    def swing(updates, state, params):
-        return jax.tree.map(lambda p: -2 * p, params), state
-
-    def halve(updates, state, params):
-        return jax.tree.map(lambda p: -0.5 * p, params), state
-
-    inner = {
-        name: optax.GradientTransformation(lambda params: (), fn)
-        for name, fn in {"halve": halve, "swing": swing}.items()
-    }
-    x = jnp.linspace(1.0, 2.0, 32)
-    tx = optax_ev3.ev3(
-        inner,
-        lambda w: -jnp.square(w * x),
-        trajectory_length=2,
-        restart="significant",
-        combine=[optax_ev3.combine.trajectory_average()] if averaged else [],
-        adapt=always(0),
-    )
-    w = jnp.ones([])
-    state = tx.init(w)
-    for _ in range(2):
-        updates, state = tx.update(jnp.ones([]), state, w)
-        w = optax.apply_updates(w, updates)
-    # Its end is where it began, its average where the score is highest.
-    assert float(w) == 0.25
-    assert float(state.trajectory.ends["swing"]) == (1.0 if averaged else 0.25)
-
-
 @pytest.mark.parametrize("policy", ["keep", "new", "copy"])
 def test_inner_states_of_branches_that_restart(policy):
     inner = {

@@ -141,8 +141,7 @@ def ev3(
       restart: Which branches start the next round from the adopted parameters:
         ``"always"`` (all), ``"significant"`` (those shown to be worse by a paired test
         at three standard errors, by the main objective, and those that became
-        non-finite; where averages are candidates, the better of end and average
-        counts), ``"behind"`` (the same, but compared with ``current``, where the
+        non-finite), ``"behind"`` (the same, but compared with ``current``, where the
         leader was a round ago: what is slow at first has time to catch up; for
         :func:`optax_ev3.evolve`) or ``"never"`` (independent runs, the best one
         visible; where another candidate is adopted, it stays visible for the next

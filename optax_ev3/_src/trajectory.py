@@ -355,11 +355,8 @@ def restart(
         # are behind where they have not reached what it had a round ago.
         current = past.seen.valid.shape[0] - 2
         rival = adopted if plan.restart == "significant" else current
-        z = evidence.compare(past.seen, past.objective, rival).z
-        # Ends are noisy where rates are high, and that is no reason to restart: a
-        # branch is as good as its end or its average, whichever is better.
-        best = jnp.maximum(z[:total], z[total : 2 * total]) if plan.averaged else z
-        worse = best[:total] < -_WORSE
+        against = evidence.compare(past.seen, past.objective, rival)
+        worse = against.z[:total] < -_WORSE
         fresh = worse | ~past.seen.valid[:total] | (index == lead)
     # Those who rest go with the others, so that they come back where these are.
     fresh |= past.rests[:total]
