@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from scipy import stats
 
 Cells = dict[str, dict[str, Any]]  # By task and method.
@@ -351,8 +351,12 @@ def _draw_course(cells, kinds, path):
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
-        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            which(FuncFormatter(lambda figure, _: f"{figure:g}"))
+        low, high = axes.get_ylim()
+        # Where the scale spans decades, only these have room for labels.
+        steps = (1.0, 2.0, 5.0) if high / low < 50 else (1.0,)
+        axes.yaxis.set_major_locator(LogLocator(subs=steps))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_title(task, loc="left", fontsize=10)
         axes.legend(frameon=False, fontsize=7)
         axes.tick_params(labelsize=7, which="both")
