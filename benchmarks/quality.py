@@ -372,7 +372,11 @@ def ev3_trainer(task, method, budget, seeds):
             took, candidates = taken(new, method)
             gradients += jnp.where(ended, took, 0)
             assessed += jnp.where(ended, candidates * examples, 0)
-            done = jnp.full(len(limits), gradients).at[-1].add(assessed / passes)
+            done = (
+                jnp.full(len(limits), gradients, jnp.float32)
+                .at[-1]
+                .add(assessed / passes)
+            )
             kept = keep(kept, [params], ended & (done <= limits))
             return params, new, number + 1, gradients, assessed, kept
 
