@@ -328,7 +328,9 @@ def test_equals_the_optimizer_alone(name):
         for step in trajectories(tx, ours, start):
             updates, expected, state, alone_state, w = step
             assert_finite((updates, w))
-            assert_close(updates, expected, rtol=1e-5, atol=1e-6)
+            # Terms of a gradient may cancel, and its rounding then be divided by a
+            # small root: what that leaves differs between processors.
+            assert_close(updates, expected, rtol=1e-5, atol=1e-5)
         assert int(state.ev3_round) == 3
         assert_same_types(w, start)
         moved = any(not np.array_equal(w[k], start[k]) for k in start)
