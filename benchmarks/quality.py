@@ -93,7 +93,7 @@ RECOMMENDED = {
     "combine": [combine.trajectory_average()],
     "adapt": adapt.greedy(),
 }
-# What is given up by not racing, and by what only makes sense without.
+# All start each round from the adopted parameters, and nobody rests.
 TOGETHER = {"restart": "always", "restart_state": "keep", "race": None}
 HOSTILE = {
     "uphill": optax.sgd(-0.1),

@@ -307,6 +307,9 @@ def trajectories(tx, ours, start, steps=3):
     assert step._cache_size() == 1
 
 
+# Here terms of a gradient cancel, and its rounding is divided by a small root: what
+# that leaves differs between processors.
+_CANCELS = {"optax.scale_by_rms"}
 # These leave parameters where they are, alone as well.
 _STILL = {"optax.set_to_zero"}
 
@@ -328,9 +331,8 @@ def test_equals_the_optimizer_alone(name):
         for step in trajectories(tx, ours, start):
             updates, expected, state, alone_state, w = step
             assert_finite((updates, w))
-            # Terms of a gradient may cancel, and its rounding then be divided by a
-            # small root: what that leaves differs between processors.
-            assert_close(updates, expected, rtol=1e-5, atol=1e-5)
+            atol = 1e-5 if name in _CANCELS else 1e-6
+            assert_close(updates, expected, rtol=1e-5, atol=atol)
         assert int(state.ev3_round) == 3
         assert_same_types(w, start)
         moved = any(not np.array_equal(w[k], start[k]) for k in start)
