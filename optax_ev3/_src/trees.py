@@ -7,6 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.lax import platform_dependent
+
+# Numbers in a leaf that a kernel of its own would not keep busy.
+_SMALL = 2**16
 
 
 class Batch(NamedTuple):
@@ -29,9 +33,10 @@ def count(batch: Batch) -> int:
 
 
 def pick(index: Any, batches: Sequence[Batch]) -> Any:
-    """The tree with this index, counted over all batches; the others are not read.
+    """The tree with this index, counted over all batches.
 
-    The tree of a batch may be a function without arguments that makes it.
+    The tree of a batch may be a function without arguments that makes it. On CPUs the
+    others are not read; on GPUs, whose host would wait for the index, all are.
     """
     sizes = [count(batch) for batch in batches]
     firsts = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -47,7 +52,19 @@ def pick(index: Any, batches: Sequence[Batch]) -> Any:
         functools.partial(take, batch, first)
         for batch, first in zip(batches, firsts, strict=True)
     ]
-    return lax.switch(which[index], branches)
+
+    def choose_all(number):
+        trees = [branch() for branch in branches]
+        picked = trees[0]
+        for i, tree in enumerate(trees[1:], 1):
+            picked = where(number == i, tree, picked)
+        return picked
+
+    return platform_dependent(
+        which[index],
+        cpu=lambda number: lax.switch(number, branches),
+        default=choose_all,
+    )
 
 
 def unite(leaf: jax.Array, axis_name: Any, axis: int = 0) -> jax.Array:
@@ -110,14 +127,30 @@ def finite(tree: Any, total: Any = None, size: int | None = None) -> jax.Array:
     def check(leaves):
         return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
-    if total is None:
-        total = each(add)(leaves)
-    # Sums are quick, and finite only if all their terms are; but they may overflow.
-    return lax.cond(
-        jnp.isfinite(total).all(),
-        lambda: jnp.ones(total.shape, bool),
-        lambda: each(check)(leaves),
-    )
+    def by_sum(leaves):
+        found = each(add)(leaves) if total is None else total
+        # Sums are quick, and finite only if all their terms are; but they may overflow.
+        return lax.cond(
+            jnp.isfinite(found).all(),
+            lambda: jnp.ones(found.shape, bool),
+            lambda: each(check)(leaves),
+        )
+
+    def at_once(leaves):
+        flags = _joined([jnp.isfinite(x) for x in leaves])
+        return jnp.stack([x.all() for x in flags]).all()
+
+    return platform_dependent(leaves, cpu=by_sum, default=each(at_once))
+
+
+def _joined(leaves):
+    """The leaves, of which the small ones are put into one: a kernel, not dozens."""
+    small = [x.ravel() for x in leaves if x.size <= _SMALL]
+    large = [x for x in leaves if x.size > _SMALL]
+    if not small:
+        return large
+    # Without the barrier XLA reduces them one by one all the same.
+    return [*large, lax.optimization_barrier(jnp.concatenate(small))]
 
 
 def zeros_like(tree: Any) -> Any:

@@ -1,0 +1,157 @@
+"""What runs elsewhere than on CPUs: the same numbers, with fewer pauses."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import assert_close, assert_identical
+
+import optax_ev3
+from optax_ev3 import adapt, combine
+from optax_ev3._src import trees
+
+X = jnp.asarray(np.random.default_rng(0).normal(size=(16, 3)), jnp.float32)
+Y = jnp.tanh(X @ jnp.array([1.0, -2.0, 0.5]))
+
+
+def start():
+    return {"w": 0.5 * jnp.ones([3, 4]), "v": jnp.linspace(-0.3, 0.3, 4)}
+
+
+def score(params, batch):
+    return -((jnp.tanh(X @ params["w"]) @ params["v"] - Y * batch) ** 2)
+
+
+def loss(params, batch):
+    return -score(params, batch).mean()
+
+
+INNER = {
+    "adam": optax.adam(0.03),
+    "wild": optax.sgd(1e20),
+    "swept": optax_ev3.sweep(optax.sgd, learning_rate=[0.01, 0.3]),
+}
+RULES = {"adam": optax.adam(0.03), "wild": optax.sgd(1e20), "sgd": optax.sgd(0.3)}
+OWN = {name: optax_ev3.explorer(tx, loss) for name, tx in RULES.items()}
+PLANS = {
+    "one step": {},
+    "own": {"trajectory_length": 3, "restart": "never", "restart_state": "copy"},
+    "own losses": {"inner": OWN, "trajectory_length": 3},
+    "shared": {"trajectory_length": 3, "gradients": "shared"},
+    "turns": {"trajectory_length": 2, "gradients": "turns"},
+    "averages": {
+        "trajectory_length": 3,
+        "restart": "significant",
+        "combine": [combine.trajectory_average(), combine.exponential_average()],
+        "adapt": adapt.greedy(),
+    },
+    "soup": {"trajectory_length": 3, "combine": [combine.greedy_soup(2)]},
+    "race": {
+        "trajectory_length": 2,
+        "restart": "never",
+        "race": 2,
+        "history_length": 6,
+        "adapt": adapt.greedy(),
+    },
+}
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Traces what is meant for other platforms; it runs on CPUs, too."""
+
+    def on():
+        def choose(*args, cpu, default):
+            del cpu
+            return default(*args)
+
+        monkeypatch.setattr(trees, "platform_dependent", choose)
+
+    return on
+
+
+def made(inner=INNER, **plan):
+    def assess(params, batch):
+        # Finite numbers only, so that nothing but the branches is not.
+        return score(params, jnp.nan_to_num(batch, nan=1.0))
+
+    return optax_ev3.ev3(inner, assess, loss_fn=loss, key=1, **plan)
+
+
+def stepper(tx):
+    def step(params, state, batch):
+        grads = jax.grad(loss)(params, batch)
+        updates, state = tx.update(grads, state, params, batch=batch)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(step)
+
+
+def run(plan, calls=24):
+    """With a gradient now and then that is not finite."""
+    tx = made(**plan)
+    step, params = stepper(tx), start()
+    state, seen = tx.init(params), []
+    for call in range(calls):
+        batch = jnp.nan if call % 10 == 4 else 1 + 0.1 * np.sin(call)
+        params, state = step(params, state, jnp.float32(batch))
+        seen.append(params)
+    return seen, state
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_same_as_on_cpus(plan, elsewhere):
+    seen, state = run(PLANS[plan])
+    elsewhere()
+    found, other = run(PLANS[plan])
+    assert_close(found, seen, 1e-5, 1e-6)
+    one, two = map(optax_ev3.history, (state, other))
+    np.testing.assert_array_equal(one["adopted"], two["adopted"])
+    assert len(set(one["adopted"].tolist())) > 1
+    assert_identical(state.record.valid, other.record.valid)
+    assert (np.asarray(state.record.valid)[: len(one["adopted"])] == 0).any()
+    if state.trajectory != ():
+        assert_close(other.trajectory.ends, state.trajectory.ends, 1e-5, 1e-6)
+
+
+def pauses(explorers, platform):
+    """Loops and branches of a step: the host of a GPU waits for each."""
+    optimizers = {str(i): optax.adam(0.1) for i in range(explorers)}
+    tx = made({k: optax_ev3.explorer(x, loss) for k, x in optimizers.items()})
+    params = start()
+    traced = stepper(tx).trace(params, tx.init(params), jnp.float32(1))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    return text.count("stablehlo.while") + text.count("stablehlo.case")
+
+
+def test_there_are_fewer_pauses_on_gpus():
+    """None to see whether an update is finite, and none to pick the adopted one."""
+    fewer, more = ({k: pauses(n, k) for k in ("cpu", "cuda")} for n in (3, 4))
+    assert fewer["cuda"] < fewer["cpu"]
+    assert more["cuda"] - fewer["cuda"] < more["cpu"] - fewer["cpu"]
+
+
+@pytest.mark.parametrize("size", [None, 3])
+def test_finite(size, elsewhere):
+    """Small leaves, large ones, and sums that overflow."""
+    elsewhere()
+    shape = [] if size is None else [size]
+    tree = {
+        "small": jnp.ones([*shape, 5]),
+        "large": jnp.full([*shape, 300, 300], 1e38),
+        "single": jnp.ones(shape, jnp.complex64),
+        "integers": jnp.ones([*shape, 2], jnp.int32),
+        "nothing": jnp.ones([*shape, 0]),
+    }
+    assert np.all(trees.finite(tree, size=size))
+    for name, wrong in itertools.product(
+        ["small", "large", "single"], [np.nan, np.inf]
+    ):
+        rows = tree[name].reshape(size or 1, -1)
+        leaf = rows.at[-1, -1].set(wrong).reshape(tree[name].shape)
+        found = trees.finite(tree | {name: leaf}, size=size)
+        expected = [True, True, False] if size else False
+        np.testing.assert_array_equal(found, expected)
