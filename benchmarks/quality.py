@@ -88,8 +88,8 @@ RECOMMENDED = {
     "gradients": "own",
     "restart": "never",
     "restart_state": "copy",
-    "race": 4,
-    "history_length": 16,
+    "race": 2,
+    "history_length": 8,
     "combine": [combine.trajectory_average()],
     "adapt": adapt.greedy(),
 }
@@ -197,10 +197,9 @@ def ev3(explorers=None, **kwargs):
             # With losses of their own they need no gradient of the caller's.
             return optax_ev3.explorer(one, loss) if own else one
 
-        count = len(jax.tree.leaves(held_out)[0])
         return optax_ev3.ev3(
             {name: explorer(one) for name, one in inner.items()},
-            optax_ev3.held_out(task.score, held_out, count),
+            optax_ev3.held_out(task.score, held_out),
             loss_fn=loss,
             key=seed,
             **kwargs,

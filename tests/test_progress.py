@@ -185,38 +185,53 @@ class TestRace:
         """Against the definition, for scores by lot."""
         rng = np.random.default_rng(5)
         rested, kinds = set(), collections.Counter()
-        for _ in range(200):
-            kept, rounds = 6, int(rng.integers(1, 20))
+        for _ in range(400):
+            kept, rounds = 6, int(rng.integers(1, 50))
             mean = np.cumsum(rng.normal(0.3, 1, [kept, 5]), axis=0)
             valid = rng.choice([-1, 0, 1], [kept, 5], p=[0.2, 0.1, 0.7])
             valid[:, 0] = valid[:, 3:] = 1  # One of the explorers always takes part.
-            adopted = rng.integers(0, 5, kept)
+            valid[:, 2] = np.where(rng.random(kept) < 0.8, -1, valid[:, 2])
+            adopted, z = rng.integers(0, 5, kept), rng.normal(0, 4, [kept, 5])
+            adoptions = rng.integers(0, 2, 5)  # Over all rounds.
             past = record.empty(kept, 5)._replace(
                 rounds=jnp.int32(rounds),
                 mean=jnp.asarray(mean, jnp.float32),
                 stderr=jnp.full([kept, 5], errors),
+                z=jnp.asarray(z, jnp.float32),
                 valid=jnp.asarray(valid),
                 adopted=jnp.asarray(adopted),
+                adoptions=jnp.asarray(adoptions, jnp.int32),
             )
             found = credits.resting(past, [[0], [1], [2]], 3, apart=True)
             expected = []
             last = range(max(rounds - kept, 0), rounds)
             for one in range(3):
                 rows = [n % kept for n in last if valid[n % kept, one] >= 0]
-                if one in adopted[: min(rounds, kept)] or len(rows) < 2:
+                if one in adopted[: min(rounds, kept)]:
                     expected.append(False)
+                    continue
+                if not rows:
+                    waits = rounds // kept not in (0, 1, 2, 4, 8)
+                    expected.append(waits and adoptions[one] == 0)
+                    kinds["waits"] += expected[-1]
+                    continue
+                if len(rows) == 1 or valid[rows[-1], one] == 0:
+                    lost = valid[rows[-1], one] == 0
+                    back = rows[0] != last[0] % kept and z[rows[0], one] < -3
+                    expected.append(lost or back)
+                    kinds["lost" if lost else "back"] += expected[-1]
                     continue
                 scores = np.where(valid > 0, mean, -np.inf)[:, :3]
                 ends = [(scores[n, one], scores[n].max()) for n in (rows[0], rows[-1])]
                 (before, best), (now, new_best) = ends
-                falls = now == -np.inf or before - now > 2 * errors * 2**0.5
+                falls = before - now > 2 * errors * 2**0.5
                 gains = new_best - now <= (best - before) / 2
                 expected.append(falls or (len(rows) >= 3 and not gains))
                 kinds[falls, gains] += 1
             expected = [False] * 3 if all(expected) else expected
             assert found.tolist() == expected
             rested.add(tuple(expected))
-        assert len(rested) > 4 and len(kinds) == 4
+        assert len(rested) > 4 and len(kinds) == 7 and min(kinds.values()) > 4
 
     def test_who_rests_comes_back_from_the_adopted_parameters(self):
         """Branches of constant speed: the slow one is found where the fast one was."""

@@ -5,13 +5,14 @@ Dimensions: ``H`` rounds kept, ``C`` candidates, ``K`` explorers and combined ca
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 _LATELY = 0.9  # what an earlier round weighs, a round later: 10 rounds in all
 _LOST = -3.0  # what a round counts for in which a candidate was not finite
+_FALLS, _WORSE = 2.0, 3.0  # standard errors
 
 
 def estimate(past: Any, groups: Sequence[jax.Array] = ()) -> jax.Array:
@@ -60,8 +61,10 @@ def resting(
     Where branches go on apart, who is slow at first may be best in the end, and who is
     lost stays so. Then those go on who catch up: what they are behind the best of a
     round has halved, at least, from the first of their rounds to the last. And two
-    rounds are enough for those whose own score falls, by more than two standard errors,
-    or is not finite.
+    rounds are enough for those whose own score falls, by more than two standard errors;
+    one for those who are not finite, and for those who come back and are shown to be
+    worse than ``current``, with which they began, by a paired test at three. Those that
+    were never adopted come back ever more rarely: after H rounds, 2 H, 4 H, and so on.
 
     Args:
       past: The record of past rounds.
@@ -74,19 +77,50 @@ def resting(
     for own in map(jnp.asarray, members):
         took = (past.valid[:, own] >= 0).any(axis=1) & known
         won = jnp.isin(past.adopted, own) & known
-        enough = took.sum() >= race
+        count = took.sum()
+        enough = count >= race
         if apart:
-            catches_up, falls = _course(past, own, took)
-            enough = (enough & ~catches_up) | ((took.sum() >= 2) & falls)
+            course = _course(past, own, took)
+            enough &= ~course.catches_up
+            enough |= course.falls & (count >= 2)
+            enough |= course.worse & course.came_back & (count == 1)
+            enough |= course.lost & (count >= 1)
+            never = past.adoptions[own].sum() == 0
+            enough |= (count == 0) & never & _seldom(past)
         rests.append(enough & ~won.any())
     found = jnp.stack(rests)
     return found & ~found.all()
 
 
+def _seldom(past):
+    """Whether this is no time for those to come back that were never adopted."""
+    stretch = past.rounds // past.adopted.shape[0]
+    return (stretch & (stretch - 1)) != 0  # No power of two.
+
+
+class _Course(NamedTuple):
+    """What became of an explorer, by its first and last round in the record.
+
+    Attributes:
+      catches_up: Whether it is at most half as far behind the best as it was.
+      falls: Whether its own score fell.
+      came_back: Whether it rested before the first one.
+      worse: Whether it was worse than ``current`` in the last one.
+      lost: Whether it was not finite then.
+    """
+
+    catches_up: jax.Array
+    falls: jax.Array
+    came_back: jax.Array
+    worse: jax.Array
+    lost: jax.Array
+
+
 def _course(past, own, took):
-    """Whether an explorer catches up with the best, and whether it falls."""
     length = past.adopted.shape[0]
     age = (past.rounds - 1 - jnp.arange(length)) % length
+    first = jnp.argmax(jnp.where(took, age, -1))
+    last = jnp.argmin(jnp.where(took, age, length))
     scores = jnp.where(past.valid > 0, past.mean, -jnp.inf)
     best = scores[:, :-2].max(axis=1)
 
@@ -94,7 +128,13 @@ def _course(past, own, took):
         at = own[jnp.argmax(scores[row, own])]
         return scores[row, at], best[row] - scores[row, at], past.stderr[row, at]
 
-    before, behind, error = seen(jnp.argmax(jnp.where(took, age, -1)))
-    now, still_behind, new_error = seen(jnp.argmin(jnp.where(took, age, length)))
-    falls = before - now > 2 * jnp.hypot(error, new_error)
-    return still_behind <= behind / 2, falls | ~jnp.isfinite(now)
+    before, behind, error = seen(first)
+    now, still_behind, new_error = seen(last)
+    z = jnp.where(past.valid[last, own] > 0, past.z[last, own], -jnp.inf).max()
+    return _Course(
+        catches_up=still_behind <= behind / 2,
+        falls=before - now > _FALLS * jnp.hypot(error, new_error),
+        came_back=age[first] < jnp.minimum(past.rounds, length) - 1,
+        worse=z < -_WORSE,
+        lost=~jnp.isfinite(now),
+    )
