@@ -145,12 +145,20 @@ def finite(tree: Any, total: Any = None, size: int | None = None) -> jax.Array:
 
 def _joined(leaves):
     """The leaves, of which the small ones are put into one: a kernel, not dozens."""
-    small = [x.ravel() for x in leaves if x.size <= _SMALL]
-    large = [x for x in leaves if x.size > _SMALL]
-    if not small:
-        return large
+    small, others = [], []
+    for leaf in leaves:
+        alone = leaf.size > _SMALL or _is_sharded(leaf)
+        (others if alone else small).append(leaf)
+    if len(small) < 2:
+        return leaves
+    joined = jnp.concatenate([x.ravel() for x in small])
     # Without the barrier XLA reduces them one by one all the same.
-    return [*large, lax.optimization_barrier(jnp.concatenate(small))]
+    return [*others, lax.optimization_barrier(joined)]
+
+
+def _is_sharded(leaf):
+    """Whether an axis is known to be spread over devices, by explicit sharding."""
+    return any(axis is not None for axis in jax.typeof(leaf).sharding.spec)
 
 
 def zeros_like(tree: Any) -> Any:
