@@ -60,11 +60,12 @@ def resting(
 
     Where branches go on apart, who is slow at first may be best in the end, and who is
     lost stays so. Then those go on who catch up: what they are behind the best of a
-    round has halved, at least, from the first of their rounds to the last. And two
-    rounds are enough for those whose own score falls, by more than two standard errors;
-    one for those who are not finite, and for those who come back and are shown to be
-    worse than ``current``, with which they began, by a paired test at three. Those that
-    were never adopted come back ever more rarely: after H rounds, 2 H, 4 H, and so on.
+    round has halved, at least, from the first of their rounds to the last. Those whose
+    own score did not change at all, such as an F1 of zero, have twice as many rounds.
+    Two are enough for those whose score falls, by more than two standard errors; one
+    for those who are not finite, and for those who come back and are shown to be worse
+    than ``current``, with which they began, by a paired test at three. Those that were
+    never adopted come back ever more rarely: after H rounds, 2 H, 4 H, and so on.
 
     Args:
       past: The record of past rounds.
@@ -81,7 +82,8 @@ def resting(
         enough = count >= race
         if apart:
             course = _course(past, own, took)
-            enough &= ~course.catches_up
+            more = jnp.minimum(2 * race, past.adopted.shape[0])
+            enough &= ~course.catches_up & (course.moves | (count >= more))
             enough |= course.falls & (count >= 2)
             enough |= course.worse & course.came_back & (count == 1)
             enough |= course.lost & (count >= 1)
@@ -103,13 +105,15 @@ class _Course(NamedTuple):
 
     Attributes:
       catches_up: Whether it is at most half as far behind the best as it was.
-      falls: Whether its own score fell.
+      moves: Whether its own score changed.
+      falls: Whether it fell.
       came_back: Whether it rested before the first one.
       worse: Whether it was worse than ``current`` in the last one.
       lost: Whether it was not finite then.
     """
 
     catches_up: jax.Array
+    moves: jax.Array
     falls: jax.Array
     came_back: jax.Array
     worse: jax.Array
@@ -133,6 +137,7 @@ def _course(past, own, took):
     z = jnp.where(past.valid[last, own] > 0, past.z[last, own], -jnp.inf).max()
     return _Course(
         catches_up=still_behind <= behind / 2,
+        moves=now != before,
         falls=before - now > _FALLS * jnp.hypot(error, new_error),
         came_back=age[first] < jnp.minimum(past.rounds, length) - 1,
         worse=z < -_WORSE,
