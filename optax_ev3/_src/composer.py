@@ -155,10 +155,9 @@ def ev3(
         ``race`` of any ``history_length`` rounds, until it wins one. Where branches go
         on apart (any other ``restart`` than ``"always"``), those go on as well that
         catch up, by half or more of what they were behind the best of a round, from
-        the first to the last of their rounds in the history; those whose own score did
-        not change at all, such as an F1 of zero, have twice as many rounds; two are
-        enough where it falls, by two standard errors, and one where it is not finite.
-        Who rests begins again from the adopted parameters, rests again after one round
+        the first to the last of their rounds in the history, and before the history is
+        full all have twice as many rounds; two are enough where the own score falls, by
+        two standard errors, and one where it is not finite. Who rests begins again from the adopted parameters, rests again after one round
         if it is shown to be worse than these, as above, and, as long as it was never
         adopted, ever longer. A sweep or a group that evolves races as one. Assessments
         are saved in the mode ``"unroll"``. Default: nobody rests.

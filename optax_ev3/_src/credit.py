@@ -60,12 +60,12 @@ def resting(
 
     Where branches go on apart, who is slow at first may be best in the end, and who is
     lost stays so. Then those go on who catch up: what they are behind the best of a
-    round has halved, at least, from the first of their rounds to the last. Those whose
-    own score did not change at all, such as an F1 of zero, have twice as many rounds.
-    Two are enough for those whose score falls, by more than two standard errors; one
-    for those who are not finite, and for those who come back and are shown to be worse
-    than ``current``, with which they began, by a paired test at three. Those that were
-    never adopted come back ever more rarely: after H rounds, 2 H, 4 H, and so on.
+    round has halved, at least, from the first of their rounds to the last; and in the
+    first H - 1 rounds of all, twice as many are enough. Two are for those whose own
+    score falls, by more than two standard errors; one is for those who are not finite,
+    and for those who come back and are shown to be worse than ``current``, with which
+    they began, by a paired test at three. Those that were never adopted come back ever
+    more rarely: after H rounds, 2 H, 4 H, and so on.
 
     Args:
       past: The record of past rounds.
@@ -73,7 +73,9 @@ def resting(
       race: Rounds that are enough.
       apart: Whether branches go on from where they were.
     """
-    known = jnp.arange(past.adopted.shape[0]) < past.rounds
+    length = past.adopted.shape[0]
+    known = jnp.arange(length) < past.rounds
+    young = past.rounds < length
     rests = []
     for own in map(jnp.asarray, members):
         took = (past.valid[:, own] >= 0).any(axis=1) & known
@@ -82,8 +84,7 @@ def resting(
         enough = count >= race
         if apart:
             course = _course(past, own, took)
-            more = jnp.minimum(2 * race, past.adopted.shape[0])
-            enough &= ~course.catches_up & (course.moves | (count >= more))
+            enough &= ~course.catches_up & (~young | (count >= 2 * race))
             enough |= course.falls & (count >= 2)
             enough |= course.worse & course.came_back & (count == 1)
             enough |= course.lost & (count >= 1)
@@ -105,15 +106,13 @@ class _Course(NamedTuple):
 
     Attributes:
       catches_up: Whether it is at most half as far behind the best as it was.
-      moves: Whether its own score changed.
-      falls: Whether it fell.
+      falls: Whether its own score fell.
       came_back: Whether it rested before the first one.
       worse: Whether it was worse than ``current`` in the last one.
       lost: Whether it was not finite then.
     """
 
     catches_up: jax.Array
-    moves: jax.Array
     falls: jax.Array
     came_back: jax.Array
     worse: jax.Array
@@ -137,7 +136,6 @@ def _course(past, own, took):
     z = jnp.where(past.valid[last, own] > 0, past.z[last, own], -jnp.inf).max()
     return _Course(
         catches_up=still_behind <= behind / 2,
-        moves=now != before,
         falls=before - now > _FALLS * jnp.hypot(error, new_error),
         came_back=age[first] < jnp.minimum(past.rounds, length) - 1,
         worse=z < -_WORSE,
