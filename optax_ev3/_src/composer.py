@@ -157,10 +157,11 @@ def ev3(
         catch up, by half or more of what they were behind the best of a round, from
         the first to the last of their rounds in the history, and before the history is
         full all have twice as many rounds; two are enough where the own score falls, by
-        two standard errors, and one where it is not finite. Who rests begins again from the adopted parameters, rests again after one round
-        if it is shown to be worse than these, as above, and, as long as it was never
-        adopted, ever longer. A sweep or a group that evolves races as one. Assessments
-        are saved in the mode ``"unroll"``. Default: nobody rests.
+        two standard errors, and one where it is not finite. Who rests begins again from
+        the adopted parameters, rests again after one round if it is shown to be worse
+        than these, as above, and, as long as it was never adopted, ever longer. A sweep
+        or a group that evolves races as one. Assessments are saved in the mode
+        ``"unroll"``. Default: nobody rests.
       adapt: The rule, see :mod:`optax_ev3.adapt`; default
         ``optax_ev3.adapt.confident()``, with ``clip=10, prior_rounds=1`` unless rounds
         have one step.
