@@ -128,7 +128,7 @@ def finite(tree: Any, total: Any = None, size: int | None = None) -> jax.Array:
         return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
     def by_sum(leaves):
-        found = each(add)(leaves) if total is None else total
+        found = jnp.asarray(each(add)(leaves) if total is None else total)
         # Sums are quick, and finite only if all their terms are; but they may overflow.
         return lax.cond(
             jnp.isfinite(found).all(),
