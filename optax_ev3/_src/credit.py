@@ -120,6 +120,7 @@ class _Course(NamedTuple):
 
 
 def _course(past, own, took):
+    """Of the explorer with these candidates, from the rounds in which it took part."""
     length = past.adopted.shape[0]
     age = (past.rounds - 1 - jnp.arange(length)) % length
     first = jnp.argmax(jnp.where(took, age, -1))

@@ -54,9 +54,8 @@ def pick(index: Any, batches: Sequence[Batch]) -> Any:
     ]
 
     def choose_all(number):
-        trees = [branch() for branch in branches]
-        picked = trees[0]
-        for i, tree in enumerate(trees[1:], 1):
+        picked, *others = [branch() for branch in branches]
+        for i, tree in enumerate(others, 1):
             picked = where(number == i, tree, picked)
         return picked
 
