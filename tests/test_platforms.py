@@ -53,7 +53,7 @@ PLANS = {
         "trajectory_length": 2,
         "restart": "never",
         "race": 2,
-        "history_length": 6,
+        "history_length": 12,
         "adapt": adapt.greedy(),
     },
 }
@@ -110,9 +110,11 @@ def test_the_same_as_on_cpus(plan, elsewhere):
     assert_close(found, seen, 1e-5, 1e-6)
     one, two = map(optax_ev3.history, (state, other))
     np.testing.assert_array_equal(one["adopted"], two["adopted"])
-    assert len(set(one["adopted"].tolist())) > 1
+    races = "race" in PLANS[plan]  # One explorer wins it, and the others rest.
+    assert len(set(one["adopted"].tolist())) > 1 or races
     assert_identical(state.record.valid, other.record.valid)
-    assert (np.asarray(state.record.valid)[: len(one["adopted"])] == 0).any()
+    valid = np.asarray(state.record.valid)[: len(one["adopted"])]
+    assert (valid == 0).any() and (valid == -1).any() == races
     if state.trajectory != ():
         assert_close(other.trajectory.ends, state.trajectory.ends, 1e-5, 1e-6)
 
