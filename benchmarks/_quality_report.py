@@ -203,10 +203,15 @@ def _show_summary(found, kinds):
     ranked = [EV3, *kinds.others]
     complete = [one for one in found.values() if all(name in one for name in ranked)]
     if complete:
-        means = np.array([[one[name].mean() for name in ranked] for one in complete])
-        ranks = stats.rankdata(means, axis=1).mean(0)
-        shown = sorted(zip(ranks, ranked, strict=True))
-        print("mean rank: " + ", ".join(f"{name} {rank:.1f}" for rank, name in shown))
+        figures = np.array([[one[name] for name in ranked] for one in complete])
+        for title, compared in (
+            ("mean rank", figures.mean(2, keepdims=True)),
+            ("mean rank, seed by seed", figures),
+        ):
+            ranks = stats.rankdata(compared, axis=1).mean((0, 2))
+            shown = sorted(zip(ranks, ranked, strict=True))
+            listed = ", ".join(f"{name} {rank:.1f}" for rank, name in shown)
+            print(f"{title}: {listed}")
     print("better, worse: at 5%, paired t tests, Holm's correction over tasks")
 
 
