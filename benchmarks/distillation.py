@@ -278,33 +278,44 @@ BLOCK = 5  # Steps that are timed at once.
 
 def speed():
     """Seconds of a step with EV3 over those of as many plain steps, by size."""
-    setting = experiment.configured("cifar100")._replace(
-        losses=(experiment.Loss(), experiment.Loss(reverse=True)),
-        length=BLOCK + 1,
-        assessed=ASSESSED,
-        augment=False,
-    )
+    kinds = {"one step a call": 1}
+    if experiment.steps_per_call(LENGTH) > 1:
+        kinds["many steps a call"] = LENGTH - 1
     print("\nCIFAR-100's shapes: time per gradient over that of plain AdamW")
-    print(f"{'student':10}{'plain step':>12}{'in a round':>12}{'whole round':>13}")
+    print(f"{'':18}{'student':10}{'plain step':>12}{'in a round':>12}{'whole round':>13}")
     found = {}
-    for size in map(int, SIZES.value):
-        plain, within, whole = timed(setting, size)
+    for size, (kind, steps) in itertools.product(map(int, SIZES.value), kinds.items()):
+        plain, within, whole = timed(size, steps)
         ratios = within / plain, whole / plain
-        found[size] = {
+        found[f"{size}, {kind}"] = {
             "plain": plain.tolist(),
             **dict(zip(("within", "whole"), (x.tolist() for x in ratios), strict=True)),
         }
-        cells = "".join(f"{np.median(x):12.2f}" for x in ratios)
-        print(f"ResNet-{6 * size + 2:<3}{np.median(plain):10.3f} s{cells}", flush=True)
+        cells = f"{np.median(plain) * 1e3:9.2f} ms" + "".join(
+            f"{np.median(x):{width}.2f}"
+            for x, width in zip(ratios, (12, 13), strict=True)
+        )
+        print(f"{kind:18}ResNet-{6 * size + 2:<3}{cells}", flush=True)
     return found
 
 
-def timed(setting, size):
+def timed(size, steps):
     """Seconds per gradient ``[repeats]``: plain, in a round, in whole rounds.
 
     The last step of a round assesses, the others are alike. So short rounds are timed,
     and counted as if they were long.
+
+    Args:
+      size: Blocks a stage.
+      steps: In one call.
     """
+    block = max(BLOCK, steps)
+    setting = experiment.configured("cifar100")._replace(
+        losses=(experiment.Loss(), experiment.Loss(reverse=True)),
+        length=block + 1,
+        assessed=ASSESSED,
+        augment=False,
+    )
     rng = np.random.default_rng(0)
     sizes = (2000, 1000, 1000)
     parts = [
@@ -318,10 +329,8 @@ def timed(setting, size):
     logits = rng.normal(size=[sizes[0], setting.classes])
     teacher = experiment.distillation.stored(logits.astype(np.float32))
     teachers = {experiment.TEACHER: teacher}
-    model, count = (
-        experiment.student(setting, size),
-        experiment.explorers(setting, {experiment.TEACHER: teacher}),
-    )
+    model = experiment.student(setting, size)
+    count = experiment.explorers(setting, teachers)
     tx = experiment.transformation(setting, model, teachers, True, 0)
     variables = experiment.init(model, 0, data)
     ours = [variables, jax.jit(tx.init)(variables)]
@@ -330,44 +339,35 @@ def timed(setting, size):
         experiment.cosine_adamw(1e-3, np.inf).init(variables),
     ]
 
-    def plain_steps(n):
-        for i in range(n):
-            plain[:] = experiment.fixed_step(
-                setting,
-                model,
-                setting.losses[0],
-                *plain,
-                data,
-                teacher,
-                setting.rates[0],
-                np.inf,
-                0,
-                i,
+    def plain_steps(n, steps=steps):
+        about = data, teacher, setting.rates[0], np.inf, 0
+        for i in range(0, n, steps):
+            plain[:] = experiment.fixed_steps(
+                setting, model, setting.losses[0], *plain, *about, i, steps
             )
         jax.block_until_ready(plain)
 
-    def our_steps(n):
-        for i in range(n):
-            ours[:] = experiment.growing_step(
-                setting, model, True, *ours, data, teachers, 0, i
+    def our_steps(n, steps=steps):
+        for i in range(0, n, steps):
+            ours[:] = experiment.growing_steps(
+                setting, model, True, *ours, data, teachers, 0, i, steps
             )
         jax.block_until_ready(ours)
 
-    def seconds(steps, n):
+    def seconds(fn, n, *args):
         begun = time.perf_counter()
-        steps(n)
+        fn(n, *args)
         return time.perf_counter() - begun
 
-    plain_steps(1)
-    our_steps(setting.length)  # Compiles, and gets to a round's end.
-    rows = []
-    for _ in range(REPEATS.value):
-        alone = seconds(plain_steps, count * BLOCK) / (count * BLOCK)
-        within = seconds(our_steps, BLOCK) / BLOCK
-        end = seconds(our_steps, 1)
+    def once():
+        alone = seconds(plain_steps, count * block) / (count * block)
+        within = seconds(our_steps, block) / block
+        end = seconds(our_steps, 1, 1)
         whole = (within * (LENGTH - 1) + end) / LENGTH
-        rows.append((alone, within / count, whole / count))
-    return np.array(rows).T
+        return alone, within / count, whole / count
+
+    once()  # Compiles.
+    return np.array([once() for _ in range(REPEATS.value)]).T
 
 
 def main(_):

@@ -303,20 +303,51 @@ def teacher_from_logits(setting: Setting, logits: np.ndarray, data: Data):
 
 @functools.partial(
     jax.jit,
-    static_argnames=("setting", "model", "loss"),
+    static_argnames=("setting", "model", "loss", "steps"),
     donate_argnames=("variables", "state"),
 )
-def fixed_step(
-    setting, model, loss, variables, state, data, teacher, rate, total, seed, count
+def fixed_steps(
+    setting,
+    model,
+    loss,
+    variables,
+    state,
+    data,
+    teacher,
+    rate,
+    total,
+    seed,
+    count,
+    steps=1,
 ):
+    """As many steps in one call, after ``count`` earlier ones."""
     tx = cosine_adamw(rate, total)
-    batch = draw(setting, data, jax.random.fold_in(jax.random.key(seed), count))
-    loss_fn = distillation.loss(training(model), teacher, **loss._asdict())
-    wanted = inspect.signature(loss_fn).parameters.keys() & batch.keys()
-    named = {name: batch[name] for name in wanted}
-    grads, new = jax.grad(loss_fn, has_aux=True)(variables, **named)
-    updates, state = tx.update(grads, state, variables)
-    return merge(optax.apply_updates(variables, updates), new), state
+
+    def step(i, trained):
+        variables, state = trained
+        batch = draw(setting, data, jax.random.fold_in(jax.random.key(seed), count + i))
+        loss_fn = distillation.loss(training(model), teacher, **loss._asdict())
+        wanted = inspect.signature(loss_fn).parameters.keys() & batch.keys()
+        named = {name: batch[name] for name in wanted}
+        grads, new = jax.grad(loss_fn, has_aux=True)(variables, **named)
+        updates, state = tx.update(grads, state, variables)
+        return merge(optax.apply_updates(variables, updates), new), state
+
+    return _repeat(step, steps, (variables, state))
+
+
+def _repeat(step, steps, trained):
+    if steps == 1:
+        return step(0, trained)
+    return jax.lax.fori_loop(0, steps, step, trained)
+
+
+def steps_per_call(steps: int) -> int:
+    """All of them on GPUs, which take less time for a small step than their host.
+
+    XLA's loops on CPUs run convolutions on one core.
+    """
+    return 1 if jax.default_backend() == "cpu" else steps
 
 
 def cosine_adamw(rate, total):
@@ -364,7 +395,9 @@ def train_fixed(
     progress(done)
     total = float(steps) if falls else math.inf
     while done < steps:
-        variables, state = fixed_step(
+        stops = [steps, done + setting.length - done % setting.length, *marks]
+        count = steps_per_call(min(stop for stop in stops if stop > done) - done)
+        variables, state = fixed_steps(
             setting,
             model,
             loss,
@@ -376,8 +409,9 @@ def train_fixed(
             total,
             seed,
             done,
+            count,
         )
-        done += 1
+        done += count
         if done in marks:
             found.append({"steps": done, **figures(model, variables, data, "test")})
         if done % setting.length == 0 or done == steps:
@@ -461,16 +495,24 @@ def always_on() -> optax_ev3.adapt.Rule:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("setting", "model", "decide"),
+    static_argnames=("setting", "model", "decide", "steps"),
     donate_argnames=("variables", "state"),
 )
-def growing_step(setting, model, decide, variables, state, data, teachers, seed, count):
+def growing_steps(
+    setting, model, decide, variables, state, data, teachers, seed, count, steps=1
+):
+    """As many steps in one call, after ``count`` earlier ones."""
     tx = transformation(setting, model, teachers, decide, seed)
-    batch = draw(setting, data, jax.random.fold_in(jax.random.key(seed), count))
-    # All explorers have losses of their own: no gradient of the caller is used.
-    grads = jax.tree.map(jnp.zeros_like, variables)
-    updates, state = tx.update(grads, state, variables, **batch)
-    return optax.apply_updates(variables, updates), state
+
+    def step(i, trained):
+        variables, state = trained
+        batch = draw(setting, data, jax.random.fold_in(jax.random.key(seed), count + i))
+        # All explorers have losses of their own: no gradient of the caller is used.
+        grads = jax.tree.map(jnp.zeros_like, variables)
+        updates, state = tx.update(grads, state, variables, **batch)
+        return optax.apply_updates(variables, updates), state
+
+    return _repeat(step, steps, (variables, state))
 
 
 TEACHER = "teacher"
@@ -552,9 +594,10 @@ class Pass:
         )
 
     def _round(self):
-        course = self.course
-        for _ in range(self.setting.length):
-            self.variables, self.state = growing_step(
+        course, length = self.course, self.setting.length
+        steps = steps_per_call(length)
+        for _ in range(length // steps):
+            self.variables, self.state = growing_steps(
                 self.setting,
                 self.model,
                 self.decide,
@@ -564,8 +607,9 @@ class Pass:
                 self.teachers,
                 self.seed,
                 course.calls,
+                steps,
             )
-            course.calls += 1
+            course.calls += steps
         course.rounds += 1
         shown = {k: float(v) for k, v in _summary(self.state).items()}
         self.folder.log(

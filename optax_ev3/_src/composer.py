@@ -462,7 +462,7 @@ def _one_step(explorers, plan, state, params, call, judge, rests):
 def _trajectories(explorers, plan, state, params, call, judge, rests):
     """One step of the branches; at the end of a round, assess and adapt as well."""
     opt_states = {name: one.opt_state for name, one in state.explorers.items()}
-    update, opt_states, walked = trajectory.advance(
+    target, opt_states, walked = trajectory.advance(
         explorers,
         plan,
         state.trajectory,
@@ -475,15 +475,16 @@ def _trajectories(explorers, plan, state, params, call, judge, rests):
     state = state._replace(trajectory=walked, explorers=_with(state, opt_states))
 
     def finish(carry):
-        update, state = carry
-        return _finish(explorers, plan, update, state, params, judge, rests)
+        target, state = carry
+        return _finish(explorers, plan, target, state, params, judge, rests)
 
     turns = walked.alive.shape[0] if plan.gradients == "turns" else 1
     done = walked.step >= turns * walked.length
-    return trees.once(done, finish, (update, state))
+    target, state = trees.once(done, finish, (target, state))
+    return _minus(target, params), state
 
 
-def _finish(explorers, plan, update, state, params, judge, rests):
+def _finish(explorers, plan, target, state, params, judge, rests):
     """The end of a round: adopt a candidate, and start the next round."""
     walked = state.trajectory
     more = len(state.combined)
@@ -495,11 +496,9 @@ def _finish(explorers, plan, update, state, params, judge, rests):
     lasted = _Lasted(explorers, plan, rests, walked.length)
     decision, state, past = _adapt(judge, seen, state, lasted)
     adopted = decision.adopted
-    moved = trees.pick(adopted, candidates)
-    # Adopting the lead branch takes the step that it made, without rounding.
-    same = (adopted == walked.lead) & (plan.gradients != "turns")
-    update = trees.where(same, update, _minus(moved, params))
-    visible = optax.apply_updates(params, update)
+    target = trees.pick(adopted, candidates)
+    # Where the caller gets to, up to a rounding.
+    visible = optax.apply_updates(params, _minus(target, params))
     opt_states = {name: one.opt_state for name, one in state.explorers.items()}
     since = state.record.since
     opt_states, walked, restarted = trajectory.restart(
@@ -512,7 +511,7 @@ def _finish(explorers, plan, update, state, params, judge, rests):
 
     state = state._replace(explorers=_with(state, opt_states), trajectory=walked)
     state = _evolved(judge, state, lasted, adopted, past, restarted)
-    return update, state._replace(
+    return target, state._replace(
         stable=trees.once(decision.significant, promote, state.stable),
     )
 

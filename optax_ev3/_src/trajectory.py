@@ -117,7 +117,7 @@ def advance(
     call: steps.Call,
     calls: jax.Array,
     rests: Mapping[str, jax.Array],
-) -> tuple[optax.Updates, dict[str, Any], Trajectory]:
+) -> tuple[optax.Params, dict[str, Any], Trajectory]:
     """One call: every branch, or the one whose turn it is, takes a step.
 
     Args:
@@ -131,20 +131,19 @@ def advance(
       rests: By name ``[]`` bool, explorers that take no step; none for all.
 
     Returns:
-      The update of the visible parameters, the inner states, and where the branches
-      are.
+      Where the visible parameters go, the inner states, and where the branches are.
     """
     turns = plan.gradients == "turns"
     lead = state.step // state.length if turns else state.lead
     step = state.step % state.length
     last = step == state.length - 1
     walk = _Walk(plan, lead, step, last, state.start, params, call)
-    branches, first = {}, 0
+    branches, finite, first = {}, {}, 0
     for name, one in explorers.items():
         branch = _branch(state, opt_states, name, one, first)
         first += one.size or 1
 
-        def go(tx, hyperparams, branch, one=one, name=name):
+        def go(tx, hyperparams, branch, one=one, name=name, walk=walk):
             loss = steps.loss_of(one, name, call, hyperparams)
             return _go(tx, one, name, branch, loss, walk)
 
@@ -154,7 +153,10 @@ def advance(
             return one.each(go, branch, hyperparams=numbers)
 
         branches[name] = trees.unless(rests.get(name), all_go, branch)
-    branches = _mended(explorers, branches, params)
+        finite[name] = trees.finite(branches[name].end, size=one.size)
+        # The next explorer waits for this one.
+        walk = walk._replace(lead=trees.after(finite[name], walk.lead))
+    branches = _mended(explorers, branches, finite, params)
     walked = state._replace(
         step=state.step + 1,
         ends={name: branch.end for name, branch in branches.items()},
@@ -162,32 +164,28 @@ def advance(
         uphill=_flat(branch.uphill for branch in branches.values()),
         means={k: b.mean for k, b in branches.items()} if state.means else {},
     )
-    update = _update(explorers, walked, walk)
+    target = _target(explorers, walked, walk)
     for one in plan.combinations:
         if isinstance(one, combine.ExponentialAverage):
             weight = combine.exponential_weight(one.decay, calls)
-            visible = optax.apply_updates(params, update)
-            average = combine.move(state.average, visible, weight)
+            average = combine.move(state.average, target, weight)
             walked = walked._replace(average=average)
-    return update, {k: b.opt_state for k, b in branches.items()}, walked
+    return target, {k: b.opt_state for k, b in branches.items()}, walked
 
 
-def _update(explorers, walked, walk):
-    """The update of the visible parameters, which follow the lead branch."""
+def _target(explorers, walked, walk):
+    """Where the visible parameters go, which follow the lead branch."""
     ends = [trees.Batch(walked.ends[k], one.size) for k, one in explorers.items()]
     total = walked.alive.shape[0]
     # Without a lead branch that is alive they stand still.
     alive = jnp.append(walked.alive, 0)[walk.lead] > 0
     index = jnp.where(alive, walk.lead, total)
-    # From the ends, not from the updates, which would all have to be kept for that.
-    moved = trees.pick(index, [*ends, trees.Batch(walk.params)])
-    update = jax.tree.map(jnp.subtract, moved, walk.params)
+    target = trees.pick(index, [*ends, trees.Batch(walk.params)])
     if walk.plan.gradients == "turns":
         # The next branch starts where this one did.
         back = walk.last & (walked.step < total * walked.length)
-        home = jax.tree.map(jnp.subtract, walk.start, walk.params)
-        update = trees.where(back, home, update)
-    return update
+        target = trees.where(back, walk.start, target)
+    return target
 
 
 def _flat(flags):
@@ -234,7 +232,7 @@ def _go(tx, one, name, branch, loss, walk):
     """The branch after a step, if one is due and its gradients are finite."""
     leads = branch.number == walk.lead
     # Others may have changed the visible parameters: a projection, a weight decay.
-    end = trees.once(leads, lambda _: walk.params, branch.end)
+    end = trees.gate(leads, lambda _: walk.params, branch.end)
     grads, aux = _gradients(one, loss, end, leads, walk)
     merge = steps.merge_of(one, name, aux)
 
@@ -259,20 +257,16 @@ def _go(tx, one, name, branch, loss, walk):
     # Skipped as a whole, a step changes its inner state and its parameters in place:
     # a choice between old and new ones would have to keep both.
     moving = branch.opt_state, end, branch.mean, branch.uphill
-    opt_state, end, mean, uphill = trees.once(due, step, moving)
+    opt_state, end, mean, uphill = trees.gate(due, step, moving)
     return branch._replace(opt_state=opt_state, end=end, mean=mean, uphill=uphill)
 
 
-def _mended(explorers, branches, params):
+def _mended(explorers, branches, finite, params):
     """The branches; those that left the finite numbers are out, and made anew.
 
     They go on from the visible parameters, unassessed: the state stays finite without
     the earlier inner states, which are overwritten by then.
     """
-    finite = {
-        name: trees.finite(branches[name].end, size=one.size)
-        for name, one in explorers.items()
-    }
 
     def mend(moving):
         mended = {}

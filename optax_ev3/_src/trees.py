@@ -94,6 +94,33 @@ def once(condition: Any, fn: Callable[[Any], Any], tree: Any) -> Any:
     )[1]
 
 
+def gate(condition: Any, fn: Callable[[Any], Any], tree: Any) -> Any:
+    """``fn(tree)`` where the condition, which nearly always holds, does, else ``tree``.
+
+    On CPUs like :func:`once`; on GPUs both are there, and one of them is chosen, so
+    that the host need not wait for the condition.
+    """
+    return platform_dependent(
+        condition,
+        tree,
+        cpu=lambda condition, tree: once(condition, fn, tree),
+        default=lambda condition, tree: where(condition, fn(tree), tree),
+    )
+
+
+def after(earlier: Any, leaf: jax.Array) -> jax.Array:
+    """The leaf, which is not known on GPUs before ``earlier`` is.
+
+    They would compute both at once otherwise, and need the memory for both.
+    """
+    return platform_dependent(
+        earlier,
+        leaf,
+        cpu=lambda _, leaf: leaf,
+        default=lambda earlier, leaf: lax.optimization_barrier((earlier, leaf))[1],
+    )
+
+
 def unless(condition: Any, fn: Callable[[Any], Any], tree: Any) -> Any:
     """``fn(tree)``, or ``tree`` where the condition holds; None for never."""
     return fn(tree) if condition is None else once(~condition, fn, tree)
