@@ -462,7 +462,7 @@ def _one_step(explorers, plan, state, params, call, judge, rests):
 def _trajectories(explorers, plan, state, params, call, judge, rests):
     """One step of the branches; at the end of a round, assess and adapt as well."""
     opt_states = {name: one.opt_state for name, one in state.explorers.items()}
-    target, opt_states, walked = trajectory.advance(
+    opt_states, walked, finite = trajectory.advance(
         explorers,
         plan,
         state.trajectory,
@@ -474,17 +474,30 @@ def _trajectories(explorers, plan, state, params, call, judge, rests):
     )
     state = state._replace(trajectory=walked, explorers=_with(state, opt_states))
 
-    def finish(carry):
-        target, state = carry
-        return _finish(explorers, plan, target, state, params, judge, rests)
+    def mend(state):
+        opt_states = {name: one.opt_state for name, one in state.explorers.items()}
+        opt_states, mended = trajectory.mend(
+            explorers, state.trajectory, opt_states, params, finite
+        )
+        return state._replace(trajectory=mended, explorers=_with(state, opt_states))
+
+    def finish(state):
+        return _finish(explorers, plan, state, params, judge, rests)
 
     turns = walked.alive.shape[0] if plan.gradients == "turns" else 1
     done = walked.step >= turns * walked.length
-    target, state = trees.once(done, finish, (target, state))
-    return _minus(target, params), state
+    broken = ~jnp.stack([flag.all() for flag in finite.values()]).all()
+    # One loop around both: on GPUs the host waits once in a step.
+    state = trees.once(
+        done | broken,
+        lambda state: trees.once(done, finish, trees.once(broken, mend, state)),
+        state,
+    )
+    visible = trajectory.visible_params(explorers, plan, state.trajectory, params)
+    return _minus(visible, params), state
 
 
-def _finish(explorers, plan, target, state, params, judge, rests):
+def _finish(explorers, plan, state, params, judge, rests):
     """The end of a round: adopt a candidate, and start the next round."""
     walked = state.trajectory
     more = len(state.combined)
@@ -497,7 +510,7 @@ def _finish(explorers, plan, target, state, params, judge, rests):
     decision, state, past = _adapt(judge, seen, state, lasted)
     adopted = decision.adopted
     target = trees.pick(adopted, candidates)
-    # Where the caller gets to, up to a rounding.
+    # Where the caller gets to.
     visible = optax.apply_updates(params, _minus(target, params))
     opt_states = {name: one.opt_state for name, one in state.explorers.items()}
     since = state.record.since
@@ -511,7 +524,7 @@ def _finish(explorers, plan, target, state, params, judge, rests):
 
     state = state._replace(explorers=_with(state, opt_states), trajectory=walked)
     state = _evolved(judge, state, lasted, adopted, past, restarted)
-    return target, state._replace(
+    return state._replace(
         stable=trees.once(decision.significant, promote, state.stable),
     )
 

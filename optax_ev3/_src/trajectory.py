@@ -117,7 +117,7 @@ def advance(
     call: steps.Call,
     calls: jax.Array,
     rests: Mapping[str, jax.Array],
-) -> tuple[optax.Params, dict[str, Any], Trajectory]:
+) -> tuple[dict[str, Any], Trajectory, dict[str, jax.Array]]:
     """One call: every branch, or the one whose turn it is, takes a step.
 
     Args:
@@ -131,7 +131,8 @@ def advance(
       rests: By name ``[]`` bool, explorers that take no step; none for all.
 
     Returns:
-      Where the visible parameters go, the inner states, and where the branches are.
+      The inner states, where the branches are, and by name ``[]`` bool, those of a
+      sweep stacked, whether they are finite. The others are to be mended.
     """
     turns = plan.gradients == "turns"
     lead = state.step // state.length if turns else state.lead
@@ -156,36 +157,43 @@ def advance(
         finite[name] = trees.finite(branches[name].end, size=one.size)
         # The next explorer waits for this one.
         walk = walk._replace(lead=trees.after(finite[name], walk.lead))
-    branches = _mended(explorers, branches, finite, params)
     walked = state._replace(
         step=state.step + 1,
         ends={name: branch.end for name, branch in branches.items()},
-        alive=_flat(branch.alive for branch in branches.values()),
+        alive=state.alive * _flat(finite.values()),
         uphill=_flat(branch.uphill for branch in branches.values()),
         means={k: b.mean for k, b in branches.items()} if state.means else {},
     )
-    target = _target(explorers, walked, walk)
     for one in plan.combinations:
         if isinstance(one, combine.ExponentialAverage):
             weight = combine.exponential_weight(one.decay, calls)
-            average = combine.move(state.average, target, weight)
+            visible = visible_params(explorers, plan, walked, params)
+            average = combine.move(state.average, visible, weight)
             walked = walked._replace(average=average)
-    return target, {k: b.opt_state for k, b in branches.items()}, walked
+    return {k: b.opt_state for k, b in branches.items()}, walked, finite
 
 
-def _target(explorers, walked, walk):
-    """Where the visible parameters go, which follow the lead branch."""
-    ends = [trees.Batch(walked.ends[k], one.size) for k, one in explorers.items()]
-    total = walked.alive.shape[0]
-    # Without a lead branch that is alive they stand still.
-    alive = jnp.append(walked.alive, 0)[walk.lead] > 0
-    index = jnp.where(alive, walk.lead, total)
-    target = trees.pick(index, [*ends, trees.Batch(walk.params)])
-    if walk.plan.gradients == "turns":
-        # The next branch starts where this one did.
-        back = walk.last & (walked.step < total * walked.length)
-        target = trees.where(back, walk.start, target)
-    return target
+def visible_params(
+    explorers: Mapping[str, Explorer],
+    plan: Plan,
+    state: Trajectory,
+    params: optax.Params,
+) -> optax.Params:
+    """Where the visible parameters, which follow the lead branch, go from ``params``.
+
+    Without a lead branch that is alive they stand still.
+    """
+    ends = [trees.Batch(state.ends[k], one.size) for k, one in explorers.items()]
+    total = state.alive.shape[0]
+    starts, lead = state.step == 0, state.lead
+    if plan.gradients == "turns":
+        # A branch starts where the one before did.
+        starts = state.step % state.length == 0
+        starts &= state.step < total * state.length
+        lead = (state.step - 1) // state.length
+    alive = jnp.append(state.alive, 0)[lead] > 0
+    index = jnp.where(starts, total + 1, jnp.where(alive, lead, total))
+    return trees.pick(index, [*ends, trees.Batch(params), trees.Batch(state.start)])
 
 
 def _flat(flags):
@@ -210,7 +218,6 @@ class _Branch(NamedTuple):
     opt_state: Any
     end: optax.Params
     mean: Any
-    alive: jax.Array
     uphill: jax.Array
     number: jax.Array
 
@@ -222,7 +229,6 @@ def _branch(state, opt_states, name, one, first):
         opt_states[name],
         state.ends[name],
         state.means.get(name),
-        state.alive[rows],
         state.uphill[rows],
         jnp.arange(state.alive.shape[0], dtype=jnp.int32)[rows],
     )
@@ -234,7 +240,7 @@ def _go(tx, one, name, branch, loss, walk):
     # Others may have changed the visible parameters: a projection, a weight decay.
     end = trees.gate(leads, lambda _: walk.params, branch.end)
     grads, aux = _gradients(one, loss, end, leads, walk)
-    merge = steps.merge_of(one, name, aux)
+    grads, merge = trees.row_major(grads), steps.merge_of(one, name, aux)
 
     def step(moving):
         opt_state, end, mean, _ = moving
@@ -261,33 +267,26 @@ def _go(tx, one, name, branch, loss, walk):
     return branch._replace(opt_state=opt_state, end=end, mean=mean, uphill=uphill)
 
 
-def _mended(explorers, branches, finite, params):
-    """The branches; those that left the finite numbers are out, and made anew.
+def mend(
+    explorers: Mapping[str, Explorer],
+    state: Trajectory,
+    opt_states: Mapping[str, Any],
+    params: optax.Params,
+    finite: Mapping[str, jax.Array],
+) -> tuple[dict[str, Any], Trajectory]:
+    """Inner states and branches, those that are not finite made anew.
 
     They go on from the visible parameters, unassessed: the state stays finite without
     the earlier inner states, which are overwritten by then.
     """
-
-    def mend(moving):
-        mended = {}
-        for name, one in explorers.items():
-            end = _spread(params, one.size)
-            mean = combine.wide(end) if branches[name].mean is not None else None
-            fresh = steps.init_state(one, params), end, mean
-            mended[name] = _select(finite[name], moving[name], fresh)
-        return mended
-
-    moving = {k: (b.opt_state, b.end, b.mean) for k, b in branches.items()}
-    moving = trees.once(~_flat(finite.values()).all(), mend, moving)
-    return {
-        name: branch._replace(
-            opt_state=moving[name][0],
-            end=moving[name][1],
-            mean=moving[name][2],
-            alive=branch.alive * finite[name],
-        )
-        for name, branch in branches.items()
-    }
+    states, ends, means = {}, {}, {}
+    for name, one in explorers.items():
+        spread, ok = _spread(params, one.size), finite[name]
+        states[name] = _select(ok, opt_states[name], steps.init_state(one, params))
+        ends[name] = _select(ok, state.ends[name], spread)
+        if state.means:
+            means[name] = _select(ok, state.means[name], combine.wide(spread))
+    return states, state._replace(ends=ends, means=means)
 
 
 def _gradients(one, loss, params, leads, walk):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import layout
 from jax.lax import platform_dependent
 
 # Numbers in a leaf that a kernel of its own would not keep busy.
@@ -86,12 +87,12 @@ def once(condition: Any, fn: Callable[[Any], Any], tree: Any) -> Any:
 
     ``lax.cond`` would copy the whole tree in either case; a loop carries it.
     """
+
+    def body(carry):
+        return jnp.zeros_like(carry[0]), row_major(fn(row_major(carry[1])))
+
     carry = (jnp.asarray(condition), tree)
-    return lax.while_loop(
-        lambda carry: carry[0],
-        lambda carry: (jnp.zeros_like(carry[0]), fn(carry[1])),
-        carry,
-    )[1]
+    return lax.while_loop(lambda carry: carry[0], body, carry)[1]
 
 
 def gate(condition: Any, fn: Callable[[Any], Any], tree: Any) -> Any:
@@ -119,6 +120,35 @@ def after(earlier: Any, leaf: jax.Array) -> jax.Array:
         cpu=lambda _, leaf: leaf,
         default=lambda earlier, leaf: lax.optimization_barrier((earlier, leaf))[1],
     )
+
+
+def row_major(tree: Any) -> Any:
+    """The tree in the layout of arrays outside of programs, with one GPU.
+
+    XLA would keep the kernels of convolutions in a layout of theirs, and copy them back
+    and forth. It does not know how such a constraint is spread over devices.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    deep = [i for i, leaf in enumerate(leaves) if jnp.ndim(leaf) > 2]
+    # Before, there was no such constraint under jax.vmap.
+    if not deep or jax.device_count() > 1 or jax.__version_info__ < (0, 10):
+        return tree
+
+    def constrain(leaves):
+        return [
+            layout.with_layout_constraint(leaf, layout.Layout(range(leaf.ndim)))
+            for leaf in leaves
+        ]
+
+    constrained = platform_dependent(
+        [leaves[i] for i in deep],
+        cuda=constrain,
+        rocm=constrain,
+        default=lambda leaves: leaves,
+    )
+    for i, leaf in zip(deep, constrained, strict=True):
+        leaves[i] = leaf
+    return jax.tree.unflatten(structure, leaves)
 
 
 def unless(condition: Any, fn: Callable[[Any], Any], tree: Any) -> Any:
