@@ -282,7 +282,8 @@ def speed():
     if experiment.steps_per_call(LENGTH) > 1:
         kinds["many steps a call"] = LENGTH - 1
     print("\nCIFAR-100's shapes: time per gradient over that of plain AdamW")
-    print(f"{'':18}{'student':10}{'plain step':>12}{'in a round':>12}{'whole round':>13}")
+    columns = f"{'plain step':>12}{'in a round':>12}{'whole round':>13}"
+    print(f"{'':18}{'student':10}{columns}")
     found = {}
     for size, (kind, steps) in itertools.product(map(int, SIZES.value), kinds.items()):
         plain, within, whole = timed(size, steps)

@@ -197,7 +197,7 @@ class TestRace:
             valid[:, 0] = valid[:, 3:] = 1  # One of the explorers always takes part.
             valid[:, 2] = np.where(rng.random(kept) < 0.8, -1, valid[:, 2])
             adopted, z = rng.integers(0, 5, kept), rng.normal(0, 4, [kept, 5])
-            adoptions = rng.integers(0, 2, 5)  # Over all rounds.
+            adoptions = rng.integers(0, 9, 5)  # Over all rounds.
             past = record.empty(kept, 5)._replace(
                 rounds=jnp.int32(rounds),
                 mean=jnp.asarray(mean, jnp.float32),
@@ -215,10 +215,14 @@ class TestRace:
                 if one in adopted[: min(rounds, kept)]:
                     expected.append(False)
                     continue
+                rests = (rounds - 1) % kept not in rows
+                seldom = adoptions[one] / rounds < 1 / kept
+                if rests and seldom and rounds // kept not in (0, 1, 2, 4, 8):
+                    kinds["waits"] += 1
+                    expected.append(True)
+                    continue
                 if not rows:
-                    waits = rounds // kept not in (0, 1, 2, 4, 8)
-                    expected.append(waits and adoptions[one] == 0)
-                    kinds["waits"] += expected[-1]
+                    expected.append(False)
                     continue
                 if len(rows) == 1 or valid[rows[-1], one] == 0:
                     lost = valid[rows[-1], one] == 0

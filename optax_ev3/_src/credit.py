@@ -64,8 +64,8 @@ def resting(
     first H - 1 rounds of all, twice as many are enough. Two are for those whose own
     score falls, by more than two standard errors; one is for those who are not finite,
     and for those who come back and are shown to be worse than ``current``, with which
-    they began, by a paired test at three. Those that were never adopted come back ever
-    more rarely: after H rounds, 2 H, 4 H, and so on.
+    they began, by a paired test at three. Those that were adopted in fewer than one of
+    H rounds so far come back ever more rarely: by rounds H, 2 H, 4 H, and so on.
 
     Args:
       past: The record of past rounds.
@@ -75,6 +75,7 @@ def resting(
     """
     length = past.adopted.shape[0]
     known = jnp.arange(length) < past.rounds
+    latest = (past.rounds - 1) % length
     young = past.rounds < length
     rests = []
     for own in map(jnp.asarray, members):
@@ -88,17 +89,17 @@ def resting(
             enough |= course.falls & (count >= 2)
             enough |= course.worse & course.came_back & (count == 1)
             enough |= course.lost & (count >= 1)
-            never = past.adoptions[own].sum() == 0
-            enough |= (count == 0) & never & _seldom(past)
+            seldom = past.adoptions[own].sum() * length < past.rounds
+            enough |= seldom & ~took[latest] & ~_is_time(past)
         rests.append(enough & ~won.any())
     found = jnp.stack(rests)
     return found & ~found.all()
 
 
-def _seldom(past):
-    """Whether this is no time for those to come back that were never adopted."""
+def _is_time(past):
+    """Whether those come back that were seldom adopted."""
     stretch = past.rounds // past.adopted.shape[0]
-    return (stretch & (stretch - 1)) != 0  # No power of two.
+    return (stretch & (stretch - 1)) == 0  # None yet, or a power of two.
 
 
 class _Course(NamedTuple):
