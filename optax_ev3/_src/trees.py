@@ -136,7 +136,7 @@ def row_major(tree: Any) -> Any:
 
     def constrain(leaves):
         return [
-            layout.with_layout_constraint(leaf, layout.Layout(range(leaf.ndim)))
+            layout.with_layout_constraint(leaf, layout.Layout(tuple(range(leaf.ndim))))
             for leaf in leaves
         ]
 
