@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_identical, says
+from helpers import assert_close, assert_identical, says
 from test_cifar import write_archive
 from test_examples import EXAMPLES
 from test_examples import run as run_example
@@ -95,6 +95,31 @@ def arguments(experiment, **others):
     logits = np.random.default_rng(0).normal(size=[len(data.rows), 10])
     teacher = experiment.distillation.stored(logits.astype(np.float32))
     return setting, data, {experiment.TEACHER: teacher}, 0
+
+
+@pytest.mark.slow
+def test_many_steps_in_a_call_are_the_same_steps(experiment):
+    """As on GPUs; a round ends within."""
+    setting, data, teachers, seed = arguments(experiment, length=2)
+    model = experiment.student(setting, 1)
+
+    def trained(calls, steps):
+        tx = experiment.transformation(setting, model, teachers, True, seed)
+        variables = experiment.init(model, seed, data)
+        grown = variables, tx.init(variables)
+        fixed = variables, experiment.cosine_adamw(0.01, 9.0).init(variables)
+        grown, fixed = (jax.tree.map(jnp.copy, one) for one in (grown, fixed))
+        for call in range(calls):
+            about = data, teachers, seed, call * steps, steps
+            grown = experiment.growing_steps(setting, model, True, *grown, *about)
+            teacher = teachers[experiment.TEACHER]
+            about = data, teacher, 0.01, 9.0, seed, call * steps, steps
+            fixed = experiment.fixed_steps(
+                setting, model, experiment.Loss(), *fixed, *about
+            )
+        return grown, fixed
+
+    assert_close(trained(1, 3), trained(3, 1), 1e-4, 1e-5)
 
 
 class Stop(Exception):
