@@ -257,13 +257,13 @@ def _go(tx, one, name, branch, loss, walk):
         slope = steps.slope(jax.tree.map(jnp.subtract, end, walk.start), grads)
         return jnp.asarray(False if slope is None else slope > 0, jnp.int32)
 
-    due = trees.finite(grads)
+    due, take = trees.finite(grads), trees.gate
     if walk.plan.gradients == "turns":
-        due &= leads
-    # Skipped as a whole, a step changes its inner state and its parameters in place:
-    # a choice between old and new ones would have to keep both.
+        due, take = due & leads, trees.once
+    # On CPUs skipped as a whole, a step changes its inner state and its parameters in
+    # place: a choice between old and new ones would have to keep both.
     moving = branch.opt_state, end, branch.mean, branch.uphill
-    opt_state, end, mean, uphill = trees.gate(due, step, moving)
+    opt_state, end, mean, uphill = take(due, step, moving)
     return branch._replace(opt_state=opt_state, end=end, mean=mean, uphill=uphill)
 
 

@@ -96,10 +96,10 @@ def once(condition: Any, fn: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def gate(condition: Any, fn: Callable[[Any], Any], tree: Any) -> Any:
-    """``fn(tree)`` where the condition, which nearly always holds, does, else ``tree``.
+    """``fn(tree)`` where the condition holds, else ``tree``.
 
-    On CPUs like :func:`once`; on GPUs both are there, and one of them is chosen, so
-    that the host need not wait for the condition.
+    On CPUs like :func:`once`. On GPUs both are computed, so that the host need not wait
+    for the condition: for a cheap ``fn``, or conditions that nearly always hold.
     """
     return platform_dependent(
         condition,
@@ -130,7 +130,7 @@ def row_major(tree: Any) -> Any:
     """
     leaves, structure = jax.tree.flatten(tree)
     deep = [i for i, leaf in enumerate(leaves) if jnp.ndim(leaf) > 2]
-    # Before, there was no such constraint under jax.vmap.
+    # Earlier releases have no rule for the constraint under jax.vmap.
     if not deep or jax.device_count() > 1 or jax.__version_info__ < (0, 10):
         return tree
 
