@@ -292,10 +292,8 @@ def speed():
             "plain": plain.tolist(),
             **dict(zip(("within", "whole"), (x.tolist() for x in ratios), strict=True)),
         }
-        cells = f"{np.median(plain) * 1e3:9.2f} ms" + "".join(
-            f"{np.median(x):{width}.2f}"
-            for x, width in zip(ratios, (12, 13), strict=True)
-        )
+        once, inside, round_ = map(np.median, (plain, *ratios))
+        cells = f"{once * 1e3:9.2f} ms{inside:12.2f}{round_:13.2f}"
         print(f"{kind:18}ResNet-{6 * size + 2:<3}{cells}", flush=True)
     return found
 

@@ -318,7 +318,7 @@ def fixed_steps(
     total,
     seed,
     count,
-    steps=1,
+    steps,
 ):
     """As many steps in one call, after ``count`` earlier ones."""
     tx = cosine_adamw(rate, total)
@@ -499,7 +499,7 @@ def always_on() -> optax_ev3.adapt.Rule:
     donate_argnames=("variables", "state"),
 )
 def growing_steps(
-    setting, model, decide, variables, state, data, teachers, seed, count, steps=1
+    setting, model, decide, variables, state, data, teachers, seed, count, steps
 ):
     """As many steps in one call, after ``count`` earlier ones."""
     tx = transformation(setting, model, teachers, decide, seed)

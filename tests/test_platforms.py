@@ -102,10 +102,10 @@ def run(plan, calls=24):
     return seen, state
 
 
-def assert_close_to_largest(actual, expected):
-    """One explorer takes a gradient in float32, with its rounding, times 1e20."""
+def assert_close_to_largest(actual, expected, rtol, atol):
+    """As close, where ``atol`` is a part of the largest number of a leaf."""
     for one, other in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
-        assert_close(one, other, 1e-5, 1e-6 * max(1, np.abs(other).max()))
+        assert_close(one, other, rtol, atol * max(1, np.abs(other).max()))
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -113,7 +113,9 @@ def test_the_same_as_on_cpus(plan, elsewhere):
     seen, state = run(PLANS[plan])
     elsewhere()
     found, other = run(PLANS[plan])
-    assert_close_to_largest(found, seen)
+    # In turns all follow the wild one, too: a gradient, with its rounding, times 1e20.
+    close = assert_close_to_largest if plan == "turns" else assert_close
+    close(found, seen, 1e-5, 1e-6)
     one, two = map(optax_ev3.history, (state, other))
     np.testing.assert_array_equal(one["adopted"], two["adopted"])
     races = "race" in PLANS[plan]  # One explorer wins it, and the others rest.
@@ -122,7 +124,7 @@ def test_the_same_as_on_cpus(plan, elsewhere):
     valid = np.asarray(state.record.valid)[: len(one["adopted"])]
     assert (valid == 0).any() and (valid == -1).any() == races
     if state.trajectory != ():
-        assert_close_to_largest(other.trajectory.ends, state.trajectory.ends)
+        close(other.trajectory.ends, state.trajectory.ends, 1e-5, 1e-6)
 
 
 def pauses(explorers, platform):

@@ -428,7 +428,7 @@ class _Judge(NamedTuple):
 
 def _one_step(explorers, plan, state, params, call, judge, rests):
     """A round of one step of all explorers from the same parameters."""
-    opt_states = {name: one.opt_state for name, one in state.explorers.items()}
+    opt_states = _opt_states(state)
     proposed = steps.propose(explorers, opt_states, params, call, rests)
     moves = [
         trees.Batch(step.update, explorers[name].size, rests.get(name))
@@ -461,12 +461,11 @@ def _one_step(explorers, plan, state, params, call, judge, rests):
 
 def _trajectories(explorers, plan, state, params, call, judge, rests):
     """One step of the branches; at the end of a round, assess and adapt as well."""
-    opt_states = {name: one.opt_state for name, one in state.explorers.items()}
     opt_states, walked, finite = trajectory.advance(
         explorers,
         plan,
         state.trajectory,
-        opt_states,
+        _opt_states(state),
         params,
         call,
         state.ev3_calls,
@@ -475,9 +474,8 @@ def _trajectories(explorers, plan, state, params, call, judge, rests):
     state = state._replace(trajectory=walked, explorers=_with(state, opt_states))
 
     def mend(state):
-        opt_states = {name: one.opt_state for name, one in state.explorers.items()}
         opt_states, mended = trajectory.mend(
-            explorers, state.trajectory, opt_states, params, finite
+            explorers, state.trajectory, _opt_states(state), params, finite
         )
         return state._replace(trajectory=mended, explorers=_with(state, opt_states))
 
@@ -512,7 +510,7 @@ def _finish(explorers, plan, state, params, judge, rests):
     target = trees.pick(adopted, candidates)
     # Where the caller gets to.
     visible = optax.apply_updates(params, _minus(target, params))
-    opt_states = {name: one.opt_state for name, one in state.explorers.items()}
+    opt_states = _opt_states(state)
     since = state.record.since
     opt_states, walked, restarted = trajectory.restart(
         explorers, plan, walked, opt_states, visible, decision, past, since
@@ -665,6 +663,11 @@ def _evolved(judge, state, lasted, adopted, past, restarted):
         return state
     fresh = lasted.plan.with_averages(fresh, past.seen.valid.shape[0] - 2)
     return state._replace(memory=judge.rule.forget(state.memory, fresh))
+
+
+def _opt_states(state):
+    """The inner states, by name."""
+    return {name: one.opt_state for name, one in state.explorers.items()}
 
 
 def _with(state, opt_states):
