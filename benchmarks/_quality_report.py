@@ -243,10 +243,11 @@ def verdicts(cells: Cells, kinds: Kinds) -> None:
         if ratios:
             low, high = (f(ratios, key=ratios.__getitem__) for f in (min, max))
             mean = np.exp(np.mean(np.log(list(ratios.values()))))
+            near = sum(ratio <= 1.01 for ratio in ratios.values())
             print(
                 f"Equal gradients, {name} over EV3: {mean:.3f} (geometric mean of "
                 f"{len(ratios)} tasks; {ratios[low]:.3f} on {low} to "
-                f"{ratios[high]:.3f} on {high})."
+                f"{ratios[high]:.3f} on {high}; at most 1.01 on {near})."
             )
 
 
