@@ -83,14 +83,15 @@ MARKS = (*(part for _, part in HALVING), 1 / 16, SHARE, 1 / 4, 1 / 3, 2 / 3, 1.0
 WORK = "work"  # Where EV3 has done as much work, assessments counted.
 
 # EV3: the first is the one that is recommended, the others are what it is made of.
+LENGTH = 25
 RECOMMENDED = {
-    "trajectory_length": 25,
+    "trajectory_length": LENGTH,
     "gradients": "own",
     "restart": "never",
     "restart_state": "copy",
     "race": 2,
     "history_length": 8,
-    "combine": [combine.trajectory_average()],
+    "combine": [combine.trajectory_average(), combine.branch_average()],
     "adapt": adapt.greedy(),
 }
 # All start each round from the adopted parameters, and nobody rests.
@@ -110,8 +111,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "EV3, confident": {"adapt": None},
     "EV3, the paper's rule": {"adapt": adapt.lower_bound()},
     "EV3, no averages": {"combine": []},
+    "EV3, no branch averages": {"combine": [combine.trajectory_average()]},
     "EV3, exponential average too": {
-        "combine": [combine.trajectory_average(), combine.exponential_average()]
+        "combine": [*RECOMMENDED["combine"], combine.exponential_average()]
     },
     "EV3, soups, restart always, nobody rests": {
         **TOGETHER,
@@ -144,6 +146,7 @@ EVOLVING = {
     "restart": "behind",
     "race": None,
     "history_length": 64,
+    "combine": [combine.trajectory_average()],
     "adapt": None,
 }
 
@@ -197,9 +200,12 @@ def ev3(explorers=None, **kwargs):
             # With losses of their own they need no gradient of the caller's.
             return optax_ev3.explorer(one, loss) if own else one
 
+        total = len(jax.tree.leaves(held_out)[0])
+        count = looked_at(task, total)
+        drawn = {} if count == total else {"batch_size": count, "shuffle": True}
         return optax_ev3.ev3(
             {name: explorer(one) for name, one in inner.items()},
-            optax_ev3.held_out(task.score, held_out),
+            optax_ev3.held_out(task.score, held_out, **drawn),
             loss_fn=loss,
             key=seed,
             **kwargs,
@@ -208,6 +214,14 @@ def ev3(explorers=None, **kwargs):
     # A soup of some size takes that many assessments, one of them of its own.
     more = sum(one.size - 1 for one in kwargs["combine"] if hasattr(one, "size"))
     return EV3(make, explorers or len(inner), own, more)
+
+
+def looked_at(task, total):
+    """Held-out examples of a round: at most a quarter of those that a branch trains on.
+
+    So its three candidates, a pass each, take a quarter of its gradients' work at most.
+    """
+    return min(total, LENGTH * task.batch // 4)
 
 
 def evolving(factor):
@@ -356,7 +370,7 @@ def ev3_trainer(task, method, budget, seeds):
     def one(seed, parts, _):
         tx = method.make(task, parts.held_out, seed)
         params = task.init(jax.random.key(seed))
-        examples = len(jax.tree.leaves(parts.held_out)[0])
+        examples = looked_at(task, len(jax.tree.leaves(parts.held_out)[0]))
 
         def call(carry):
             params, state, number, gradients, assessed, kept = carry

@@ -1,9 +1,10 @@
 """Combined candidates: averages of parameters, at no gradient cost."""
 
 from optax_ev3._src.combine import (
+    branch_average,
     exponential_average,
     greedy_soup,
     trajectory_average,
 )
 
-__all__ = ["exponential_average", "greedy_soup", "trajectory_average"]
+__all__ = ["branch_average", "exponential_average", "greedy_soup", "trajectory_average"]

@@ -221,6 +221,108 @@ def test_trajectory_average_is_the_mean_of_the_parameters_after_each_step():
     assert int(state.trajectory.lead) == 1  # The explorer whose average it is.
 
 
+def branch_mean(path, decay):
+    """The exponential average of a branch, by hand."""
+    mean = jax.tree.map(np.zeros_like, path[0])
+    for t, w in enumerate(path):
+        past = min(decay, t / (t + 1))
+        mean = jax.tree.map(lambda m, p, past=past: past * m + (1 - past) * p, mean, w)
+    return mean
+
+
+@pytest.mark.parametrize("gradients", ["own", "shared"])
+def test_branch_average_goes_on_over_rounds(gradients):
+    tx = optax_ev3.ev3(
+        {
+            "a": optax.sgd(0.05),
+            "b": optax_ev3.sweep(optax.sgd, learning_rate=[0.1, 0.2]),
+        },
+        score,
+        loss_fn=loss,
+        trajectory_length=3,
+        gradients=gradients,
+        restart="never",
+        combine=[combine.branch_average(0.8), combine.trajectory_average()],
+        adapt=always(0),
+    )
+    names = ["a", "b(learning_rate=0.1)", "b(learning_rate=0.2)"]
+    seen = [state for _, state in run(tx, 11)]
+    state = seen[-1]
+    for name in ("a", "b"):
+        path = [s.trajectory.ends[name] for s in seen]
+        means = state.trajectory.means[name]
+        assert_close(means[0], branch_mean(path, 0.8), 1e-4, 1e-5)
+        # Of the last, unfinished round: the two stand in the order in which they came.
+        assert_close(means[1], branch_mean(path[9:], 0.99), 1e-4, 1e-5)
+    assert state.trajectory.age.tolist() == [11] * 3
+    wanted = [f"{kind}({n})" for kind in ("branch_average", "average") for n in names]
+    assert candidates(state) == [*names, *wanted, "current", "stable"]
+
+
+@pytest.mark.parametrize("adopted", [0, 2], ids=["end", "average"])
+def test_branch_average_begins_anew_where_a_branch_does(adopted):
+    """All restart from the first one's end, or from its average."""
+    tx = optax_ev3.ev3(
+        {"a": optax.sgd(0.05), "b": optax.sgd(0.2)},
+        score,
+        loss_fn=loss,
+        trajectory_length=3,
+        combine=[combine.branch_average(0.8)],
+        adapt=always(adopted),
+    )
+    seen = run(tx, 5)
+    paths = {k: [s.trajectory.ends[k] for _, s in seen] for k in ("a", "b")}
+    end = alone(optax.sgd(0.05), 3, start())[0]
+    first_mean = branch_mean(
+        [alone(optax.sgd(0.05), n, start())[0] for n in (1, 2, 3)], 0.8
+    )
+    assert_close(seen[2][0], first_mean if adopted else end, 1e-4, 1e-5)
+    # The call that ends a round returns the branches as they begin the next one.
+    first = 0 if adopted == 0 else 3
+    found = seen[-1][1].trajectory.means
+    assert_close(found["a"][0], branch_mean(paths["a"][first:], 0.8), 1e-4, 1e-5)
+    assert_close(found["b"][0], branch_mean(paths["b"][3:], 0.8), 1e-4, 1e-5)
+
+
+def test_branch_average_counts_the_calls_that_were_a_branchs_turn():
+    tx = optax_ev3.ev3(
+        {"a": optax.sgd(0.05), "b": optax.sgd(0.2)},
+        score,
+        trajectory_length=3,
+        gradients="turns",
+        combine=[combine.branch_average(0.8)],
+        adapt=always(0),
+    )
+    seen = [state.trajectory for _, state in run(tx, 14)]
+    path = [s.ends["a"] for call, s in enumerate(seen) if call % 6 < 3]
+    assert_close(seen[-1].means["a"][0], branch_mean(path, 0.8), 1e-4, 1e-5)
+    assert seen[-1].age.tolist() == [8, 0]
+
+
+def test_branch_average_of_a_branch_that_broke_begins_anew():
+    def breaks():
+        def update(updates, state, params=None):
+            bad = jnp.where(state == 3, jnp.inf, 1.0)
+            return jax.tree.map(lambda u: -0.1 * u * bad, updates), state + 1
+
+        return optax.GradientTransformation(lambda p: jnp.int32(0), update)
+
+    tx = optax_ev3.ev3(
+        {"a": optax.sgd(0.05), "b": breaks()},
+        score,
+        loss_fn=loss,
+        trajectory_length=3,
+        restart="never",
+        combine=[combine.branch_average(0.8)],
+        adapt=always(0),
+    )
+    seen = run(tx, 7)
+    path = [s.trajectory.ends["b"] for _, s in seen]
+    assert seen[3][1].trajectory.age.tolist() == [4, 0]
+    found = seen[6][1].trajectory.means["b"][0]  # Before it breaks again.
+    assert_close(found, branch_mean(path[4:7], 0.8), 1e-4, 1e-5)
+
+
 def test_exponential_average_of_the_visible_parameters():
     tx = optax_ev3.ev3(
         {"a": optax.sgd(0.2)},

@@ -154,6 +154,10 @@ BAD_ARGUMENTS = {
         lambda: optax_ev3.combine.exponential_average(1.0),
         (ValueError, "decay", "between 0 and 1", "1.0"),
     ),
+    "decay of branches": (
+        lambda: optax_ev3.combine.branch_average(0.0),
+        (ValueError, "decay", "between 0 and 1", "0.0"),
+    ),
     "soup of one": (
         lambda: optax_ev3.combine.greedy_soup(1),
         (ValueError, "size", "at least 2", "1"),

@@ -332,6 +332,7 @@ TRANSFORMATIONS = {
     "trajectory": lambda: _long(
         combine=[
             combine.trajectory_average(),
+            combine.branch_average(0.9),
             combine.exponential_average(0.9),
             combine.greedy_soup(2),
         ]

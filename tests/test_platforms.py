@@ -45,7 +45,11 @@ PLANS = {
     "averages": {
         "trajectory_length": 3,
         "restart": "significant",
-        "combine": [combine.trajectory_average(), combine.exponential_average()],
+        "combine": [
+            combine.trajectory_average(),
+            combine.branch_average(0.7),
+            combine.exponential_average(),
+        ],
         "adapt": adapt.greedy(),
     },
     "soup": {"trajectory_length": 3, "combine": [combine.greedy_soup(2)]},

@@ -410,6 +410,7 @@ def test_saved_and_restored_in_the_middle_of_a_round():
 def test_donated_buffers():
     everything = [
         optax_ev3.combine.trajectory_average(),
+        optax_ev3.combine.branch_average(),
         optax_ev3.combine.exponential_average(),
         optax_ev3.combine.greedy_soup(2),
     ]
@@ -438,6 +439,7 @@ def test_types_are_stable_under_scan_and_vmap(gradients, mode):
         assess_mode=mode,
         combine=[
             optax_ev3.combine.trajectory_average(),
+            optax_ev3.combine.branch_average(),
             optax_ev3.combine.exponential_average(),
             optax_ev3.combine.greedy_soup(3),
         ],

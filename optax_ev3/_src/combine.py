@@ -12,6 +12,32 @@ from jax import lax
 class TrajectoryAverage(NamedTuple):
     """Of every explorer, the average of its parameters over the trajectory."""
 
+    def name(self, explorer: str) -> str:
+        """The candidate's."""
+        return f"average({explorer})"
+
+    def weight(self, step: jax.Array, age: jax.Array) -> jax.Array:
+        """What the newest parameters weigh in a step of the trajectory."""
+        return 1 / (step + 1)
+
+
+class BranchAverage(NamedTuple):
+    """Of every explorer, an exponential average of its parameters over all steps.
+
+    Attributes:
+      decay: What the past weighs at most, between 0 and 1.
+    """
+
+    decay: float
+
+    def name(self, explorer: str) -> str:
+        """The candidate's."""
+        return f"branch_average({explorer})"
+
+    def weight(self, step: jax.Array, age: jax.Array) -> jax.Array:
+        """What the newest parameters weigh, by the steps of the branch before."""
+        return jnp.maximum(1 / (age + 1), 1 - self.decay)
+
 
 class ExponentialAverage(NamedTuple):
     """An exponential average of the visible parameters over all calls.
@@ -33,7 +59,8 @@ class GreedySoup(NamedTuple):
     size: int
 
 
-Combination = TrajectoryAverage | ExponentialAverage | GreedySoup
+Average = TrajectoryAverage | BranchAverage  # One for each explorer.
+Combination = Average | ExponentialAverage | GreedySoup
 
 
 def trajectory_average() -> TrajectoryAverage:
@@ -53,6 +80,38 @@ def trajectory_average() -> TrajectoryAverage:
       Generalization <https://arxiv.org/abs/1803.05407>`_, 2018.
     """
     return TrajectoryAverage()
+
+
+def branch_average(decay: float = 0.99) -> BranchAverage:
+    r"""Candidates: of every explorer, an exponential average over its rounds.
+
+    Where branches go on from where they were, an average over more than a round says
+    better how good a large learning rate is: it lacks the noise of its last steps, for
+    which a smaller rate that comes later would look better at once. In step t of a
+    branch, counted from 0 where it started or restarted from other parameters, the past
+    weighs :math:`\min(\text{decay}, t / (t + 1))`: a plain mean at first.
+
+    Args:
+      decay: What the past weighs at last.
+
+    Returns:
+      For the ``combine`` argument of :func:`optax_ev3.ev3`. The candidates are called
+      branch_average(NAME); where one is adopted, explorer NAME leads the next
+      trajectory.
+
+    Raises:
+      ValueError: If ``decay`` is not between 0 and 1.
+
+    Examples:
+      >>> from optax_ev3 import combine
+      >>> combine.branch_average(0.98)
+      BranchAverage(decay=0.98)
+
+    References:
+      Morales-Brotons et al., `Exponential Moving Average of Weights in Deep Learning
+      <https://arxiv.org/abs/2411.18704>`_, 2024.
+    """
+    return BranchAverage(_decay(decay))
 
 
 def exponential_average(decay: float = 0.98) -> ExponentialAverage:
@@ -80,9 +139,13 @@ def exponential_average(decay: float = 0.98) -> ExponentialAverage:
       Polyak and Juditsky, `Acceleration of Stochastic Approximation by Averaging
       <https://doi.org/10.1137/0330046>`_, 1992.
     """
+    return ExponentialAverage(_decay(decay))
+
+
+def _decay(decay):
     if not 0 < decay < 1:
         raise ValueError(f"decay must be between 0 and 1, got {decay}.")
-    return ExponentialAverage(float(decay))
+    return float(decay)
 
 
 def greedy_soup(size: int = 4) -> GreedySoup:
@@ -133,7 +196,7 @@ def check(combinations: Any, explorers: int) -> tuple[Combination, ...]:
             )
         if kinds.count(type(one)) > 1:
             raise ValueError(f"combine holds more than one {type(one).__name__}.")
-        ends = explorers * (2 if TrajectoryAverage in kinds else 1)
+        ends = explorers * (1 + sum(isinstance(x, Average) for x in combinations))
         if isinstance(one, GreedySoup) and one.size > ends:
             raise ValueError(
                 f"greedy_soup(size={one.size}) asks for more ends than the {ends} that "
@@ -146,8 +209,8 @@ def names(combinations: Sequence[Combination], explorers: Sequence[str]) -> list
     """Names of the combined candidates, in their order."""
     averages, others, soups = [], [], []
     for one in combinations:
-        if isinstance(one, TrajectoryAverage):
-            averages = [f"average({name})" for name in explorers]
+        if isinstance(one, Average):
+            averages += map(one.name, explorers)
         elif isinstance(one, ExponentialAverage):
             others.append("exponential_average")
         else:

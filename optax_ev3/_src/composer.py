@@ -158,8 +158,8 @@ def ev3(
         the first to the last of their rounds in the history, and before the history is
         full all have twice as many rounds; two are enough where the own score falls, by
         two standard errors, and one where it is not finite. Who rests begins again from
-        the adopted parameters, rests again after one round if it is shown to be worse
-        than these, as above, and, as long as it was never adopted, ever longer. A sweep
+        the adopted parameters, rests again after one round if it is not adopted, and,
+        as long as it seldom is, ever longer. A sweep
         or a group that evolves races as one. Assessments are saved in the mode
         ``"unroll"``. Default: nobody rests.
       adapt: The rule, see :mod:`optax_ev3.adapt`; default
@@ -334,7 +334,10 @@ def _resting(explorers, plan, state, race):
         return {}
     places = explore.places(explorers)
     total = sum(map(len, places.values()))
-    own = [[*p, *(total + i for i in p if plan.averaged)] for p in places.values()]
+    own = [
+        [kind * total + i for kind in range(plan.kinds) for i in p]
+        for p in places.values()
+    ]
     rests = credit.resting(state.record, own, race, plan.apart)
     # All are called where nothing was valid in the last round.
     rests &= state.record.ended == state.ev3_round
@@ -475,7 +478,7 @@ def _trajectories(explorers, plan, state, params, call, judge, rests):
 
     def mend(state):
         opt_states, mended = trajectory.mend(
-            explorers, state.trajectory, _opt_states(state), params, finite
+            explorers, plan, state.trajectory, _opt_states(state), params, finite
         )
         return state._replace(trajectory=mended, explorers=_with(state, opt_states))
 
@@ -535,14 +538,12 @@ def _assess_round(explorers, plan, state, params, judge, uphill, rests):
         trees.Batch(walked.ends[k], one.size, rests.get(k))
         for k, one in explorers.items()
     ]
-    valid = [alive]
-    for one in plan.combinations:
-        if isinstance(one, combinations.TrajectoryAverage):
-            ends += [
-                end._replace(tree=combinations.like(walked.means[k], end.tree))
-                for k, end in zip(explorers, ends, strict=True)
-            ]
-            valid.append(alive)
+    ends += [
+        end._replace(tree=combinations.like(walked.means[k][number], end.tree))
+        for number in range(len(plan.averages))
+        for k, end in zip(explorers, ends, strict=True)
+    ]
+    valid = [alive] * plan.kinds
     count = sum(map(trees.count, ends))
     others = []
     for one in plan.combinations:
@@ -653,7 +654,7 @@ def _evolved(judge, state, lasted, adopted, past, restarted):
         {name: one.evolution for name, one in state.explorers.items()},
         past,
         lasted.plan.owner(adopted, restarted.shape[0]),
-        lasted.plan.averaged,
+        lasted.plan.kinds,
         restarted,
         jax.random.fold_in(judge.key, 2),
     )

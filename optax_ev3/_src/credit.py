@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 _LATELY = 0.9  # what an earlier round weighs, a round later: 10 rounds in all
 _LOST = -3.0  # what a round counts for in which a candidate was not finite
-_FALLS, _WORSE = 2.0, 3.0  # standard errors
+_FALLS = 2.0  # standard errors
 
 
 def estimate(past: Any, groups: Sequence[jax.Array] = ()) -> jax.Array:
@@ -63,9 +63,9 @@ def resting(
     round has halved, at least, from the first of their rounds to the last; and in the
     first H - 1 rounds of all, twice as many are enough. Two are for those whose own
     score falls, by more than two standard errors; one is for those who are not finite,
-    and for those who come back and are shown to be worse than ``current``, with which
-    they began, by a paired test at three. Those that were adopted in fewer than one of
-    H rounds so far come back ever more rarely: by rounds H, 2 H, 4 H, and so on.
+    and for those who come back: they begin at the best parameters, and what a smaller
+    rate gains there, it gains at once. Those that were adopted in fewer than one of H
+    rounds so far come back ever more rarely: by rounds H, 2 H, 4 H, and so on.
 
     Args:
       past: The record of past rounds.
@@ -87,7 +87,7 @@ def resting(
             course = _course(past, own, took)
             enough &= ~course.catches_up & (~young | (count >= 2 * race))
             enough |= course.falls & (count >= 2)
-            enough |= course.worse & course.came_back & (count == 1)
+            enough |= course.came_back & (count == 1)
             enough |= course.lost & (count >= 1)
             seldom = past.adoptions[own].sum() * length < past.rounds
             enough |= seldom & ~took[latest] & ~_is_time(past)
@@ -109,14 +109,12 @@ class _Course(NamedTuple):
       catches_up: Whether it is at most half as far behind the best as it was.
       falls: Whether its own score fell.
       came_back: Whether it rested before the first one.
-      worse: Whether it was worse than ``current`` in the last one.
       lost: Whether it was not finite then.
     """
 
     catches_up: jax.Array
     falls: jax.Array
     came_back: jax.Array
-    worse: jax.Array
     lost: jax.Array
 
 
@@ -135,11 +133,9 @@ def _course(past, own, took):
 
     before, behind, error = seen(first)
     now, still_behind, new_error = seen(last)
-    z = jnp.where(past.valid[last, own] > 0, past.z[last, own], -jnp.inf).max()
     return _Course(
         catches_up=still_behind <= behind / 2,
         falls=before - now > _FALLS * jnp.hypot(error, new_error),
         came_back=age[first] < jnp.minimum(past.rounds, length) - 1,
-        worse=z < -_WORSE,
         lost=~jnp.isfinite(now),
     )

@@ -285,7 +285,7 @@ def advance(
     groups: Mapping[str, Any],
     past: record.Round,
     owner: jax.Array,
-    averaged: bool,
+    kinds: int,
     restarted: jax.Array,
     key: jax.Array,
 ) -> tuple[dict[str, Any], jax.Array]:
@@ -300,7 +300,7 @@ def advance(
       groups: By name, where a group is, or nothing for explorers that don't evolve.
       past: The round.
       owner: ``[]`` int32, the explorer that was adopted; K if none was.
-      averaged: Whether the averages of the K branches were candidates, too.
+      kinds: Candidates of each of the K branches: its end and averages.
       restarted: ``[K]`` bool, branches that start from other parameters.
       key: PRNG key of the round.
 
@@ -316,8 +316,8 @@ def advance(
         space, own = explorers[name].space, jnp.asarray(places)
         if space is None:
             continue
-        # A branch is as good as its end or, where there is one, its average.
-        tried = jnp.stack([own, total + own]) if averaged else own[None]
+        # A branch is as good as its end or, where there are any, its averages.
+        tried = jnp.stack([kind * total + own for kind in range(kinds)])
         best = tried.ravel()[jnp.argmax(mean[tried.ravel()])]
         z = evidence.compare(seen, objective, best).z
         z = jnp.where(seen.valid, z, -jnp.inf)[tried].max(axis=0)

@@ -46,18 +46,23 @@ class Plan(NamedTuple):
         return self.restart != "always"
 
     @property
-    def averaged(self) -> bool:
-        """Whether the averages of the branches are candidates."""
-        return any(isinstance(x, combine.TrajectoryAverage) for x in self.combinations)
+    def averages(self) -> tuple[combine.Average, ...]:
+        """Which averages of the branches are candidates: K of the first, and so on."""
+        return tuple(x for x in self.combinations if isinstance(x, combine.Average))
+
+    @property
+    def kinds(self) -> int:
+        """How many candidates each branch has: its end and its averages."""
+        return 1 + len(self.averages)
 
     def with_averages(self, flags: jax.Array, count: int) -> jax.Array:
         """Flags ``[K]`` of branches, then of averages, then false: ``[count]``."""
-        flags = jnp.tile(flags, 2) if self.averaged else flags
+        flags = jnp.tile(flags, self.kinds)
         return jnp.pad(flags, (0, count - flags.shape[0]))
 
     def owner(self, candidate: jax.Array, total: int) -> jax.Array:
         """The explorer whose branch a candidate is, or its average; else ``total``."""
-        count = 2 * total if self.averaged else total
+        count = self.kinds * total
         return jnp.where(candidate < count, candidate % total, total)
 
 
@@ -73,7 +78,8 @@ class Trajectory(NamedTuple):
       alive: ``[K]`` int32, 0 where a branch became non-finite in this round.
       uphill: ``[K]`` int32, 1 where the way from the round's start raises the loss, to
         first order at a branch's last step.
-      means: By name, averages over the trajectories, or nothing.
+      age: ``[K]`` int32, steps of a branch since it last began elsewhere.
+      means: By name, the averages of the branches.
       average: Exponential average of the visible parameters, or nothing.
     """
 
@@ -84,7 +90,8 @@ class Trajectory(NamedTuple):
     ends: dict[str, optax.Params]
     alive: jax.Array
     uphill: jax.Array
-    means: dict[str, optax.Params]
+    age: jax.Array
+    means: dict[str, tuple[optax.Params, ...]]
     average: Any
 
 
@@ -101,7 +108,8 @@ def init(explorers: Mapping[str, Explorer], plan: Plan, params: Any) -> Trajecto
         ends=ends,
         alive=jnp.ones([total], jnp.int32),
         uphill=jnp.zeros([total], jnp.int32),
-        means={k: combine.wide(v) for k, v in ends.items()} if plan.averaged else {},
+        age=jnp.zeros([total], jnp.int32),
+        means={k: _means(plan, v) for k, v in ends.items()},
         average=combine.wide(params) if combine.ExponentialAverage in kinds else (),
     )
     # Buffers of their own, so that all can be donated.
@@ -162,7 +170,8 @@ def advance(
         ends={name: branch.end for name, branch in branches.items()},
         alive=state.alive * _flat(finite.values()),
         uphill=_flat(branch.uphill for branch in branches.values()),
-        means={k: b.mean for k, b in branches.items()} if state.means else {},
+        age=_flat(branch.age for branch in branches.values()),
+        means={name: branch.means for name, branch in branches.items()},
     )
     for one in plan.combinations:
         if isinstance(one, combine.ExponentialAverage):
@@ -217,8 +226,9 @@ class _Branch(NamedTuple):
 
     opt_state: Any
     end: optax.Params
-    mean: Any
+    means: tuple[Any, ...]
     uphill: jax.Array
+    age: jax.Array
     number: jax.Array
 
 
@@ -228,8 +238,9 @@ def _branch(state, opt_states, name, one, first):
     return _Branch(
         opt_states[name],
         state.ends[name],
-        state.means.get(name),
+        state.means[name],
         state.uphill[rows],
+        state.age[rows],
         jnp.arange(state.alive.shape[0], dtype=jnp.int32)[rows],
     )
 
@@ -243,15 +254,17 @@ def _go(tx, one, name, branch, loss, walk):
     grads, merge = trees.row_major(grads), steps.merge_of(one, name, aux)
 
     def step(moving):
-        opt_state, end, mean, _ = moving
+        opt_state, end, means, _, age = moving
         update, opt_state = steps.advance(
             tx, one, name, grads, opt_state, end, merge, loss, walk.call
         )
         end = optax.apply_updates(end, update)
-        if mean is not None:
-            mean = combine.move(mean, end, 1 / (walk.step + 1))
+        means = tuple(
+            combine.move(mean, end, one.weight(walk.step, age))
+            for mean, one in zip(means, walk.plan.averages, strict=True)
+        )
         uphill = lax.cond(walk.last, climbs, lambda _: branch.uphill, end)
-        return opt_state, end, mean, uphill
+        return opt_state, end, means, uphill, age + 1
 
     def climbs(end):
         slope = steps.slope(jax.tree.map(jnp.subtract, end, walk.start), grads)
@@ -262,13 +275,14 @@ def _go(tx, one, name, branch, loss, walk):
         due, take = due & leads, trees.once
     # On CPUs skipped as a whole, a step changes its inner state and its parameters in
     # place: a choice between old and new ones would have to keep both.
-    moving = branch.opt_state, end, branch.mean, branch.uphill
-    opt_state, end, mean, uphill = take(due, step, moving)
-    return branch._replace(opt_state=opt_state, end=end, mean=mean, uphill=uphill)
+    moving = branch.opt_state, end, branch.means, branch.uphill, branch.age
+    opt_state, end, means, uphill, age = take(due, step, moving)
+    return _Branch(opt_state, end, means, uphill, age, branch.number)
 
 
 def mend(
     explorers: Mapping[str, Explorer],
+    plan: Plan,
     state: Trajectory,
     opt_states: Mapping[str, Any],
     params: optax.Params,
@@ -284,9 +298,9 @@ def mend(
         spread, ok = _spread(params, one.size), finite[name]
         states[name] = _select(ok, opt_states[name], steps.init_state(one, params))
         ends[name] = _select(ok, state.ends[name], spread)
-        if state.means:
-            means[name] = _select(ok, state.means[name], combine.wide(spread))
-    return states, state._replace(ends=ends, means=means)
+        means[name] = _select(ok, state.means[name], _means(plan, spread))
+    age = jnp.where(_flat(finite.values()), state.age, 0)
+    return states, state._replace(ends=ends, means=means, age=age)
 
 
 def _gradients(one, loss, params, leads, walk):
@@ -362,6 +376,7 @@ def restart(
         ends[name] = _select(mask, spread, state.ends[name])
         first += one.size or 1
     moved = fresh & (index != owner)
+    elsewhere = fresh & (index != adopted)
     states = _renew(explorers, plan, opt_states, visible, moved, owner)
     grown = plan.length * plan.growth ** since.astype(jnp.float32)
     length = jnp.minimum(jnp.round(grown), float(plan.longest)).astype(jnp.int32)
@@ -373,6 +388,7 @@ def restart(
         ends=ends,
         alive=jnp.ones_like(state.alive),
         uphill=jnp.zeros_like(state.uphill),
+        age=jnp.where(elsewhere, 0, state.age),
     )
     return states, state, moved
 
@@ -428,6 +444,11 @@ def _first(tree, single):
 def _member_types(state, single):
     leaves, structure = jax.tree.flatten(state)
     return structure, [(x.shape[0 if single else 1 :], x.dtype) for x in leaves]
+
+
+def _means(plan, tree):
+    """Averages that begin."""
+    return tuple(combine.wide(tree) for _ in plan.averages)
 
 
 def _spread(tree, size):
