@@ -159,9 +159,8 @@ def ev3(
         full all have twice as many rounds; two are enough where the own score falls, by
         two standard errors, and one where it is not finite. Who rests begins again from
         the adopted parameters, rests again after one round if it is not adopted, and,
-        as long as it seldom is, ever longer. A sweep
-        or a group that evolves races as one. Assessments are saved in the mode
-        ``"unroll"``. Default: nobody rests.
+        as long as it seldom is, ever longer. A sweep or a group that evolves races as
+        one. Assessments are saved in the mode ``"unroll"``. Default: nobody rests.
       adapt: The rule, see :mod:`optax_ev3.adapt`; default
         ``optax_ev3.adapt.confident()``, with ``clip=10, prior_rounds=1`` unless rounds
         have one step.
