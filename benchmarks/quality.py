@@ -4,7 +4,7 @@ Eleven tasks, see benchmarks/_tasks.py. EV3 has one setting for all of them and 
 explorers: five rates of Adam, two of SGD with momentum, and RMSProp. Everybody gets the
 same parts of the data, initial parameters and order of batches, by seed; what may be
 chosen is chosen by the mean score of all held-out examples, save where it says "in
-hindsight". The rows:
+hindsight"; where they are many, EV3 draws some of them in each round. The rows:
 
 single: each of the eight alone, and the exponential average (0.99) of its weights.
 grid search: all eight; of these and their averages the best, for each seed.

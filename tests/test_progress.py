@@ -245,14 +245,14 @@ class TestRace:
 
     def test_who_rests_comes_back_from_the_adopted_parameters(self):
         """Branches of constant speed: the slow one is found where the fast one was."""
-        average = optax_ev3.combine.trajectory_average()
+        combine = optax_ev3.combine
         tx = optax_ev3.ev3(
             {"fast": optax.sgd(0.1), "slow": optax.sgd(0.01)},
             lambda w: w + 0 * X,
             loss_fn=lambda w: -w,
             trajectory_length=2,
             restart="never",
-            combine=[average],
+            combine=[combine.trajectory_average(), combine.branch_average()],
             adapt=adapt.greedy(),
             race=2,
             history_length=8,
@@ -263,6 +263,8 @@ class TestRace:
         np.testing.assert_array_equal(took, [False] * 6 + [True, False])
         start = mean[5, 0]  # The fast one's, when the other came back.
         np.testing.assert_allclose(mean[6, 1], start + 0.02, 1e-5)
+        # Its averages, of the round and of the branch, begin there as well.
+        np.testing.assert_allclose(mean[6, [3, 5]], start + 0.015, 1e-5)
 
     @pytest.mark.parametrize("length", [1, 2])
     def test_its_cost_goes_away(self, length):

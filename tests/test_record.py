@@ -12,7 +12,9 @@ from flax.training import train_state
 from helpers import assert_identical, lenient
 from scipy import stats
 
-from optax_ev3 import adapt, ev3, history, stable_params, summary
+from optax_ev3 import adapt, combine, ev3, history, stable_params, summary
+from optax_ev3._src import combine as combined
+from optax_ev3._src import record
 
 # Names whose alphabetical order, that of transformed dictionaries, is another.
 RATES = {"fast": 0.5, "even": 0.25, "dull": 0.125}
@@ -265,3 +267,11 @@ def test_found_inside_of_other_states(loop, jitted):
     np.testing.assert_allclose(shown, means, rtol=1e-5)
     np.testing.assert_allclose(history(state)["mean"], [means], rtol=1e-5)
     np.testing.assert_allclose(stable, [START - 0.5], rtol=1e-6)
+
+
+def test_winners_of_a_group_are_its_ends_and_averages():
+    members = ["adam[0]", "adam[1]", "sgd", "adamw[0]"]
+    kinds = [combine.branch_average(), combine.trajectory_average()]
+    names = [*members, *combined.names(kinds, members), "current"]
+    owners = record.winners(names, range(len(names)), "adam")
+    assert owners.tolist() == [0, 1, -1, -1] * 3 + [-1]

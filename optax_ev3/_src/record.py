@@ -404,9 +404,9 @@ def winners(candidates: Iterable[str], adopted: Any, group: str) -> np.ndarray:
       adopted: Which one, by round.
       group: The name of the group, whose members are called ``GROUP[i]``.
     """
-    member = re.compile(rf"((branch_)?average\()?{re.escape(group)}\[(\d+)\]\)?")
+    member = re.compile(rf"(?:\w*average\()?{re.escape(group)}\[(\d+)\]\)?")
     found = map(member.fullmatch, candidates)
-    owners = np.array([int(match[3]) if match else -1 for match in found])
+    owners = np.array([int(match[1]) if match else -1 for match in found])
     return owners[np.asarray(adopted, int)]
 
 

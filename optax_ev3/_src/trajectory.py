@@ -376,6 +376,7 @@ def restart(
         ends[name] = _select(mask, spread, state.ends[name])
         first += one.size or 1
     moved = fresh & (index != owner)
+    # Its owner, too, leaves its own path where an average was adopted.
     elsewhere = fresh & (index != adopted)
     states = _renew(explorers, plan, opt_states, visible, moved, owner)
     grown = plan.length * plan.growth ** since.astype(jnp.float32)
