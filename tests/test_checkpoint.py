@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 
 import flax.serialization
 import jax
@@ -21,7 +22,7 @@ from helpers import (
 )
 
 import optax_ev3
-from optax_ev3 import adapt
+from optax_ev3 import adapt, combine
 
 # Orbax and its dependencies warn of their own deprecations.
 pytestmark = [
@@ -218,3 +219,97 @@ def test_state_of_another_transformation_or_other_parameters(other, where):
 def ev3_of(inner=None, rule=None, **kwargs):
     inner = {"one": optax.adam(0.1) if inner is None else inner}
     return optax_ev3.ev3(inner, lambda p: -(p["w"] ** 2), adapt=rule, **kwargs)
+
+
+# Explorers in another order: by name all fits, by place all would be confused.
+
+STRATEGIES = {
+    "one_step": {},
+    "own": {"trajectory_length": 3},
+    "shared": {"trajectory_length": 3, "gradients": "shared"},
+    "turns": {"trajectory_length": 2, "gradients": "turns"},
+    "never": {"trajectory_length": 3, "restart": "never"},
+    "race": {"restart": "never", "race": 1, "history_length": 4},
+}
+
+
+def _pairs():
+    """By kind, two transformations of the same explorers in another order."""
+    sgd = {"fast": optax.sgd(0.3), "slow": optax.sgd(1e-4)}
+    same = {"b": optax.sgd(0.3), "a": optax.sgd(0.3)}
+    yield "explorers", sgd, {}, dict(reversed(sgd.items())), {}
+    yield "alphabet", same, {}, dict(reversed(same.items())), {}
+
+    def sweep(*rates):
+        return {"sgd": optax_ev3.sweep(optax.sgd, learning_rate=rates)}
+
+    yield "sweeps", sweep(0.3, 1e-4), {}, sweep(1e-4, 0.3), {}
+    averages = [
+        combine.trajectory_average(),
+        combine.branch_average(),
+        combine.exponential_average(),
+    ]
+    yield (
+        "combined",
+        sgd,
+        {"combine": averages, "trajectory_length": 3},
+        sgd,
+        {"combine": averages[::-1], "trajectory_length": 3},
+    )
+
+
+ORDERS = {kind: rest for kind, *rest in _pairs()}
+CASES = [(kind, name) for kind in ORDERS for name in STRATEGIES if kind != "combined"]
+CASES = [*CASES, ("combined", "own")]
+
+
+def _two_orders(kind, strategy):
+    inner, more, other_inner, other_more = ORDERS[kind]
+    settings = {
+        "assess_fn": lambda w: -jnp.square(w["w"]),
+        "loss_fn": lambda w: jnp.square(w["w"]).mean(),
+        "adapt": adapt.greedy(),
+        **STRATEGIES[strategy],
+    }
+    return (
+        optax_ev3.ev3(inner, **{**settings, **more}),
+        optax_ev3.ev3(other_inner, **{**settings, **other_more}),
+    )
+
+
+@pytest.mark.parametrize("kind, strategy", CASES)
+def test_another_order_is_an_error(kind, strategy):
+    one, other = _two_orders(kind, strategy)
+    w = {"w": jnp.ones([3])}
+    state, found = one.init(w), other.init(w)
+    orders = [optax_ev3.history(x)["candidates"].tolist()[:-2] for x in (state, found)]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+    message = re.escape(f"order {orders[0]}, this") + ".*" + re.escape(str(orders[1]))
+    for update in (other.update, jax.jit(other.update)):
+        with pytest.raises(ValueError, match=message):
+            update(w, state, w)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ORDERS)
+def test_another_order_cannot_be_restored(kind, way, tmp_path):
+    one, other = _two_orders(kind, "own")
+    w = {"w": jnp.ones([3])}
+    saved = {"w": w, "state": one.init(w)}
+    target = {"w": w, "state": other.init(w)}
+    with pytest.raises((ValueError, KeyError), match="candidate_"):
+        WAYS[way](saved, target, tmp_path)
+    restored = WAYS[way](saved, saved, tmp_path / "again")
+    assert_identical(jax.tree.map(jnp.asarray, restored), saved)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_same_order_in_another_mapping_goes_on(strategy):
+    """Who comes back from ``jit`` has the keys in the alphabet's order."""
+    tx, _ = _two_orders("alphabet", strategy)
+    w = {"w": jnp.ones([3])}
+    state = jax.jit(tx.init)(w)
+    assert optax_ev3.history(state)["candidates"].tolist()[:2] == ["b", "a"]
+    _, state = jax.jit(tx.update)(w, state, w)
+    assert optax_ev3.history(state)["candidates"].tolist()[:2] == ["b", "a"]

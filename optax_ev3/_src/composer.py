@@ -33,13 +33,13 @@ class ExplorerState(NamedTuple):
     """State of one explorer.
 
     Attributes:
-      positions: By name, ``[]`` int32, the index among the candidates: of the explorer,
-        or of every member of a sweep.
+      positions: By name, of the explorer or of every member of a sweep, its place among
+        the candidates, see :func:`optax_ev3._src.record.place`.
       opt_state: State of its inner optimizer; PRNG keys in it are raw key data.
       evolution: The hyperparameters of a group that evolves, else nothing.
     """
 
-    positions: dict[str, jax.Array]
+    positions: dict[str, dict[str, jax.Array]]
     opt_state: Any
     evolution: Any = ()
 
@@ -52,7 +52,7 @@ class EV3State(NamedTuple):
       ev3_calls: ``[]`` int32, calls of ``update`` so far.
       ev3_key: Raw key data of the transformation's own randomness; it never changes.
       explorers: By name, their positions among the candidates and inner states.
-      combined: By name, the positions of the combined candidates.
+      combined: By name, the places of the combined candidates.
       trajectory: Where the branches are; nothing if all rounds have one step.
       stable: The best parameters known to be good, a tree like params.
       memory: What the rule remembers of past rounds.
@@ -64,7 +64,7 @@ class EV3State(NamedTuple):
     ev3_calls: jax.Array
     ev3_key: jax.Array
     explorers: dict[str, ExplorerState]
-    combined: dict[str, jax.Array]
+    combined: dict[str, dict[str, jax.Array]]
     trajectory: Any
     stable: Any
     memory: Any
@@ -252,7 +252,7 @@ def ev3(
         states, places = {}, explore.places(explorers)
         for name, one in explorers.items():
             positions = {
-                member: jnp.asarray(place, jnp.int32)
+                member: record.place(place)
                 for member, place in zip(one.members(name), places[name], strict=True)
             }
             states[name] = ExplorerState(
@@ -264,8 +264,7 @@ def ev3(
             ev3_key=trees.own(jax.random.key_data(arguments.typed_key(key))),
             explorers=states,
             combined={
-                name: jnp.asarray(len(names) + i, jnp.int32)
-                for i, name in enumerate(more)
+                name: record.place(len(names) + i) for i, name in enumerate(more)
             },
             trajectory=()
             if plan.one_step
@@ -292,7 +291,7 @@ def ev3(
                 "ev3 needs the current value of the parameters: pass them as "
                 "tx.update(grads, state, params)."
             )
-        _check_call(state, params, explorers, init_fn)
+        _check_call(state, params, explorers, [*names, *more], init_fn)
         keys = _keys(state, key_impl, axis_name)
         hyperparams = _hyperparams(state.explorers)
         call = steps.Call(
@@ -724,7 +723,7 @@ def _keys(state, key_impl, axis_name):
     return _Keys(assess_key, rule_key, loss_key, run_key)
 
 
-def _check_call(state, params, explorers, init_fn):
+def _check_call(state, params, explorers, candidates, init_fn):
     """Raises unless ``update`` was given whole params and a state of its own."""
     if any(map(_is_hole, jax.tree.leaves(params, is_leaf=_is_hole))):
         raise ValueError(
@@ -742,6 +741,13 @@ def _check_call(state, params, explorers, init_fn):
             f"the state belongs to the {len(state.explorers)} explorers "
             f"{sorted(state.explorers)}, this transformation has {len(explorers)}: "
             f"{sorted(explorers)}."
+        )
+    order = record.candidates(state)[:-2]
+    if sorted(order) == sorted(candidates) and order != candidates:
+        raise ValueError(
+            f"the state belongs to candidates in the order {order}, this "
+            f"transformation has them in the order {candidates}: give ev3 its "
+            f"explorers, and what it combines, in the order of the state's."
         )
     want, got = (
         {keystr(path): _spec(leaf) for path, leaf in tree_leaves_with_path(tree)}

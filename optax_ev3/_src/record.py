@@ -355,14 +355,13 @@ def history(state: Any, confidence: float = 0.95) -> dict[str, np.ndarray]:
         np.where(valid, values[rows], np.nan)
         for values in (record.mean, record.stderr, record.z)
     )
-    places = positions(state)
     named = record.objectives
     objectives = sorted(named, key=lambda name: named[name])
     weights = np.stack([record.priorities[k][rows] for k in objectives] or [rows * 0.0])
     weighed = weights.any(axis=0)
     return {
         "round": number,
-        "candidates": np.array(sorted(places, key=lambda name: places[name])),
+        "candidates": np.array(candidates(state)),
         "adopted": record.adopted[rows],
         "significant": record.significant[rows] > 0,
         "length": record.length[rows],
@@ -387,13 +386,35 @@ def history(state: Any, confidence: float = 0.95) -> dict[str, np.ndarray]:
     }
 
 
-def positions(state: Any) -> dict[str, Any]:
+def place(index: int) -> dict[str, jax.Array]:
+    """The place of a candidate among all, as a part of the state.
+
+    The index is in the key, too, and so in the structure of the state: one of explorers
+    in another order does not fit, wherever it is restored. (Flax NNX would take a plain
+    number for the index of a sequence.)
+    """
+    return {f"candidate_{index}": jnp.asarray(index, jnp.int32)}
+
+
+def _index(place: Mapping[str, Any]) -> int:
+    (key,) = place
+    return int(key.removeprefix("candidate_"))
+
+
+def positions(state: Any) -> dict[str, int]:
     """Index of every candidate by its name."""
     named = dict(state.combined)
     for one in state.explorers.values():
         named.update(one.positions)
     count = len(named)
-    return {**named, explore.CURRENT: count, explore.STABLE: count + 1}
+    found = {name: _index(place) for name, place in named.items()}
+    return {**found, explore.CURRENT: count, explore.STABLE: count + 1}
+
+
+def candidates(state: Any) -> list[str]:
+    """The names of all candidates, in their order."""
+    places = positions(state)
+    return sorted(places, key=lambda name: places[name])
 
 
 def winners(candidates: Iterable[str], adopted: Any, group: str) -> np.ndarray:
@@ -412,11 +433,11 @@ def winners(candidates: Iterable[str], adopted: Any, group: str) -> np.ndarray:
 
 def groups(state: Any) -> list[jax.Array]:
     """Where the members of evolving groups are among the candidates."""
-    found = []
-    for one in state.explorers.values():
-        if one.evolution != ():
-            found.append(jnp.stack([*one.positions.values()]))
-    return found
+    return [
+        jnp.asarray([_index(place) for place in one.positions.values()])
+        for one in state.explorers.values()
+        if one.evolution != ()
+    ]
 
 
 def find(tree: Any) -> Any:
