@@ -441,8 +441,8 @@ def _one_step(explorers, plan, state, params, call, judge, rests):
     uphill = _flags([step.uphill for step in proposed.values()], False)
     scores = judge.score(candidates, judge.preview(state, valid, uphill))
     seen = judge.gather(scores, valid, uphill)
-    moves.append(trees.Batch(lambda: trees.zeros_like(params)))
-    moves.append(trees.Batch(lambda: _minus(state.stable, params)))
+    moves.append(trees.Batch(trees.Lazy(lambda: trees.zeros_like(params))))
+    moves.append(trees.Batch(trees.Lazy(lambda: _minus(state.stable, params))))
     lasted = _Lasted(explorers, plan, rests, jnp.ones([], jnp.int32))
     state = state._replace(
         explorers=_with(state, {k: s.opt_state for k, s in proposed.items()})

@@ -14,11 +14,24 @@ from jax.lax import platform_dependent
 _SMALL = 2**16
 
 
+class Lazy(NamedTuple):
+    """A tree that is made where it is needed.
+
+    A type of its own: many trees of parameters are callable themselves.
+
+    Attributes:
+      make: A function without arguments that returns the tree.
+    """
+
+    make: Callable[[], Any]
+
+
 class Batch(NamedTuple):
     """One tree, or several of one structure with their leaves stacked.
 
     Attributes:
-      tree: The tree; with a leading axis where there are several.
+      tree: The tree, or a :class:`Lazy` one; with a leading axis where there are
+        several.
       size: How many there are, None for a single tree that is not stacked.
       rests: ``[]`` bool, whether nobody needs to look at it; None for no.
     """
@@ -36,15 +49,15 @@ def count(batch: Batch) -> int:
 def pick(index: Any, batches: Sequence[Batch]) -> Any:
     """The tree with this index, counted over all batches.
 
-    The tree of a batch may be a function without arguments that makes it. On CPUs the
-    others are not read; on GPUs, whose host would wait for the index, all are.
+    On CPUs the others are not read, nor made; on GPUs, whose host would wait for the
+    index, all are.
     """
     sizes = [count(batch) for batch in batches]
     firsts = [sum(sizes[:i]) for i in range(len(sizes))]
     which = jnp.asarray([i for i, size in enumerate(sizes) for _ in range(size)])
 
     def take(batch, first):
-        tree = batch.tree() if callable(batch.tree) else batch.tree
+        tree = batch.tree.make() if isinstance(batch.tree, Lazy) else batch.tree
         if batch.size is None:
             return tree
         return jax.tree.map(lambda leaf: leaf[index - first], tree)
