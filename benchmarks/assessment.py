@@ -8,8 +8,8 @@ drift: the visible parameters get better, or worse, by a tenth of a round's stan
 reuse: labels by lot and 500 features, as in Dwork et al. (arXiv 1506.02629): nothing
   can be learnt. 1,000 rounds on one and the same held-out set of 500. What does EV3
   report of the stable parameters, more than they are worth on new data?
-chunks: the demo's task, assessed on 128 held-out examples at once or in chunks. How
-  many examples does that take, and what does it cost?
+chunks: digits, rounds of one step, assessed on 128 held-out examples at once or in
+  chunks. How many examples does that take, and what does it cost?
 f1: digits, the eights against all others (10%), three losses with Adam as explorers,
   assessed by F1. Each loss alone; of the three the one with the best held-out loss, or
   F1; and EV3.

@@ -1,4 +1,4 @@
-"""Scikit-learn's digits with a fixed split, shared by the examples."""
+"""Scikit-learn's digits, split by a seed, shared by the examples."""
 
 from typing import NamedTuple
 
@@ -13,16 +13,16 @@ class Digits(NamedTuple):
 
     train: tuple[jax.Array, jax.Array]  # 1,047 examples, for gradients
     held_out: tuple[jax.Array, jax.Array]  # 300, for EV3's assessments
-    test: tuple[jax.Array, jax.Array]  # 450, for nothing but the final figures
+    test: tuple[jax.Array, jax.Array]  # 450, for nothing but the final results
 
 
-def load() -> Digits:
+def load(seed: int = 0) -> Digits:
     x, y = load_digits(return_X_y=True)
     x, x_test, y, y_test = train_test_split(
-        x, y, test_size=450, stratify=y, random_state=0
+        x, y, test_size=450, stratify=y, random_state=seed
     )
     x, x_held_out, y, y_held_out = train_test_split(
-        x, y, test_size=300, stratify=y, random_state=0
+        x, y, test_size=300, stratify=y, random_state=seed
     )
 
     def arrays(x, y):
