@@ -2,13 +2,19 @@
 
 from optax_ev3 import adapt, combine, distillation, evidence, growth, metrics
 from optax_ev3._src.assess import in_chunks
-from optax_ev3._src.composer import EV3State, ExplorerState, ev3
+from optax_ev3._src.composer import ev3
 from optax_ev3._src.evolve import evolve, found_schedule, log_uniform, uniform
 from optax_ev3._src.explore import Explorer, explorer, product, sweep
 from optax_ev3._src.figures import host_metric
 from optax_ev3._src.held_out import held_out
 from optax_ev3._src.progress import credit, should_grow, stalled
-from optax_ev3._src.record import history, stable_params, summary
+from optax_ev3._src.record import (
+    EV3State,
+    ExplorerState,
+    history,
+    stable_params,
+    summary,
+)
 
 __version__ = "0.1.0"
 

@@ -179,3 +179,137 @@ def test_nnx_optimizer(extras):
     assert losses[-1] < 0.05 * losses[0]
     state = nnx.to_pure_dict(nnx.state(optimizer))
     assert int(state["step"]) == 60
+
+
+class Net(nnx.Module):
+    def __init__(self, seed=0):
+        rngs = nnx.Rngs(seed)
+        self.first = nnx.Linear(3, 4, rngs=rngs)
+        self.last = nnx.Linear(4, 1, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.first(x))
+
+
+def net_loss(net):
+    return jnp.square(net(TRAIN[0]) - TRAIN[1]).mean()
+
+
+def net_score(params):
+    net = nnx.merge(nnx.graphdef(Net()), params)
+    return -jnp.square(net(HELD[0]) - HELD[1]).mean(axis=1)
+
+
+def parts():
+    """An optimizer for each layer: the states of both have holes."""
+
+    def labels(params):
+        def label(path, leaf):
+            del leaf
+            return "adam" if "first" in jax.tree_util.keystr(path) else "sgd"
+
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    return optax.partition({"adam": optax.adam(0.05), "sgd": optax.sgd(0.05)}, labels)
+
+
+STRATEGIES = {
+    "one_step": {},
+    "own": {"trajectory_length": 2, "gradients": "own"},
+    "shared": {"trajectory_length": 2, "gradients": "shared"},
+    "turns": {"trajectory_length": 2, "gradients": "turns"},
+    "never": {"trajectory_length": 2, "restart": "never"},
+    "race": {"restart": "never", "race": 1, "history_length": 4},
+}
+
+
+def net_tx(strategy, inner, **kwargs):
+    return optax_ev3.ev3(
+        inner,
+        net_score,
+        loss_fn=lambda params: net_loss(nnx.merge(nnx.graphdef(Net()), params)),
+        **{"adapt": always(0), **STRATEGIES[strategy], **kwargs},
+    )
+
+
+def train(tx, steps):
+    net = Net()
+    optimizer = nnx.Optimizer(net, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(net, optimizer):
+        optimizer.update(net, nnx.grad(net_loss)(net))
+
+    for _ in range(steps):
+        step(net, optimizer)
+    return net, optimizer, step
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nnx_with_a_partition_inside(strategy):
+    """The optimizer with holes, always adopted, trains as it does alone."""
+    steps = 6
+    net, optimizer, _ = train(net_tx(strategy, [parts()]), steps)
+    alone, *_ = train(parts(), steps)
+    values = nnx.as_pure(nnx.state(net)), nnx.as_pure(nnx.state(alone))
+    assert_close(*values, rtol=1e-4)
+    # What is to be read in its state, eager and under jit.
+    for read in (optax_ev3.summary, nnx.jit(optax_ev3.summary)):
+        assert int(read(optimizer.opt_state)["ev3/calls"]) == steps
+    past = optax_ev3.history(optimizer.opt_state)
+    assert past["candidates"].tolist() == ["explorer_0", "current", "stable"]
+    assert float(optax_ev3.credit(optimizer.opt_state)["explorer_0"]) == 0
+    assert not optax_ev3.should_grow(optimizer.opt_state, 99)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nnx_stable_params_go_back_into_the_model(strategy):
+    tx = net_tx(strategy, [optax.adam(0.05), optax.sgd(0.05)], adapt=None)
+    net, optimizer, step = train(tx, 4)
+    stable = optax_ev3.stable_params(optimizer.opt_state)
+    pure = jax.tree.map(np.asarray, nnx.as_pure(stable))
+    step(net, optimizer)
+    # What was read does not change with the optimizer.
+    assert_close(nnx.as_pure(stable), pure, rtol=0, atol=0)
+    other = Net(seed=1)
+    nnx.update(other, stable)
+    assert isinstance(other.first.kernel, nnx.Param)
+    assert_close(nnx.as_pure(nnx.state(other, nnx.Param)), pure, rtol=0, atol=0)
+    assert_close(net_score(nnx.as_pure(stable)), net_score(pure))
+    # The optimizer goes on from them.
+    nnx.update(net, stable)
+    step(net, optimizer)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("wrt", [nnx.Param, nnx.PathContains("first")])
+def test_stable_params_are_variables_where_params_are(strategy, wrt):
+    net = Net()
+    _, params, rest = nnx.split(net, wrt, ...)
+
+    def total(params):
+        return sum(jnp.square(x).sum() for x in jax.tree.leaves(params))
+
+    tx = optax_ev3.ev3(
+        [optax.adam(0.05)], lambda p: -total(p), loss_fn=total, **STRATEGIES[strategy]
+    )
+
+    @jax.jit
+    def step(state, params):
+        updates, state = tx.update(jax.grad(total)(params), state, params)
+        return updates, state, optax.apply_updates(params, updates)
+
+    state = tx.init(params)
+    for _ in range(3):
+        _, state, params = step(state, params)
+    stable = optax_ev3.stable_params(state)
+    assert_same_types(stable, nnx.state(net, wrt))
+    assert jax.tree.structure(nnx.filter_state(stable, wrt)) == jax.tree.structure(
+        params
+    )
+    # Back to where it was: as parameters of the next call, and in the model.
+    updates, state, _ = step(state, stable)
+    assert_same_types(updates, stable)
+    nnx.update(net, stable)
+    assert_close(nnx.state(net, wrt), stable, rtol=0, atol=0)
+    assert_close(nnx.state(net, nnx.Not(wrt)), rest, rtol=0, atol=0)

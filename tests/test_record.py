@@ -1,6 +1,7 @@
 """The record of past rounds against a simulation in NumPy, and where it is found."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,16 @@ from flax.training import train_state
 from helpers import assert_identical, lenient
 from scipy import stats
 
-from optax_ev3 import adapt, combine, ev3, history, stable_params, summary
+from optax_ev3 import (
+    adapt,
+    combine,
+    credit,
+    ev3,
+    history,
+    stable_params,
+    stalled,
+    summary,
+)
 from optax_ev3._src import combine as combined
 from optax_ev3._src import record
 
@@ -275,3 +285,58 @@ def test_winners_of_a_group_are_its_ends_and_averages():
     names = [*members, *combined.names(kinds, members), "current"]
     owners = record.winners(names, range(len(names)), "adam")
     assert owners.tolist() == [0, 1, -1, -1] * 3 + [-1]
+
+
+@jax.tree_util.register_pytree_node_class
+class Touchy:
+    """A node of somebody's tree that answers no question."""
+
+    def __init__(self, child):
+        object.__setattr__(self, "child", child)
+
+    def __getattr__(self, name):
+        raise RuntimeError(f"asked for {name}")
+
+    def tree_flatten(self):
+        return (self.child,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+class Namesake(NamedTuple):
+    record: object
+
+
+@pytest.mark.parametrize("read", [summary, stable_params, history, credit, stalled])
+def test_found_by_its_type(read):
+    """Other nodes are asked for nothing, and may have a record of their own."""
+    state = states(9)[4]
+    read_it = functools.partial(read, rounds=8) if read is stalled else read
+    expected = read_it(state)
+    tree = {
+        "a": Touchy(jnp.ones([])),
+        "b": Touchy([state]),
+        "c": Namesake(state.record),
+    }
+    found = read_it(tree)
+    for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(ValueError, match="found 0 in dict"):
+        read_it({"c": Namesake(state.record)})
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_an_inner_optimizer_with_a_state_that_answers_no_question(length):
+    inner = optax.GradientTransformation(
+        lambda params: Touchy(jnp.zeros([])),
+        lambda updates, state, params=None: (updates, Touchy(state.child + 1)),
+    )
+    tx = ev3([inner, optax.sgd(0.1)], lambda w: -(w**2), trajectory_length=length)
+    w = jnp.float32(2)
+    state = tx.init(w)
+    for _ in range(3):
+        _, state = tx.update(2 * w, state, w)
+    assert summary(state)["ev3/calls"] == 3
+    assert history(state)["round"].tolist() == list(range(3 // length))

@@ -29,49 +29,6 @@ from optax_ev3._src import (
 from optax_ev3._src import combine as combinations
 
 
-class ExplorerState(NamedTuple):
-    """State of one explorer.
-
-    Attributes:
-      positions: By name, of the explorer or of every member of a sweep, its place among
-        the candidates, see :func:`optax_ev3._src.record.place`.
-      opt_state: State of its inner optimizer; PRNG keys in it are raw key data.
-      evolution: The hyperparameters of a group that evolves, else nothing.
-    """
-
-    positions: dict[str, dict[str, jax.Array]]
-    opt_state: Any
-    evolution: Any = ()
-
-
-class EV3State(NamedTuple):
-    """State of :func:`optax_ev3.ev3`: arrays only.
-
-    Attributes:
-      ev3_round: ``[]`` int32, rounds that have ended.
-      ev3_calls: ``[]`` int32, calls of ``update`` so far.
-      ev3_key: Raw key data of the transformation's own randomness; it never changes.
-      explorers: By name, their positions among the candidates and inner states.
-      combined: By name, the places of the combined candidates.
-      trajectory: Where the branches are; nothing if all rounds have one step.
-      stable: The best parameters known to be good, a tree like params.
-      memory: What the rule remembers of past rounds.
-      guarded: What the guard remembers; nothing without one.
-      record: Past rounds, see :func:`optax_ev3.history`.
-    """
-
-    ev3_round: jax.Array
-    ev3_calls: jax.Array
-    ev3_key: jax.Array
-    explorers: dict[str, ExplorerState]
-    combined: dict[str, dict[str, jax.Array]]
-    trajectory: Any
-    stable: Any
-    memory: Any
-    guarded: Any
-    record: record.Record
-
-
 def ev3(
     inner: Sequence[Any] | Mapping[str, Any],
     assess_fn: Callable[..., Any],
@@ -248,17 +205,17 @@ def ev3(
     race = arguments.check_race(race, history_length, plan)
     key_impl = arguments.check_key(key)
 
-    def init_fn(params: optax.Params) -> EV3State:
+    def init_fn(params: optax.Params) -> record.EV3State:
         states, places = {}, explore.places(explorers)
         for name, one in explorers.items():
             positions = {
                 member: record.place(place)
                 for member, place in zip(one.members(name), places[name], strict=True)
             }
-            states[name] = ExplorerState(
+            states[name] = record.ExplorerState(
                 positions, steps.init_state(one, params), evolve.init(one)
             )
-        return EV3State(
+        return record.EV3State(
             ev3_round=jnp.zeros([], jnp.int32),
             ev3_calls=jnp.zeros([], jnp.int32),
             ev3_key=trees.own(jax.random.key_data(arguments.typed_key(key))),
@@ -285,7 +242,7 @@ def ev3(
         state: Any,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, EV3State]:
+    ) -> tuple[optax.Updates, record.EV3State]:
         if params is None:
             raise ValueError(
                 "ev3 needs the current value of the parameters: pass them as "
@@ -403,7 +360,7 @@ class _Judge(NamedTuple):
         """The objective that comes first."""
         return evidence.main_objective(seen, self.rule.objectives)
 
-    def decide(self, seen: Any, state: EV3State) -> tuple[Any, Any, Any, Any]:
+    def decide(self, seen: Any, state: record.EV3State) -> tuple[Any, Any, Any, Any]:
         """The decision, the evidence that it rests on, and what is remembered."""
         guarded = state.guarded
         groups = record.groups(state)
@@ -417,7 +374,7 @@ class _Judge(NamedTuple):
         decision, memory = self.rule.decide(seen, state.memory, self.key)
         return decision, seen, memory, guarded
 
-    def preview(self, state: EV3State, valid: Any, uphill: Any) -> Any:
+    def preview(self, state: record.EV3State, valid: Any, uphill: Any) -> Any:
         """Maps scores to the candidate that they would adopt, and their evidence."""
 
         def judge(scores):
@@ -730,7 +687,7 @@ def _check_call(state, params, explorers, candidates, init_fn):
             "assess_fn would see params with holes: optax.masked and optax.partition "
             "must stand inside ev3, around its inner optimizers, and not around it."
         )
-    if not isinstance(state, EV3State):
+    if not isinstance(state, record.EV3State):
         raise TypeError(
             f"update needs the state that init returned, an EV3State, got "
             f"{type(state).__name__}. To restore a checkpoint with its structure, give "

@@ -22,6 +22,8 @@ from optax_ev3._src.evidence import Estimate, Evidence, compare, estimate
 # Candidates that are no explorers.
 ALWAYS = (explore.CURRENT, explore.STABLE)
 
+_ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
+
 
 class Record(NamedTuple):
     """Ring buffer of the last H rounds, and totals over all of them.
@@ -67,6 +69,49 @@ class Record(NamedTuple):
     priorities: dict[str, jax.Array]
     hyperparams: dict[str, dict[str, jax.Array]]
     adoptions: jax.Array
+
+
+class ExplorerState(NamedTuple):
+    """State of one explorer.
+
+    Attributes:
+      positions: By name, of the explorer or of every member of a sweep, its place among
+        the candidates, see :func:`place`.
+      opt_state: State of its inner optimizer; PRNG keys in it are raw key data.
+      evolution: The hyperparameters of a group that evolves, else nothing.
+    """
+
+    positions: dict[str, dict[str, jax.Array]]
+    opt_state: Any
+    evolution: Any = ()
+
+
+class EV3State(NamedTuple):
+    """State of :func:`optax_ev3.ev3`: arrays only.
+
+    Attributes:
+      ev3_round: ``[]`` int32, rounds that have ended.
+      ev3_calls: ``[]`` int32, calls of ``update`` so far.
+      ev3_key: Raw key data of the transformation's own randomness; it never changes.
+      explorers: By name, their positions among the candidates and inner states.
+      combined: By name, the places of the combined candidates.
+      trajectory: Where the branches are; nothing if all rounds have one step.
+      stable: The best parameters known to be good, a tree like params.
+      memory: What the rule remembers of past rounds.
+      guarded: What the guard remembers; nothing without one.
+      record: Past rounds, see :func:`optax_ev3.history`.
+    """
+
+    ev3_round: jax.Array
+    ev3_calls: jax.Array
+    ev3_key: jax.Array
+    explorers: dict[str, ExplorerState]
+    combined: dict[str, dict[str, jax.Array]]
+    trajectory: Any
+    stable: Any
+    memory: Any
+    guarded: Any
+    record: Record
 
 
 def empty(
@@ -188,7 +233,10 @@ def stable_params(state: Any) -> Any:
         as the state of a chain or a Flax ``TrainState``.
 
     Returns:
-      A tree like the parameters.
+      A tree like the parameters that ``init`` was given, bit for bit what was assessed.
+      From the ``opt_state`` of an ``nnx.Optimizer`` it is an ``nnx.State`` of Flax's
+      ``OptVariable``: ``nnx.update(model, stable)`` brings it into the model, and
+      ``nnx.as_pure(stable)`` gives its arrays, as ``assess_fn`` sees them.
 
     Raises:
       ValueError: If ``state`` holds no state of ev3, or more than one.
@@ -201,7 +249,8 @@ def stable_params(state: Any) -> Any:
       >>> print(optax_ev3.stable_params(tx.init(jnp.array(2.0))))
       2.0
     """
-    return find(state).stable
+    # A copy, since Flax NNX changes its variables in place.
+    return jax.tree.map(lambda leaf: leaf, find(state).stable)
 
 
 def summary(state: Any) -> dict[str, jax.Array]:
@@ -339,7 +388,7 @@ def history(state: Any, confidence: float = 0.95) -> dict[str, np.ndarray]:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}.")
     wide = NormalDist().inv_cdf((1 + confidence) / 2)
     state = find(state)
-    if any(isinstance(leaf, core.Tracer) for leaf in jax.tree.leaves(state)):
+    if any(isinstance(leaf, core.Tracer) for leaf in jax.tree.leaves(state.record)):
         raise TypeError("history needs concrete arrays: call it outside of jit.")
     record = jax.tree.map(np.asarray, state.record)
     if record.rounds.ndim:
@@ -440,11 +489,11 @@ def groups(state: Any) -> list[jax.Array]:
     ]
 
 
-def find(tree: Any) -> Any:
-    """The only state of ev3 in ``tree``, recognized by its record of past rounds."""
+def find(tree: Any) -> EV3State:
+    """The only state of ev3 in ``tree``; its record and its counters are arrays."""
 
     def is_state(node):
-        return isinstance(getattr(node, "record", None), Record)
+        return isinstance(node, EV3State)
 
     found = [x for x in jax.tree.leaves(tree, is_leaf=is_state) if is_state(x)]
     if len(found) != 1:
@@ -452,13 +501,26 @@ def find(tree: Any) -> Any:
             f"expected a tree with one state of ev3, found {len(found)} in "
             f"{type(tree).__name__}."
         )
-    return jax.tree.map(
-        lambda leaf: leaf[...] if _is_variable(leaf) else leaf,
-        found[0],
-        is_leaf=_is_variable,
+    state = found[0]
+    return state._replace(
+        ev3_round=_unboxed(state.ev3_round),
+        ev3_calls=_unboxed(state.ev3_calls),
+        record=_unboxed(state.record),
     )
 
 
-def _is_variable(node: Any) -> bool:
-    """Whether a node is an array in a box, as Flax NNX keeps them."""
-    return hasattr(node, "__jax_array__")
+def _unboxed(tree: Any) -> Any:
+    """The arrays of a tree of tuples and dictionaries, whatever they are kept in.
+
+    Flax NNX keeps each in a variable: a node of its own, with one leaf.
+    """
+
+    def is_box(node):
+        return not isinstance(node, tuple | dict)
+
+    def unbox(box):
+        (leaf,) = jax.tree.leaves(box)
+        # Variables may be leaves themselves, or hold a reference to the array.
+        return leaf if isinstance(leaf, _ARRAYS) else leaf[...]
+
+    return jax.tree.map(unbox, tree, is_leaf=is_box)
