@@ -11,12 +11,29 @@ import optax
 import pytest
 
 import optax_ev3
-from optax_ev3 import adapt
+from optax_ev3 import adapt, combine
 
 RULES = {
     "greedy": adapt.greedy,
     "lower_bound": adapt.lower_bound,
     "confident": adapt.confident,
+}
+
+
+# Ways to explore, all with a loss_fn.
+STRATEGIES = {
+    "one_step": {},
+    "own": {"trajectory_length": 2},
+    "shared": {"trajectory_length": 2, "gradients": "shared"},
+    "turns": {"trajectory_length": 2, "gradients": "turns"},
+    "new": {"trajectory_length": 2, "restart_state": "new"},
+    "never": {"trajectory_length": 2, "restart": "never", "race": 2},
+    "behind": {
+        "trajectory_length": 2,
+        "restart": "behind",
+        "restart_state": "copy",
+        "combine": [combine.trajectory_average(), combine.branch_average()],
+    },
 }
 
 

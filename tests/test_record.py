@@ -179,6 +179,7 @@ def test_summary_of_the_last_round_and_shares_of_all(length, calls):
         "ev3/calls": calls,
         "ev3/round": calls,
         "ev3/skipped": calls - rounds,
+        "ev3/overruled": 0,
         "ev3/adopted": adopted,
         "ev3/significant": past["significant"][-1],
         "ev3/examples": BATCHES.shape[1],

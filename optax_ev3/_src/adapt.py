@@ -58,8 +58,9 @@ class Rule(NamedTuple):
       init: Maps the number of explorers K to what the rule remembers, a tree of
         arrays.
       decide: Maps ``(evidence, memory, key)`` to ``(Decision, memory)``; pure, with
-        the same shapes and dtypes of memory. It must never adopt an invalid
-        candidate, save ``current`` where nothing is valid.
+        the same shapes and dtypes of memory. Candidates that are not valid, or do
+        not exist, are neither adopted nor promoted, whatever it decides: ``current``
+        stays, or ``stable`` is adopted if only that is valid.
       objectives: Names of the objectives that it takes, the main one first; none for
         a single one of any name.
       forget: Maps ``(memory, fresh)`` to memory without what it knows of explorers
@@ -514,6 +515,56 @@ def fallback(evidence: Evidence) -> jax.Array:
     current, stable = evidence.valid.shape[0] - 2, evidence.valid.shape[0] - 1
     only_stable = ~evidence.valid[current] & evidence.valid[stable]
     return jnp.where(only_stable, stable, current).astype(jnp.int32)
+
+
+def overrule(
+    decision: Decision, valid: jax.Array, otherwise: Any
+) -> tuple[Decision, jax.Array]:
+    """The decision, without candidates that are not valid or do not exist.
+
+    Args:
+      decision: That of a rule.
+      valid: ``[C]`` bool, which candidates may be adopted or promoted.
+      otherwise: ``[]``, the candidate that is adopted instead.
+
+    Returns:
+      The decision, complete but for priorities, and ``[]`` bool, whether it differs
+      from what was decided.
+
+    Raises:
+      TypeError: If the decision is not made of scalars of the right kind.
+    """
+
+    def check(value, name):
+        index = jnp.asarray(value)
+        if index.ndim or not jnp.issubdtype(index.dtype, jnp.integer):
+            raise TypeError(
+                f"a rule must return {name} as an integer of shape [], the index of a "
+                f"candidate, got shape {index.shape} of {index.dtype}."
+            )
+        exists = (index >= 0) & (index < valid.shape[0])
+        index = jnp.where(exists, index, 0).astype(jnp.int32)
+        return index, exists
+
+    significant = jnp.asarray(decision.significant)
+    if significant.ndim or significant.dtype != bool:
+        raise TypeError(
+            f"a rule must return significant as a bool of shape [], got shape "
+            f"{significant.shape} of {significant.dtype}."
+        )
+    adopted, exists = check(decision.adopted, "adopted")
+    may_adopt = exists & (valid[adopted] | (adopted == otherwise))
+    promoted = adopted
+    if decision.promoted is not None:
+        promoted, exists = check(decision.promoted, "promoted")
+    may_promote = exists & valid[promoted]
+    allowed = Decision(
+        jnp.where(may_adopt, adopted, otherwise).astype(jnp.int32),
+        significant & may_promote,
+        promoted,
+        decision.priorities,
+    )
+    return allowed, ~may_adopt | (significant & ~may_promote)
 
 
 def _root_mean_square(past: jax.Array, step: jax.Array) -> jax.Array:

@@ -341,6 +341,24 @@ def _check_judges(rule, guard, plan, assess_fn):
         )
 
 
+class _Verdict(NamedTuple):
+    """A decision, and what comes with it.
+
+    Attributes:
+      decision: What is done: complete, and of valid candidates.
+      overruled: ``[]`` bool, whether the rule decided otherwise.
+      seen: The evidence that it rests on, after the guard.
+      memory: What the rule remembers from now on.
+      guarded: What the guard remembers before the decision is settled.
+    """
+
+    decision: rules.Decision
+    overruled: jax.Array
+    seen: Any
+    memory: Any
+    guarded: Any
+
+
 class _Judge(NamedTuple):
     """Assess and adapt: how scores are made and what decides."""
 
@@ -360,9 +378,9 @@ class _Judge(NamedTuple):
         """The objective that comes first."""
         return evidence.main_objective(seen, self.rule.objectives)
 
-    def decide(self, seen: Any, state: record.EV3State) -> tuple[Any, Any, Any, Any]:
-        """The decision, the evidence that it rests on, and what is remembered."""
-        guarded = state.guarded
+    def decide(self, seen: Any, state: record.EV3State) -> _Verdict:
+        """What the rule decides, without candidates that are not valid."""
+        guarded, valid = state.guarded, seen.valid
         groups = record.groups(state)
         seen = dataclasses.replace(
             seen, past=state.record, credit=credit.estimate(state.record, groups)
@@ -370,16 +388,19 @@ class _Judge(NamedTuple):
         if self.guard is not None:
             key = jax.random.fold_in(self.key, 1)
             seen, guarded = self.guard.release(seen, guarded, key)
+            # A guard may hide candidates; it makes none valid.
+            seen = dataclasses.replace(seen, valid=seen.valid & valid)
         self.main(seen)  # What the rule cannot use is an error.
         decision, memory = self.rule.decide(seen, state.memory, self.key)
-        return decision, seen, memory, guarded
+        decision, overruled = rules.overrule(decision, seen.valid, rules.fallback(seen))
+        return _Verdict(decision, overruled, seen, memory, guarded)
 
     def preview(self, state: record.EV3State, valid: Any, uphill: Any) -> Any:
         """Maps scores to the candidate that they would adopt, and their evidence."""
 
         def judge(scores):
             seen = self.gather(scores, valid, uphill)
-            return self.decide(seen, state)[0].adopted, seen
+            return self.decide(seen, state).decision.adopted, seen
 
         return judge
 
@@ -566,11 +587,9 @@ class _Lasted(NamedTuple):
 def _adapt(judge, seen, state, lasted):
     """The decision, the state with what is remembered, and what the round was."""
     examples = evidence.examples(seen)
-    decision, seen, memory, guarded = judge.decide(seen, state)
+    decision, overruled, seen, memory, guarded = judge.decide(seen, state)
     # A round without any valid proposal decides nothing and teaches nothing.
     explored = seen.valid[:-2].any()
-    adopted = jnp.where(explored, decision.adopted, rules.fallback(seen))
-    promoted = adopted if decision.promoted is None else decision.promoted
     rested = explore.spread(lasted.explorers, lasted.rests)
     rested = lasted.plan.with_averages(rested, seen.valid.shape[0])
     ended = jnp.asarray(optax.safe_increment(state.ev3_round))
@@ -583,21 +602,27 @@ def _adapt(judge, seen, state, lasted):
         examples,
         ended,
         _hyperparams(state.explorers),
+        overruled,
     )
     appended = record.append(state.record, decision, past)
-    significant = explored & decision.significant
+    decision = decision._replace(
+        adopted=jnp.where(explored, decision.adopted, rules.fallback(seen)),
+        significant=explored & decision.significant,
+    )
     if lasted.rests and judge.rule.forget is not None:
         # That they were not valid says nothing about those who rested.
         memory = judge.rule.forget(memory, rested[:-2])
     if judge.guard is not None:
-        guarded = judge.guard.settle(guarded, seen, significant, promoted)
+        guarded = judge.guard.settle(
+            guarded, seen, decision.significant, decision.promoted
+        )
     state = state._replace(
         ev3_round=ended,
         memory=trees.where(explored, memory, state.memory),
         guarded=trees.where(explored, guarded, state.guarded),
         record=trees.where(explored, appended, state.record),
     )
-    return rules.Decision(adopted, significant, promoted), state, past
+    return decision, state, past
 
 
 def _evolved(judge, state, lasted, adopted, past, restarted):

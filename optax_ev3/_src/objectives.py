@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_ev3._src.adapt import Decision, Rule, confident, fallback, first_of, untied
+from optax_ev3._src.adapt import Decision, Rule, confident, first_of, overrule, untied
 from optax_ev3._src.bounds import Bound, checked_bound
 from optax_ev3._src.checks import error_rate, real
 from optax_ev3._src.evidence import (
@@ -111,17 +111,14 @@ def constrained(
         kept = kept.at[stable].set(True)
         seen = _only(evidence, maximize, evidence.valid & kept)
         decision, inner = rule.decide(seen, memory.inner, key)
-        promoted = _promoted(decision)
+        decision, _ = overrule(decision, seen.valid, stable)
 
         def fall(name):
-            gain = compare(evidence, name, stable).gain[promoted]
+            gain = compare(evidence, name, stable).gain[decision.promoted]
             fallen = jnp.maximum(memory.fallen[name] - gain, 0)
             fallen = jnp.where(decision.significant, fallen, memory.fallen[name])
             return fallen.astype(jnp.float32)
 
-        adopted = jnp.where(seen.valid[decision.adopted], decision.adopted, stable)
-        adopted = jnp.where(evidence.valid[adopted], adopted, fallback(evidence))
-        decision = Decision(adopted, decision.significant, promoted)
         return decision, ConstrainedMemory(inner, {name: fall(name) for name in limits})
 
     return Rule(init, decide, (maximize, *limits), _forgetting(rule))
@@ -317,7 +314,6 @@ def lexicographic(
             ahead = _ahead(evidence, name, best, bound, alpha / stable)
             left &= ahead <= limit
         adopted = untied(evidence, left, key)
-        adopted = jnp.where(left.any(), adopted, fallback(evidence))
         level = alpha / stable / len(limits)
         proven, safe = jnp.zeros([stable + 1], bool), evidence.valid
         for name, limit in limits.items():
@@ -391,7 +387,7 @@ def lexicase(
         stable = evidence.valid.shape[0] - 1
         lot, order = jax.random.split(key)
         left = _pass_cases(evidence, taken, epsilon, order)
-        adopted = jnp.where(left.any(), untied(evidence, left, lot), fallback(evidence))
+        adopted = untied(evidence, left, lot)
         better = jnp.ones([stable + 1], bool)
         for name in taken:
             better &= bound.p_value(evidence, name, stable) < alpha / stable
@@ -473,7 +469,6 @@ def pareto(
         gains, holds, loses = shown(evidence, stable, level)
         back = loses & ~gains
         adopted = jnp.where(back[current] & back[chosen], stable, chosen)
-        adopted = jnp.where(evidence.valid[adopted], adopted, fallback(evidence))
         decision = Decision(adopted, (gains & holds)[adopted], priorities=weights)
         return decision, memory
 
@@ -575,10 +570,6 @@ def _forgetting(rule: Rule) -> Callable[[Any, jax.Array], Any] | None:
     if forget is None:
         return None
     return lambda memory, fresh: memory._replace(inner=forget(memory.inner, fresh))
-
-
-def _promoted(decision: Decision) -> jax.Array:
-    return decision.adopted if decision.promoted is None else decision.promoted
 
 
 def _single(rule: Rule | None) -> Rule:

@@ -51,6 +51,8 @@ class Record(NamedTuple):
         the rule does not weigh them.
       hyperparams: By evolving group and name ``[H, G]`` float32.
       adoptions: ``[C]`` int32, how often each candidate was adopted, over all rounds.
+      overruled: ``[]`` int32, rounds in which the rule decided on a candidate that was
+        not valid.
     """
 
     rounds: jax.Array
@@ -69,6 +71,7 @@ class Record(NamedTuple):
     priorities: dict[str, jax.Array]
     hyperparams: dict[str, dict[str, jax.Array]]
     adoptions: jax.Array
+    overruled: jax.Array
 
 
 class ExplorerState(NamedTuple):
@@ -145,6 +148,7 @@ def empty(
         priorities={name: rows(0.0) for name in objectives},
         hyperparams=jax.tree.map(rows, _dicts(hyperparams or {})),
         adoptions=jnp.zeros([candidates], jnp.int32),
+        overruled=jnp.zeros([], jnp.int32),
     )
 
 
@@ -160,6 +164,7 @@ class Round(NamedTuple):
       examples: ``[]`` int32, how many had scores of their own.
       ended: ``[]`` int32, rounds that have ended, with this one.
       hyperparams: By evolving group and name ``[G]``.
+      overruled: ``[]`` bool, whether the rule decided on what was not valid.
     """
 
     seen: Evidence
@@ -170,6 +175,7 @@ class Round(NamedTuple):
     examples: jax.Array
     ended: jax.Array
     hyperparams: Mapping[str, Mapping[str, jax.Array]]
+    overruled: jax.Array
 
 
 def append(record: Record, decision: Decision, last: Round) -> Record:
@@ -218,6 +224,9 @@ def append(record: Record, decision: Decision, last: Round) -> Record:
         priorities=priorities,
         hyperparams=hyperparams,
         adoptions=record.adoptions.at[decision.adopted].add(1),
+        overruled=jnp.where(
+            last.overruled, optax.safe_increment(record.overruled), record.overruled
+        ),
     )
 
 
@@ -267,6 +276,8 @@ def summary(state: Any) -> dict[str, jax.Array]:
       - ``ev3/round``: rounds that have ended, as many where each has one step;
       - ``ev3/skipped``: rounds among them in which no explorer's update and scores
         were finite; they leave everything else as it was;
+      - ``ev3/overruled``: rounds in which the rule decided on a candidate that was not
+        valid, or did not exist, and was overruled;
       - ``ev3/adopted``: index of the candidate adopted in the last recorded round;
       - ``ev3/significant``: 1 if that round replaced the stable parameters, else 0;
       - ``ev3/examples``: how many examples it looked at, on all devices; 0 where scores
@@ -291,6 +302,7 @@ def summary(state: Any) -> dict[str, jax.Array]:
       ev3/calls 1.00
       ev3/round 1.00
       ev3/skipped 0.00
+      ev3/overruled 0.00
       ev3/adopted 0.00
       ev3/significant 1.00
       ev3/examples 0.00
@@ -319,6 +331,7 @@ def summary(state: Any) -> dict[str, jax.Array]:
         "ev3/calls": state.ev3_calls,
         "ev3/round": state.ev3_round,
         "ev3/skipped": state.ev3_round - record.rounds,
+        "ev3/overruled": record.overruled,
         "ev3/adopted": adopted,
         "ev3/significant": record.significant[row],
         "ev3/examples": record.examples[row],

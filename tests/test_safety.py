@@ -1,0 +1,250 @@
+"""The safety guarantee: what is not finite is never adopted nor promoted."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import STRATEGIES, says
+
+import optax_ev3
+from optax_ev3 import adapt, evidence
+
+every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
+
+
+def loss(w):
+    return jnp.square(w) / 2
+
+
+def score(w, broken=jnp.inf):
+    """Not a number above 5, and for the parameters ``broken``."""
+    return jnp.where((w > 5) | (w == broken), jnp.nan, -jnp.square(w))
+
+
+def infinite():
+    return optax.stateless(lambda updates, _: jnp.full_like(updates, jnp.inf))
+
+
+def inner():
+    return {"good": optax.sgd(0.25), "far": optax.sgd(-10.0), "inf": infinite()}
+
+
+class Script(NamedTuple):
+    """What the rule decides from its second round on."""
+
+    round: jax.Array
+    adopted: jax.Array
+    significant: jax.Array
+    promoted: jax.Array
+
+
+def second(adopted=0, significant=True, promoted=None):
+    """A rule that adopts the first explorer, then what its memory says."""
+
+    def init(explorers):
+        del explorers
+        numbers = (0, adopted, significant, adopted if promoted is None else promoted)
+        return Script(*map(jnp.asarray, numbers))
+
+    def decide(evidence, memory, key):
+        del evidence, key
+        first = memory.round == 0
+        decision = adapt.Decision(
+            jnp.where(first, 0, memory.adopted),
+            ~first & memory.significant,
+            None if promoted is None else jnp.where(first, 0, memory.promoted),
+        )
+        return decision, memory._replace(round=memory.round + 1)
+
+    return adapt.Rule(init, decide)
+
+
+@functools.cache
+def program(strategy, promotes):
+    rule = second(promoted=0 if promotes else None)
+    kwargs = STRATEGIES[strategy]
+    tx = optax_ev3.ev3(inner(), score, loss_fn=loss, adapt=rule, **kwargs)
+
+    @jax.jit
+    def step(w, state, broken):
+        updates, state = tx.update(jax.grad(loss)(w), state, w, broken=broken)
+        return optax.apply_updates(w, updates), state
+
+    return tx, step
+
+
+def run_rounds(strategy, script, broken=jnp.inf):
+    """Parameters before and after each of two rounds, and the last state.
+
+    In the second one the parameters ``broken`` have no score.
+    """
+    tx, step = program(strategy, "promoted" in script)
+    w = jnp.ones([])
+    state, seen = tx.init(w), [float(w)]
+    given = {k: jnp.asarray(v) for k, v in script.items()}
+    state = state._replace(memory=state.memory._replace(**given))
+    for number in range(2):
+        while int(state.ev3_round) == number:
+            w, state = step(w, state, broken if number else jnp.inf)
+        seen.append(float(w))
+    return seen, state
+
+
+BAD = {"nan_score": 1, "inf_update": 2, "negative": -1, "beyond": None, "far": 10**6}
+
+
+def bad_index(kind, strategy):
+    """The index; None for the number of candidates."""
+    if BAD[kind] is not None:
+        return BAD[kind]
+    averages = len(STRATEGIES[strategy].get("combine", ()))
+    return 3 * (1 + averages) + 2
+
+
+@every_strategy
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_decisions_are_overruled(strategy, kind):
+    script = {"adopted": bad_index(kind, strategy)}
+    (start, before, after), state = run_rounds(strategy, script)
+    assert before < start
+    assert after == before  # Stays at current.
+    assert float(optax_ev3.stable_params(state)) == start
+    figures = optax_ev3.summary(state)
+    assert int(figures["ev3/overruled"]) == 1
+    assert int(figures["ev3/significant"]) == 0
+    candidates = optax_ev3.history(state)["candidates"]
+    assert candidates[int(figures["ev3/adopted"])] == "current"
+    assert int(state.memory.round) == 2  # What the rule remembers is its own.
+    total = sum(float(v) for k, v in figures.items() if k.startswith("ev3/share/"))
+    assert total == 1
+
+
+@every_strategy
+@pytest.mark.parametrize("kind", BAD)
+def test_overruled_where_current_is_broken_goes_back_to_stable(strategy, kind):
+    script = {"adopted": bad_index(kind, strategy)}
+    (_, before, _), _ = run_rounds(strategy, script)
+    (start, _, after), state = run_rounds(strategy, script, broken=before)
+    assert after == start
+    assert float(optax_ev3.stable_params(state)) == start
+    assert int(optax_ev3.summary(state)["ev3/overruled"]) == 1
+
+
+@every_strategy
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_candidates_are_not_promoted(strategy, kind):
+    script = {"promoted": bad_index(kind, strategy)}
+    (start, before, after), state = run_rounds(strategy, script)
+    assert after < before  # The adopted one was good.
+    assert float(optax_ev3.stable_params(state)) == start
+    assert int(optax_ev3.summary(state)["ev3/overruled"]) == 1
+    assert int(optax_ev3.summary(state)["ev3/significant"]) == 0
+    assert int(state.record.since) == 2
+
+
+@every_strategy
+def test_what_is_bad_but_not_promoted_does_no_harm(strategy):
+    script = {"promoted": -1, "significant": False}
+    (_, before, after), state = run_rounds(strategy, script)
+    assert after < before
+    assert int(optax_ev3.summary(state)["ev3/overruled"]) == 0
+
+
+@every_strategy
+def test_good_decisions_are_kept(strategy):
+    (_, before, after), state = run_rounds(strategy, {})
+    assert after < before
+    assert float(optax_ev3.stable_params(state)) == after
+    assert int(optax_ev3.summary(state)["ev3/overruled"]) == 0
+
+
+@every_strategy
+def test_adopting_a_broken_current_is_overruled(strategy):
+    current = bad_index("beyond", strategy) - 2
+    script = {"adopted": current}
+    (_, before, _), _ = run_rounds(strategy, script)
+    (start, _, after), state = run_rounds(strategy, script, broken=before)
+    assert after == start
+    assert int(optax_ev3.summary(state)["ev3/overruled"]) == 1
+
+
+def test_a_guard_makes_nothing_valid():
+    def release(seen, memory, key):
+        del key
+        figures = {"score": jnp.arange(5.0)}
+        return evidence.Evidence(figures, jnp.ones([5], bool), seen.uphill), memory
+
+    guard = evidence.Guard(lambda key: (), release, lambda memory, *_: memory)
+    tx = optax_ev3.ev3(inner(), score, adapt=second(1), guard=guard)
+    w = jnp.ones([])
+    _, state = tx.update(w, tx.init(w), w)
+    updates, state = tx.update(w, state, w)
+    assert float(updates) == 0
+    assert float(optax_ev3.stable_params(state)) == 1
+
+
+@pytest.mark.parametrize("kind", ["in_chunks", "constrained"])
+def test_rules_within_are_overruled(kind):
+    bad = second(-1, promoted=1)
+    if kind == "in_chunks":
+        rule, assess_fn = (
+            bad,
+            optax_ev3.in_chunks(
+                lambda w, chunk: score(w) * jnp.ones([4]), 2, patience=2
+            ),
+        )
+    else:
+        rule = adapt.constrained("score", {"other": 1.0}, rule=bad)
+
+        def assess_fn(w):
+            return {"score": score(w), "other": jnp.zeros([])}
+
+    tx = optax_ev3.ev3(inner(), assess_fn, adapt=rule)
+    w = jnp.ones([])
+    state = tx.init(w)
+    _, state = tx.update(w, state, w)
+    updates, state = tx.update(w, state, w)
+    assert np.isfinite(float(updates))
+    assert float(optax_ev3.stable_params(state)) == 1
+
+
+def test_constraints_hold_for_what_a_rule_promotes():
+    """Explorer 0 is finite, and breaks the constraint."""
+    bad = adapt.Rule(
+        lambda explorers: (),
+        lambda seen, memory, key: (
+            adapt.Decision(jnp.int32(1), jnp.asarray(True), jnp.int32(0)),
+            memory,
+        ),
+    )
+    tx = optax_ev3.ev3(
+        [optax.sgd(0.5), optax.sgd(0.25)],
+        lambda w: {"score": -(w**2), "other": w},
+        adapt=adapt.constrained("score", {"other": 0.3}, rule=bad),
+    )
+    w = jnp.ones([])
+    updates, state = tx.update(w, tx.init(w), w)
+    assert float(updates) == -0.25
+    assert float(optax_ev3.stable_params(state)) == 1
+    assert float(state.memory.fallen["other"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("decision", "parts"),
+    [
+        ((jnp.zeros([1], jnp.int32), True), ["adopted", "integer", "(1,)"]),
+        ((jnp.zeros([]), True), ["adopted", "integer", "float32"]),
+        ((0, jnp.zeros([2], bool)), ["significant", "[]", "(2,)"]),
+        ((0, True, 0.5), ["promoted", "integer", "float32"]),
+    ],
+)
+def test_decisions_of_the_wrong_kind(decision, parts):
+    rule = adapt.Rule(lambda explorers: (), lambda *_: (adapt.Decision(*decision), ()))
+    tx = optax_ev3.ev3(inner(), score, adapt=rule)
+    w = jnp.ones([])
+    with says(TypeError, *parts):
+        tx.update(w, tx.init(w), w)
