@@ -1,5 +1,7 @@
 """Assessment in chunks: how much is looked at, and that nothing else changes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,6 +146,37 @@ def test_devices_stop_together():
     assert_close(updates, jnp.broadcast_to(alone, [4]))
 
 
+def each(w, x, chunk, chunks):
+    """Scores that say which chunk they are of."""
+    return w * 0 + x * 0 + 10 * chunks + chunk
+
+
+def test_the_number_of_a_chunk_is_never_the_callers():
+    tx = optax_ev3.ev3(FAR, in_chunks(each, 8, patience=7))
+    w = jnp.zeros([])
+    _, state = step(tx, tx.init(w), w, chunk=3, chunks=100)
+    past = optax_ev3.history(state)
+    looked = past["examples"][0] // 8
+    expected = 80 + np.arange(looked).mean()
+    np.testing.assert_allclose(past["mean"][0], expected, rtol=1e-6)
+    # A function that is not in chunks may have arguments of these names.
+    free = optax_ev3.ev3(FAR, each)
+    _, state = step(free, free.init(w), w, chunk=3, chunks=100)
+    np.testing.assert_allclose(optax_ev3.history(state)["mean"][0], 1003.0)
+
+
+def test_the_callers_chunk_is_for_the_metric_of_held_out():
+    def metric(w, batch, chunk):
+        return w * 0 + batch * 0 + chunk
+
+    tx = optax_ev3.ev3(FAR, optax_ev3.held_out(metric, X))
+    w = jnp.zeros([])
+    _, state = jax.jit(tx.update)(w, tx.init(w), w, chunk=3)
+    past = optax_ev3.history(state)
+    assert past["examples"][0] == 64
+    np.testing.assert_allclose(past["mean"][0], 3.0)
+
+
 def test_bad_input():
     for kwargs, error, text in (
         ({"chunks": 1}, ValueError, "chunks must be at least 2, got 1"),
@@ -151,9 +184,28 @@ def test_bad_input():
         ({"patience": 0}, ValueError, "patience must be at least 1"),
         ({"confidence": 1.0}, ValueError, "confidence must be above 0.5"),
         ({"assess_fn": 3}, TypeError, "assess_fn must be callable"),
+        (
+            {"assess_fn": lambda w, y: w - y},
+            ValueError,
+            r"slice_args names \['x'\], which assess_fn does not take",
+        ),
+        (
+            {"assess_fn": functools.partial(score, x=X)},
+            ValueError,
+            r"slice_args names \['x'\].*partial has bound is not cut",
+        ),
     ):
         with pytest.raises(error, match=text):
             in_chunks(**kwargs)
+    with pytest.raises(TypeError, match="sequence of names, such as \\['batch'\\]"):
+        optax_ev3.in_chunks(score, 8, "batch")
+    for same in (score, lambda w, key: w, lambda w, **kwargs: w):
+        with pytest.raises(ValueError, match="every chunk would be the same examples"):
+            optax_ev3.in_chunks(same, 8)
+    for missing in (score, lambda w, x=X: score(w, x)):
+        tx = optax_ev3.ev3(FAR, in_chunks(missing))
+        with pytest.raises(TypeError, match="to cut 'x', which update was not given"):
+            tx.update(jnp.zeros([]), tx.init(jnp.zeros([])), jnp.zeros([]), y=X)
     with pytest.raises(ValueError, match=r"x of shape \(64,\) cannot be cut into 7"):
         looked_at(optax_ev3.ev3(FAR, in_chunks(chunks=7)))
     with pytest.raises(ValueError, match="needs a score for each example"):

@@ -1,6 +1,7 @@
 """Callbacks get just the named arguments that their signatures ask for."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +96,7 @@ CASES = {
     "jit": (jax.jit(positional), XYZ, [8, 11, 11]),
     "jit, keyword only": (jax.jit(keyword_only), XYZ, [8, 11, 11]),
     "partial by name": (functools.partial(positional, x=2.0), {}, [2, 4, 4]),
-    "partial, overruled": (functools.partial(positional, x=2.0), X, [3, 6, 6]),
+    "partial stays bound": (functools.partial(positional, x=2.0), X, [2, 4, 4]),
     "partial by position": (
         functools.partial(lambda a, params, x: a + params * x, 1.0),
         X,
@@ -279,3 +280,179 @@ def test_axis_name_is_offered_and_others_stay_as_they_were():
 def test_the_caller_comes_before_what_is_offered():
     found = means(lambda params, round: params * 0 + round, round=7.0)
     np.testing.assert_array_equal(found, np.full((3, 3), 7.0))
+
+
+# What a partial has bound stays so, whoever else supplies the name.
+
+BOUND, CALLERS = 5.0, 3.0
+
+
+def bind(fn):
+    return functools.partial(fn, batch=BOUND)
+
+
+class Fixed:
+    """Methods in which partialmethod has bound the batch."""
+
+    def full(self, params, batch):
+        return params * batch
+
+    method = functools.partialmethod(full, batch=BOUND)
+    __call__ = functools.partialmethod(full, batch=BOUND)
+
+    @staticmethod
+    def any_names(params, **kwargs):
+        return params * kwargs["batch"]
+
+
+def full(params, batch):
+    return params * batch
+
+
+BINDINGS = {
+    "partial": bind(full),
+    "bound twice": functools.partial(functools.partial(full, batch=1.0), batch=BOUND),
+    "partial of a jitted one": bind(jax.jit(full)),
+    "a jitted partial": jax.jit(bind(full)),
+    "a partial around a jitted partial": functools.partial(jax.jit(bind(full))),
+    "tree_util.Partial": jax.tree_util.Partial(full, batch=BOUND),
+    "looks like the whole": functools.update_wrapper(bind(full), full),
+    "wrapped": functools.wraps(bind(full))(lambda p, **kw: bind(full)(p, **kw)),
+    "one of **kwargs": bind(Fixed.any_names),
+    "partial method": Fixed().method,
+    "method partial": bind(Fixed().full),
+    "object": Fixed(),
+    "static method": staticmethod(bind(full)),
+}
+
+
+@pytest.mark.parametrize("case", BINDINGS)
+def test_bound_is_bound(case):
+    np.testing.assert_allclose(
+        scores_of(BINDINGS[case], {"batch": CALLERS}), [BOUND, 2 * BOUND, 2 * BOUND]
+    )
+
+
+def _by_loss(**kwargs):
+    """-(the batch that the loss is given), times w = 2 for ``value``."""
+
+    def tell(updates, state, params=None, *, value):
+        del params
+        return updates * 0 - value, state
+
+    tx = optax.GradientTransformationExtraArgs(lambda p: (), tell)
+    own = kwargs.pop("own", None)
+    inner = {"a": optax_ev3.explorer(tx, own)}
+    ours = optax_ev3.ev3(inner, lambda p: p, adapt=always(0), **kwargs)
+    w = jnp.array(2.0)
+    return ours.update(w, ours.init(w), w, batch=CALLERS)[0] / -2
+
+
+def _by_update():
+    def update(updates, state, params=None, *, batch, **extra_args):
+        assert "batch" not in extra_args
+        return updates * 0 - batch, state
+
+    def other(updates, state, params=None, *, batch):
+        return update(updates, state, params, batch=batch)
+
+    found = []
+    for fn in (bind(update), bind(other)):
+        tx = optax.GradientTransformationExtraArgs(lambda p: (), fn)
+        ours = optax_ev3.ev3([tx], lambda p: p, adapt=always(0))
+        w = jnp.array(2.0)
+        found.append(-ours.update(w, ours.init(w), w, batch=CALLERS)[0])
+    return np.array(found)
+
+
+def _by_held_out():
+    def metric(params, rows, batch):
+        return params * 0 + rows * 0 + batch
+
+    assess_fn = optax_ev3.held_out(bind(metric), jnp.ones(4))
+    return scores_of(assess_fn, {"batch": CALLERS})
+
+
+def _by_host_metric():
+    assess_fn = optax_ev3.host_metric(
+        bind(lambda p, batch: jnp.full([4], batch)), lambda outputs: outputs.mean()
+    )
+    return scores_of(assess_fn, {"batch": CALLERS})
+
+
+def _by_chunks():
+    def each(params, batch, x):
+        return params * 0 + x * 0 + batch
+
+    assess_fn = optax_ev3.in_chunks(bind(each), 2, slice_args=["x"])
+    return scores_of(assess_fn, {"batch": CALLERS, "x": jnp.ones(4)})
+
+
+def _by_distillation():
+    def teacher(batch):
+        return jnp.array([[batch, 0.0]])
+
+    def student(params, batch):
+        return jnp.stack([params * batch, params * 0])[None]
+
+    loss = optax_ev3.distillation.loss(bind(student), bind(teacher))
+    assert "batch" not in inspect.signature(loss).parameters
+    expected = optax_ev3.distillation.loss(student, teacher)
+    np.testing.assert_allclose(loss(2.0), expected(2.0, batch=BOUND))
+    return [BOUND]
+
+
+ROLES = {
+    "loss_fn": lambda: _by_loss(loss_fn=bind(full)),
+    "loss of an explorer": lambda: _by_loss(own=bind(full)),
+    "inner optimizer": _by_update,
+    "held_out": _by_held_out,
+    "host_metric": _by_host_metric,
+    "in_chunks": _by_chunks,
+    "distillation": _by_distillation,
+}
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_bound_is_bound_in_every_role(role):
+    found = np.asarray(ROLES[role]())
+    np.testing.assert_allclose(found, np.full_like(found, BOUND))
+
+
+def test_factories_cannot_explore_what_is_bound():
+    bound = functools.partial(optax.sgd, learning_rate=0.1)
+    with pytest.raises(TypeError, match=r"a free argument 'learning_rate'.*'momentum'"):
+        optax_ev3.sweep(bound, learning_rate=[0.1, 0.2])
+    space = {"learning_rate": optax_ev3.log_uniform(1e-3, 1.0)}
+    with pytest.raises(ValueError, match=r"nobody takes .*'learning_rate'.*not free"):
+        optax_ev3.ev3([optax_ev3.evolve(bound, space)], lambda p: p)
+    free = functools.partial(optax.sgd, momentum=0.9)
+    assert optax_ev3.sweep(free, learning_rate=[0.1, 0.2]).size == 2
+
+
+def test_evolved_numbers_are_those_of_the_member():
+    """The caller's argument of the same name is for others."""
+    rates = []
+
+    def loss(params, rate):
+        rates.append(rate)
+        return params * rate
+
+    space = {"rate": optax_ev3.uniform(1.0, 2.0)}
+    group = optax_ev3.evolve(lambda: optax.sgd(1.0), space, population=2)
+    tx = optax_ev3.ev3([optax_ev3.explorer(group, loss)], lambda p: p, adapt=always(0))
+    w = jnp.array(2.0)
+    state = tx.init(w)
+    first = state.explorers["explorer_0"].evolution.hyperparams["rate"][0]
+    updates, _ = tx.update(w, state, w, rate=100.0)
+    np.testing.assert_allclose(updates, -first, rtol=1e-6)
+    assert len(rates) > 0
+
+
+def test_a_loss_with_kwargs_has_no_evolved_numbers():
+    """It is given what the caller passes, so the group would evolve for nothing."""
+    space = {"rate": optax_ev3.uniform(1.0, 2.0)}
+    group = optax_ev3.evolve(lambda: optax.sgd(1.0), space)
+    mine = optax_ev3.explorer(group, lambda params, **kwargs: params)
+    with pytest.raises(ValueError, match="nobody takes the hyperparameter 'rate'"):
+        optax_ev3.ev3([mine], lambda p: p)

@@ -116,10 +116,12 @@ def in_chunks(
     Args:
       assess_fn: As for :func:`optax_ev3.ev3`, with a score for each example. What
         :func:`optax_ev3.held_out` returns is cut into chunks by itself; a function of
-        one's own may name ``chunk``, ``[]`` int32, and ``chunks`` to do so.
+        one's own may name ``chunk``, ``[]`` int32, and ``chunks`` to do so: the
+        caller's arguments of these names do not replace them.
       chunks: How many chunks there are, at least 2.
       slice_args: Names of arguments of ``update`` to cut: trees of arrays, whose
-        leading axis runs over the examples, a multiple of ``chunks``.
+        leading axis runs over the examples, a multiple of ``chunks``. What a partial
+        has bound in ``assess_fn`` is not among them.
       confidence: That the winner is the best, as far as the examples tell, one-sided,
         corrected for the candidates and the chunks.
       patience: How many chunks in a row that change nothing are enough, at least 1.
@@ -128,10 +130,12 @@ def in_chunks(
       A value for the ``assess_fn`` argument of :func:`optax_ev3.ev3`.
 
     Raises:
-      TypeError: If ``assess_fn`` is not callable, or a number no integer.
+      TypeError: If ``assess_fn`` is not callable, or a number no integer; at trace
+        time, if an argument to cut is missing.
       ValueError: If ``chunks`` is below 2, ``patience`` below 1, or ``confidence`` not
-        between 0.5 and 1; at trace time, if the examples cannot be cut evenly, or
-        scores are single figures.
+        between 0.5 and 1, if ``assess_fn`` does not take an argument to cut, or if
+        nothing is cut; at trace time, if the examples cannot be cut evenly, or scores
+        are single figures.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_ev3
@@ -152,6 +156,25 @@ def in_chunks(
       1994.
     """
     named.check_callback(assess_fn, "assess_fn")
+    if isinstance(slice_args, str):
+        raise TypeError(
+            f"slice_args must be a sequence of names, such as [{slice_args!r}], got "
+            f"the string {slice_args!r}."
+        )
+    free = named.free(assess_fn, 1)
+    other = [name for name in slice_args if not free.takes(name)]
+    if other:
+        raise ValueError(
+            f"slice_args names {other}, which assess_fn does not take: its signature "
+            f"is {named.signature(assess_fn)}, and what functools.partial has bound is "
+            f"not cut."
+        )
+    if not slice_args and "chunk" not in free.names:
+        raise ValueError(
+            "every chunk would be the same examples: name the arguments to cut, "
+            'slice_args=["batch"], or let assess_fn take chunk and chunks, and choose '
+            "its examples by them, as that of held_out does."
+        )
     return InChunks(
         assess_fn,
         checks.integer(chunks, "chunks", 2),
@@ -171,10 +194,16 @@ def bind(
     if not isinstance(assess_fn, InChunks):
         return named.bind(assess_fn, "assess_fn", extra_args, offered)
     cut = dict(extra_args)
-    for name in set(assess_fn.slice_args) & cut.keys():
+    for name in assess_fn.slice_args:
+        if name not in cut:
+            raise TypeError(
+                f"in_chunks is to cut {name!r}, which update was not given: "
+                f"tx.update(grads, state, params, {name}=...). Extra arguments given: "
+                f"{sorted(extra_args) or 'none'}."
+            )
         cut[name] = part(cut[name], chunk, assess_fn.chunks, name)
-    offered = {**offered, "chunk": chunk, "chunks": assess_fn.chunks}
-    return named.bind(assess_fn.assess_fn, "assess_fn", cut, offered)
+    which = {"chunk": chunk, "chunks": assess_fn.chunks}
+    return named.bind(assess_fn.assess_fn, "assess_fn", cut, offered, fixed=which)
 
 
 def part(tree: Any, chunk: Any, chunks: int, name: str) -> Any:

@@ -65,7 +65,9 @@ def ev3(
     candidate in this round.
 
     Callbacks get, of the extra arguments of ``update``, just those that their
-    signatures name, or all of them where they take ``**kwargs``. Inner optimizers
+    signatures name, or all of them where they take ``**kwargs``. What
+    ``functools.partial`` has bound stays bound; a default does not bind, the caller's
+    argument of the same name replaces it. Inner optimizers
     that ask for ``value``, ``grad``, ``value_fn``, ``grad_fn`` or ``obj_fn`` get them
     from ``loss_fn``, or from the caller.
 
@@ -80,7 +82,8 @@ def ev3(
         all candidates; under ``axis_name`` each device has its own. For data that
         rounds walk through, ``round`` gets ``[]`` int32, the number of rounds that
         have ended, ``run_key`` a PRNG key that is the same in all rounds and on all
-        devices, and ``axis_name`` that of the transformation.
+        devices, and ``axis_name`` that of the transformation. Extra arguments of
+        ``update`` that have one of these names come first.
       loss_fn: ``loss_fn(params, **named)`` -> real scalar: what branches differentiate
         with ``gradients="own"``, and what feeds inner optimizers that need more than a
         gradient, such as line searches. A parameter ``key`` gets a PRNG key of the

@@ -179,9 +179,9 @@ def loss(
         raise TypeError(
             f"teacher must be callable as teacher(**named), got {teacher!r}."
         )
-    wanted = named.parameters_after(student, 1)
+    wanted = named.free(student, 1).parameters
     if hard < 1:
-        wanted += named.parameters_after(teacher, 0)
+        wanted += named.free(teacher, 0).parameters
     if hard > 0:
         wanted.append(inspect.Parameter(labels, inspect.Parameter.KEYWORD_ONLY))
     signature = _signature(wanted, _PARAMS)
@@ -313,7 +313,7 @@ class _Archived:
     student: Callable[..., Any]
 
     def __post_init__(self):
-        found = _signature(named.parameters_after(self.student, 1), _PARAMS)
+        found = _signature(named.free(self.student, 1).parameters, _PARAMS)
         object.__setattr__(self, "__signature__", found)
 
     def __call__(self, params, /, **given):

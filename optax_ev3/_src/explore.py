@@ -219,6 +219,12 @@ def sweep(
             raise ValueError(
                 f"sweep needs a sequence of numbers for {name}, got {values!r}."
             )
+        if not _takes(factory, name):
+            raise TypeError(
+                f"the factory of a sweep must have a free argument {name!r}; what "
+                f"functools.partial has bound is not free. It takes "
+                f"{sorted(named.free(factory, 0).names) or 'no argument'}."
+            )
     rows = list(itertools.product(*(np.asarray(v).tolist() for v in grid.values())))
     columns = dict(zip(grid, zip(*rows, strict=True), strict=True))
     first, *others = [
@@ -255,24 +261,22 @@ def group(
 
 def _takes(factory: Callable[..., Any] | None, name: str) -> bool:
     """Whether a factory takes a number of this name."""
-    if factory is None:
-        return False
-    names, takes_any = named.accepted(factory, 0)
-    return takes_any or name in names
+    return factory is not None and named.free(factory, 0).takes(name)
 
 
 def check_spaces(explorers: Mapping[str, Explorer]) -> None:
     """Raises unless somebody takes every hyperparameter."""
     for name, one in explorers.items():
-        names, takes_any = set(), False
-        if one.loss_fn is not None:
-            names, takes_any = named.accepted(one.loss_fn, 1)
         for wanted in one.space or ():
-            if not (_takes(one.factory, wanted) or takes_any or wanted in names):
+            by_name = set()
+            if one.loss_fn is not None:
+                by_name = named.free(one.loss_fn, 1).names
+            if not (_takes(one.factory, wanted) or wanted in by_name):
                 raise ValueError(
                     f"nobody takes the hyperparameter {wanted!r} of explorer {name!r}: "
-                    f"neither its factory nor a loss_fn of its own has an argument of "
-                    f"this name. Give it one: explorer(evolve(...), loss_fn)."
+                    f"neither its factory nor a loss_fn of its own has a free argument "
+                    f"of this name (what functools.partial has bound is not free). "
+                    f"Give it one: explorer(evolve(...), loss_fn)."
                 )
 
 

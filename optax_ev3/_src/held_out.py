@@ -1,5 +1,6 @@
 """Assessment on held-out arrays that stay on the device."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -83,13 +84,14 @@ def held_out(
     data = tree_map_with_path(_numbers, data)
     size = _leading_size(data)
     batch_size = _checked_size(batch_size, size, shuffle)
-    if len(named.parameters_after(metric_fn, 1)) == len(
-        named.parameters_after(metric_fn, 2)
-    ):
+    try:
+        inspect.signature(metric_fn).bind_partial("params", "batch")
+    except TypeError as error:
         raise TypeError(
             "metric_fn must take (params, batch), where batch has the structure of "
-            "data, as its first two positional arguments."
-        )
+            "data, as its first two positional arguments; its signature is "
+            f"{named.signature(metric_fn)}."
+        ) from error
 
     def assess_fn(
         params,
@@ -99,21 +101,27 @@ def held_out(
         run_key=None,
         axis_name=None,
         chunk=None,
-        chunks=1,
+        chunks=None,
         **extra_args,
     ):
+        which = None
+        if chunk is not None and chunks is not None:
+            which = chunk, chunks
+        else:  # The caller's, for the metric: in_chunks supplies both.
+            theirs = {"chunk": chunk, "chunks": chunks}
+            extra_args |= {k: v for k, v in theirs.items() if v is not None}
         draw_key, metric_key = jax.random.split(key)
         rows = None
         if shuffle:
             rows = _walk(run_key, round, batch_size, size, axis_name)
         elif batch_size is not None:
             rows = jax.random.randint(draw_key, (batch_size,), 0, size)
-        elif chunk is not None:
+        elif which is not None:
             # In random order: what comes first must be like the rest.
             rows = jax.random.permutation(draw_key, size)
-        if chunk is not None:
-            rows = part(rows, chunk, chunks, "the batch of held_out")
-            metric_key = jax.random.fold_in(metric_key, chunk)
+        if which is not None:
+            rows = part(rows, *which, "the batch of held_out")
+            metric_key = jax.random.fold_in(metric_key, which[0])
         batch = data
         if rows is not None:
             batch = jax.tree.map(lambda array: array[rows], data)

@@ -1,35 +1,93 @@
 """Named arguments: hand each callback just the extra arguments it asks for."""
 
+import functools
 import inspect
+import types
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-_POSITIONAL = (
+_ONE_BY_POSITION = (
     inspect.Parameter.POSITIONAL_ONLY,
     inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    inspect.Parameter.VAR_POSITIONAL,
 )
+_POSITIONAL = (*_ONE_BY_POSITION, inspect.Parameter.VAR_POSITIONAL)
 
 
-def parameters_after(fn: Callable[..., Any], count: int) -> list[inspect.Parameter]:
-    """Parameters of ``fn`` beyond its first ``count`` positional ones."""
+class Free(NamedTuple):
+    """What is still free in a function.
+
+    Attributes:
+      parameters: The free ones, in their order.
+      filled: Names that are not: given by position, or bound by a partial.
+    """
+
+    parameters: list[inspect.Parameter]
+    filled: frozenset[str]
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the parameters that can be given by keyword."""
+        return {p.name for p in self.parameters if p.kind in _BY_NAME}
+
+    @property
+    def takes_any(self) -> bool:
+        """Whether there is a ``**kwargs``."""
+        return any(p.kind == inspect.Parameter.VAR_KEYWORD for p in self.parameters)
+
+    def takes(self, name: str) -> bool:
+        """Whether an argument of this name can be given by keyword."""
+        return name in self.names or (self.takes_any and name not in self.filled)
+
+
+def free(fn: Callable[..., Any], count: int) -> Free:
+    """What is free in ``fn`` beyond its first ``count`` positional parameters."""
     found = list(inspect.signature(fn).parameters.values())
-    skipped = 0
-    while found and skipped < count and found[0].kind in _POSITIONAL:
-        if found[0].kind == inspect.Parameter.VAR_POSITIONAL:
-            break
-        found.pop(0)
-        skipped += 1
-    return found
+    filled = set(_bound(fn))
+    while found and count and found[0].kind in _ONE_BY_POSITION:
+        first, count = found.pop(0), count - 1
+        if first.kind in _BY_NAME:
+            filled.add(first.name)
+    return Free([p for p in found if p.name not in filled], frozenset(filled))
 
 
-def accepted(fn: Callable[..., Any], count: int) -> tuple[set[str], bool]:
-    """Names that ``fn`` takes after ``count`` positional ones; does it take any?"""
-    parameters = parameters_after(fn, count)
-    names = {p.name for p in parameters if p.kind in _BY_NAME}
-    takes_any = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters)
-    return names, takes_any
+def _bound(fn: Any) -> frozenset[str]:
+    """Names that partials have bound in ``fn``, however they are wrapped.
+
+    Its signature cannot tell them from parameters with a default.
+    """
+    names = set()
+    while fn is not None:
+        if isinstance(fn, functools.partial | functools.partialmethod):
+            names |= fn.keywords.keys()
+        elif "__signature__" in getattr(fn, "__dict__", {}):
+            break  # It says itself what it takes.
+        fn = _inside(fn)
+    return frozenset(names)
+
+
+def _inside(fn: Any) -> Any:
+    """What a callable calls, as far as :mod:`inspect` would follow it, or None."""
+    if isinstance(fn, functools.partial | functools.partialmethod):
+        return fn.func
+    if isinstance(fn, types.MethodType):
+        return fn.__func__
+    for name in ("__partialmethod__", "_partialmethod"):  # Of Python 3.13, and before.
+        inside = getattr(fn, name, None)
+        if isinstance(inside, functools.partialmethod):
+            return inside
+    called = getattr(fn, "__wrapped__", type(fn).__call__)
+    # What is written in C ends the search: its own call is such a descriptor, too.
+    return None if isinstance(called, types.WrapperDescriptorType) else called
+
+
+def signature(fn: Callable[..., Any]) -> str:
+    """The signature as messages show it: without defaults, which may be arrays."""
+    empty = inspect.Parameter.empty
+    found = inspect.signature(fn).parameters.values()
+    return str(
+        inspect.Signature([p.replace(default=empty, annotation=empty) for p in found])
+    )
 
 
 def check_callback(fn: Any, role: str) -> None:
@@ -49,7 +107,7 @@ def check_callback(fn: Any, role: str) -> None:
     if not found or found[0].kind not in _POSITIONAL:
         raise TypeError(
             f"{role} must take the parameters as its first positional argument; its "
-            f"signature is {inspect.signature(fn)}."
+            f"signature is {signature(fn)}."
         )
 
 
@@ -59,8 +117,11 @@ def bind(
     extra_args: Mapping[str, Any],
     offered: Mapping[str, Any] | None = None,
     positional: int = 1,
+    fixed: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """Closes ``fn(params, **named)`` over the named arguments that it takes.
+
+    What a partial has bound in ``fn`` stays so, whoever supplies that name.
 
     Args:
       fn: The callback.
@@ -70,6 +131,7 @@ def bind(
       offered: Arguments that only a callback which names them gets; the caller's
         come first.
       positional: How many arguments come by position, one for ``params`` alone.
+      fixed: The same as ``offered``, but these come before the caller's.
 
     Returns:
       A function of the positional arguments alone.
@@ -77,18 +139,19 @@ def bind(
     Raises:
       TypeError: If a parameter without default is supplied by nobody.
     """
-    offered = dict(offered or {})
-    named, kwargs = {}, False
-    for parameter in parameters_after(fn, positional):
-        name = parameter.name
-        if parameter.kind == inspect.Parameter.VAR_KEYWORD:
-            kwargs = True
-        elif parameter.kind == inspect.Parameter.VAR_POSITIONAL:
+    left = free(fn, positional)
+    supplied = {**(offered or {}), **extra_args, **(fixed or {})}
+    more, unsaid, keywords = [], [], {}
+    for parameter in left.parameters:
+        name, given = parameter.name, parameter.name in supplied
+        if parameter.kind == inspect.Parameter.POSITIONAL_ONLY and given:
+            # Those before it that nobody supplies have to be said as well.
+            more += [*unsaid, supplied[name]]
+            unsaid = []
+        elif parameter.kind in _BY_NAME and given:
+            keywords[name] = supplied[name]
+        elif parameter.kind not in (*_BY_NAME, inspect.Parameter.POSITIONAL_ONLY):
             continue
-        elif parameter.kind in _BY_NAME and name in extra_args:
-            named[name] = extra_args[name]
-        elif parameter.kind in _BY_NAME and name in offered:
-            named[name] = offered[name]
         elif parameter.default is inspect.Parameter.empty:
             raise TypeError(
                 f"{role} takes a parameter {name!r} that nothing supplies: pass it to "
@@ -96,6 +159,9 @@ def bind(
                 f"or give it a default. Extra arguments given: "
                 f"{sorted(extra_args) or 'none'}."
             )
-    if kwargs:
-        named = {**extra_args, **named}
-    return lambda *args: fn(*args, **named)
+        elif parameter.kind == inspect.Parameter.POSITIONAL_ONLY:
+            unsaid.append(parameter.default)
+    if left.takes_any:
+        said = left.filled | {p.name for p in left.parameters if p.kind not in _BY_NAME}
+        keywords = {k: v for k, v in extra_args.items() if k not in said} | keywords
+    return lambda *args: fn(*args, *more, **keywords)

@@ -227,7 +227,8 @@ def loss_of(
     if fn is None:
         return None
     numbers = hyperparams if one.space and one.loss_fn is not None else {}
-    bound = named.bind(fn, role, call.extra_args, {"key": call.key, **numbers})
+    offered = {"key": call.key}
+    bound = named.bind(fn, role, call.extra_args, offered, fixed=numbers)
 
     def with_aux(params):
         value, aux = bound(_averaging(params, call.axis_name)), None
@@ -281,7 +282,7 @@ def _averaging(params, axis_name):
 
 def _inner_update(tx, one, name, opt_state, params, loss, extra_args):
     """The inner optimizer as a function of gradients, given what else it can take."""
-    names, takes_any = named.accepted(tx.update, 3)
+    takes = named.free(tx.update, 3)
     opt_state = trees.unpack(opt_state, trees.key_impls(tx.init, params))
 
     def offer(grads):
@@ -314,16 +315,16 @@ def _inner_update(tx, one, name, opt_state, params, loss, extra_args):
             ) from error
 
     def step(grads):
-        offered = offer(grads)
-        if not takes_any:
-            return explained(grads, {k: offered[k] for k in names & offered.keys()})
+        offered = {k: v for k, v in offer(grads).items() if takes.takes(k)}
+        if not takes.takes_any:
+            return explained(grads, offered)
         try:
             return call(grads, offered)
         except (TypeError, ValueError):
             # Line searches reject what nobody consumes, instead of ignoring it.
-            wanted = {*names, "value", "grad", "value_fn"}
+            wanted = {*takes.names, "value", "grad", "value_fn"}
             if "value_fn" in offered:
-                wanted |= named.accepted(offered["value_fn"], 1)[0]
+                wanted |= named.free(offered["value_fn"], 1).names
             return explained(grads, {k: offered[k] for k in wanted & offered.keys()})
 
     return step
