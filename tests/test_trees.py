@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import always, assert_close, assert_same_types
+from helpers import always, assert_close, assert_same_types, says, types
 
 import optax_ev3
 from optax_ev3 import adapt, combine, evidence
@@ -210,3 +210,312 @@ def test_stable_parameters_replace_callable_ones():
     w, _ = jax.jit(stepper(tx))(w, state)
     assert_close(w, good)
     np.testing.assert_array_equal(w(X), good(X))
+
+
+# Leaves that are not floating point: two of them frozen inside, one counted by a loss.
+
+
+def mixed():
+    """Parameters, of which w is trained."""
+    return {
+        "w": jnp.array([0.5, -1.0]),
+        "count": jnp.arange(3, dtype=jnp.int32),
+        "byte": jnp.array([0, 255], jnp.uint8),
+        "flag": jnp.array([True, False]),
+        "key": jax.random.key(3),
+    }
+
+
+def _predict_mixed(params, x):
+    """Uses every leaf: numbers, booleans and the key."""
+    shift = params["count"].sum() / 3 + params["flag"].sum() - params["byte"][0]
+    noise = 1e-3 * jax.random.normal(params["key"])
+    return x * params["w"][0] + params["w"][1] + shift + noise
+
+
+def score_mixed(params, x):
+    return -jnp.square(_predict_mixed(params, x) - 3 * x - 1)
+
+
+def loss_mixed(params, x):
+    return -score_mixed(params, x).mean()
+
+
+def frozen(tx):
+    def labels(params):
+        return {k: "trained" if k == "w" else "frozen" for k in params}
+
+    return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
+
+
+def masked(tx):
+    return optax.masked(tx, lambda params: {k: k == "w" for k in params})
+
+
+def _frozen_sweep():
+    return optax_ev3.sweep(
+        lambda learning_rate: frozen(optax.adam(learning_rate)),
+        learning_rate=[0.1, 0.2],
+    )
+
+
+def _frozen_setting(setting):
+    """The same setting, with explorers that train w alone."""
+    kwargs = dict(SETTINGS[setting])
+    swap = {loss: loss_mixed, score: score_mixed}
+    kwargs["inner"] = {"adam": frozen(optax.adam(0.1)), "sgd": masked(optax.sgd(0.1))}
+    kwargs["assess_fn"] = score_mixed
+    if "sweep" in setting or "evolve" in setting:
+        kwargs["inner"]["sweep"] = _frozen_sweep()
+    if "loss_fn" in kwargs:
+        kwargs["loss_fn"] = swap[kwargs["loss_fn"]]
+    if setting == "chunks":
+        kwargs["assess_fn"] = optax_ev3.in_chunks(score_mixed, 4, ["x"])
+    elif "assess_fn" in SETTINGS[setting] and setting != "held out":
+        kwargs["assess_fn"] = lambda w, x: {
+            name: score_mixed(w, x)
+            for name in (["score", "train"] if "guard" in kwargs else ["a", "b"])
+        }
+    return kwargs
+
+
+def apply_mixed(params, updates):
+    """As optax.apply_updates, which cannot add to a typed key."""
+    keys = {"key": params["key"]}
+    rest = {k: v for k, v in params.items() if k != "key"}
+    return optax.apply_updates(rest, {k: updates[k] for k in rest}) | keys
+
+
+def zeros(grads):
+    """In place of float0s, which optax can't take itself."""
+    return {k: g if k == "w" else jnp.zeros(jnp.shape(g)) for k, g in grads.items()}
+
+
+def mixed_stepper(tx, loss=loss_mixed, form=lambda grads: grads):
+    def step(w, state):
+        grads = jax.grad(loss, allow_int=True)(w, X)
+        updates, state = tx.update(form(grads), state, w, x=X)
+        return apply_mixed(w, updates), state
+
+    return step
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_leaves_that_are_no_floats_pass_through(setting):
+    w = mixed()
+    tx = transformation(**_frozen_setting(setting))
+    state = tx.init(w)
+    out = jax.eval_shape(mixed_stepper(tx), w, state)
+    assert_same_types(out, (w, state))
+    assert not any("weak" in leaf for leaf in jax.tree.leaves(types(out)))
+
+
+GIVEN = {
+    "float0": lambda grads: grads,
+    "zeros": zeros,
+    "None": lambda grads: {k: g if k == "w" else None for k, g in grads.items()},
+}
+
+
+@pytest.mark.parametrize(
+    "setting, given",
+    [
+        *((setting, "float0") for setting in ("one step", "own", "turns", "never")),
+        ("shared", "zeros"),
+        ("own", "None"),
+    ],
+)
+def test_frozen_leaves_stay_and_others_train_like_optax(setting, given):
+    inner, w = optax.adam(0.1), mixed()
+    kwargs = {**STRATEGIES[setting], "inner": [frozen(inner)], "assess_fn": score_mixed}
+    if "loss_fn" in kwargs:
+        kwargs["loss_fn"] = loss_mixed
+    if setting == "never":
+        kwargs |= {"combine": (), "race": None}
+    tx = transformation(**{**kwargs, "adapt": always(0)})
+    step = jax.jit(mixed_stepper(tx, form=GIVEN[given]))
+    plain = optax.with_extra_args_support(inner)
+    state, expected, plain_state = tx.init(w), w["w"], inner.init(w["w"])
+
+    @jax.jit
+    def plain_step(expected, plain_state):
+        grads = jax.grad(lambda x: loss_mixed({**mixed(), "w": x}, X))(expected)
+        updates, plain_state = plain.update(grads, plain_state, expected)
+        return optax.apply_updates(expected, updates), plain_state
+
+    for _ in range(4):
+        w, state = step(w, state)
+        expected, plain_state = plain_step(expected, plain_state)
+        assert_close(w["w"], expected)
+        rest = {k: v for k, v in w.items() if k != "w"}
+        _assert_unchanged(rest, {k: v for k, v in mixed().items() if k != "w"})
+    assert step._cache_size() == 1
+    assert_same_types(state, tx.init(w))
+    stable = optax_ev3.stable_params(state)
+    _assert_unchanged({**stable, "w": mixed()["w"]}, mixed())
+
+
+def _assert_unchanged(actual, expected):
+    assert_same_types(actual, expected)
+
+    def raw(leaf):
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+
+    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    for one, other in pairs:
+        np.testing.assert_array_equal(raw(one), raw(other))
+
+
+@pytest.mark.parametrize("start", [True, False])
+def test_booleans_integers_and_bytes_are_led_exactly_to_any_target(start):
+    # Falling back to stable is an update by which optax.apply_updates gets there.
+    inner = [optax.sgd(0.0)]
+    lowest, highest = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+    here = {
+        "w": jnp.zeros([2]),
+        "count": jnp.array([lowest, highest, 5], jnp.int32),
+        "byte": jnp.array([0, 255, 7], jnp.uint8),
+        "flag": jnp.array([start, start, True]),
+    }
+    there = {
+        "w": jnp.ones([2]),
+        "count": jnp.array([highest, lowest, 6], jnp.int32),
+        "byte": jnp.array([255, 0, 9], jnp.uint8),
+        "flag": jnp.array([False, True, True]),
+    }
+    for length in (1, 2):
+        tx = optax_ev3.ev3(
+            inner, lambda p: p["w"], adapt=always(2), trajectory_length=length
+        )
+        w, state = here, tx.init(here)._replace(stable=there)
+        for _ in range(length):
+            grads = jax.tree.map(jnp.zeros_like, w)
+            updates, state = jax.jit(tx.update)(grads, state, w)
+            w = optax.apply_updates(w, updates)
+        _assert_unchanged(w, there)
+
+
+# Auxiliary outputs that are counters and flags, as BatchNorm and ActNorm have them.
+
+
+def _merged(params, aux):
+    return {**params, **aux}
+
+
+def counted(params, x):
+    """A loss that returns the next counter and a flag that flips each time."""
+    aux = {"count": params["count"] + 1, "flag": ~params["flag"]}
+    return loss_mixed({**params, **mixed_rest()}, x), aux
+
+
+def mixed_rest():
+    return {k: v for k, v in mixed().items() if k != "w"}
+
+
+@pytest.mark.parametrize("setting", ["one step", "own", "shared", "turns", "never"])
+def test_counters_and_flags_come_from_merge_fn(setting):
+    kwargs = {**STRATEGIES[setting], "assess_fn": score_mixed, "combine": ()}
+    kwargs.pop("loss_fn", None)
+    kwargs.pop("race", None)
+    one = optax_ev3.explorer(frozen(optax.sgd(0.1)), counted, merge_fn=_merged)
+    tx = transformation(**{**kwargs, "inner": [one], "adapt": always(0)})
+    w = mixed()
+    state, step = tx.init(w), jax.jit(mixed_stepper(tx))
+    for number in range(1, 5):
+        w, state = step(w, state)
+        expected = mixed()
+        expected["count"] += number
+        expected["flag"] = jnp.array([number % 2 == 0, number % 2 == 1])
+        _assert_unchanged({**w, "w": mixed()["w"]}, expected)
+    assert step._cache_size() == 1
+    assert float(loss_mixed({**w, **mixed_rest()}, X)) < float(loss_mixed(mixed(), X))
+
+
+def test_averages_take_over_what_is_no_float():
+    one = optax_ev3.explorer(frozen(optax.sgd(0.1)), counted, merge_fn=_merged)
+    # The second candidate is the mean over the two steps of the round.
+    tx = transformation(
+        inner=[one],
+        assess_fn=score_mixed,
+        trajectory_length=2,
+        combine=[combine.trajectory_average()],
+        adapt=always(1),
+    )
+    w = mixed()
+    state = tx.init(w)
+    path = []
+    for _ in range(2):
+        path.append(_after_sgd(path[-1] if path else mixed()["w"]))
+        w, state = jax.jit(mixed_stepper(tx))(w, state)
+    assert_close(w["w"], sum(path) / 2)
+    np.testing.assert_array_equal(w["count"], mixed()["count"] + 2)
+
+
+def _after_sgd(x):
+    return x - 0.1 * jax.grad(lambda x: loss_mixed({**mixed(), "w": x}, X))(x)
+
+
+def test_a_merged_key_is_an_error_that_says_what_to_do():
+    def merge(params, aux):
+        return {**params, "key": jax.random.fold_in(params["key"], 1)}
+
+    one = optax_ev3.explorer(
+        frozen(optax.sgd(0.1)), lambda w, x: (loss_mixed(w, x), {}), merge_fn=merge
+    )
+    tx, w = transformation(inner=[one], assess_fn=score_mixed), mixed()
+    with says(ValueError, "merge_fn", "typed PRNG key", "['key']", "key_data"):
+        jax.eval_shape(mixed_stepper(tx), w, tx.init(w))
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_integers_that_are_not_frozen_change_as_in_optax(length):
+    # optax adds floats to integers, and rounds the sum towards zero.
+    inner = optax.chain(optax.add_decayed_weights(7.3), optax.scale(-0.1))
+    w = {"n": jnp.array([5, -5, 100], jnp.int32), "w": jnp.ones([2])}
+    tx = optax_ev3.ev3(
+        [inner], lambda p: p["w"], adapt=always(0), trajectory_length=length
+    )
+    state, expected, plain_state = tx.init(w), w, inner.init(w)
+    for _ in range(2):
+        grads = jax.tree.map(jnp.zeros_like, w)
+        updates, state = jax.jit(tx.update)(grads, state, w)
+        plain, plain_state = inner.update(grads, plain_state, expected)
+        w, expected = (
+            optax.apply_updates(p, u) for p, u in ((w, updates), (expected, plain))
+        )
+        _assert_unchanged({"n": w["n"]}, {"n": expected["n"]})
+
+
+def test_keys_among_parameters_can_be_donated_and_belong_to_the_caller():
+    w = mixed()
+    tx = transformation(
+        inner=[frozen(optax.sgd(0.1))],
+        assess_fn=score_mixed,
+        loss_fn=loss_mixed,
+        trajectory_length=2,
+    )
+    state = tx.init(w)
+    step = jax.jit(mixed_stepper(tx), donate_argnums=1)
+    for _ in range(3):
+        w, state = step(w, state)
+    _assert_unchanged(w["key"], jax.random.key(3))
+    grads = jax.grad(loss_mixed, allow_int=True)(w, X)
+    updates, _ = jax.jit(tx.update)(grads, state, w, x=X)
+    assert updates["key"].dtype == jax.dtypes.float0
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_own_losses_over_an_axis_with_leaves_that_are_no_floats(length):
+    inner = [optax_ev3.explorer(frozen(optax.sgd(0.1)), loss_mixed)]
+    kwargs = {"assess_fn": score_mixed, "adapt": always(0), "trajectory_length": length}
+    one = transformation(inner=inner, **kwargs)
+    many = transformation(inner=inner, axis_name="i", **kwargs)
+    grads = jax.grad(loss_mixed, allow_int=True)(mixed(), X)
+
+    def stepper(tx):
+        return lambda x: tx.update(grads, tx.init(mixed()), mixed(), x=x)[0]["w"]
+
+    alone = jax.jit(stepper(one))(X)
+    together = jax.jit(jax.vmap(stepper(many), axis_name="i"))(X.reshape(2, 4))
+    assert_close(together, jnp.stack([alone] * 2))

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from optax_ev3._src import trees
+
 
 class TrajectoryAverage(NamedTuple):
     """Of every explorer, the average of its parameters over the trajectory."""
@@ -223,7 +225,7 @@ def wide(tree: Any) -> Any:
 
     def widen(leaf):
         leaf = jnp.asarray(leaf)
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        if not trees.is_inexact(leaf):
             return leaf
         return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
@@ -234,7 +236,7 @@ def move(mean: Any, new: Any, weight: Any) -> Any:
     """``mean`` moved towards ``new`` by the weight; what is no float becomes new."""
 
     def one(m, n):
-        if not jnp.issubdtype(m.dtype, jnp.inexact):
+        if not trees.is_inexact(m):
             return n
         return m + jnp.asarray(weight, jnp.real(m).dtype) * (n.astype(m.dtype) - m)
 
@@ -249,7 +251,7 @@ def exponential_weight(decay: float, calls: jax.Array) -> jax.Array:
 
 def like(tree: Any, params: optax.Params) -> Any:
     """The tree with the dtypes of params."""
-    return jax.tree.map(lambda x, p: x.astype(p.dtype), tree, params)
+    return jax.tree.map(lambda x, p: jnp.asarray(x, p.dtype), tree, params)
 
 
 def soup(size: int, ends: Any, means: jax.Array, score: Any) -> tuple[Any, jax.Array]:

@@ -137,7 +137,11 @@ def ev3(
 
     Returns:
       A transformation whose updates have the dtypes of the parameters. ``update``
-      needs ``params``, and as keywords what the callbacks need.
+      needs ``params``, and as keywords what the callbacks need. Parameters may hold
+      integers, booleans and typed PRNG keys, whose gradients are zeros, None, or what
+      ``jax.grad(..., allow_int=True)`` gives. Updates of booleans are int8, so that
+      ``optax.apply_updates`` can clear them. Nothing can be added to typed keys: they
+      stay as the caller has them, and their update is what the caller gave as gradient.
 
     Raises:
       TypeError: If an argument is of the wrong kind; at trace time, if a callback
@@ -254,9 +258,8 @@ def ev3(
         _check_call(state, params, explorers, [*names, *more], init_fn)
         keys = _keys(state, key_impl, axis_name)
         hyperparams = _hyperparams(state.explorers)
-        call = steps.Call(
-            updates, loss_fn, extra_args, keys.loss, axis_name, hyperparams
-        )
+        grads = steps.gradients_for(params, updates)
+        call = steps.Call(grads, loss_fn, extra_args, keys.loss, axis_name, hyperparams)
         rests = _resting(explorers, plan, state, race)
         offered = {
             "key": keys.assess,
@@ -272,6 +275,7 @@ def ev3(
         walk = _one_step if plan.one_step else _trajectories
         update, state = walk(explorers, plan, state, params, call, judge, rests)
         calls = jnp.asarray(optax.safe_increment(state.ev3_calls))
+        update = steps.update_for(params, update, updates)
         return update, state._replace(ev3_calls=calls)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -422,8 +426,8 @@ def _one_step(explorers, plan, state, params, call, judge, rests):
     uphill = _flags([step.uphill for step in proposed.values()], False)
     scores = judge.score(candidates, judge.preview(state, valid, uphill))
     seen = judge.gather(scores, valid, uphill)
-    moves.append(trees.Batch(trees.Lazy(lambda: trees.zeros_like(params))))
-    moves.append(trees.Batch(trees.Lazy(lambda: _minus(state.stable, params))))
+    moves.append(trees.Batch(trees.Lazy(lambda: trees.no_update(params))))
+    moves.append(trees.Batch(trees.Lazy(lambda: trees.minus(state.stable, params))))
     lasted = _Lasted(explorers, plan, rests, jnp.ones([], jnp.int32))
     state = state._replace(
         explorers=_with(state, {k: s.opt_state for k, s in proposed.items()})
@@ -434,7 +438,7 @@ def _one_step(explorers, plan, state, params, call, judge, rests):
     update = trees.pick(decision.adopted, moves)
 
     def promote(_):
-        return optax.apply_updates(params, trees.pick(decision.promoted, moves))
+        return trees.plus(params, trees.pick(decision.promoted, moves))
 
     return update, state._replace(
         stable=trees.once(decision.significant, promote, state.stable),
@@ -474,7 +478,7 @@ def _trajectories(explorers, plan, state, params, call, judge, rests):
         state,
     )
     visible = trajectory.visible_params(explorers, plan, state.trajectory, params)
-    return _minus(visible, params), state
+    return trees.minus(visible, params), state
 
 
 def _finish(explorers, plan, state, params, judge, rests):
@@ -491,7 +495,7 @@ def _finish(explorers, plan, state, params, judge, rests):
     adopted = decision.adopted
     target = trees.pick(adopted, candidates)
     # Where the caller gets to.
-    visible = optax.apply_updates(params, _minus(target, params))
+    visible = trees.plus(params, trees.minus(target, params))
     opt_states = _opt_states(state)
     since = state.record.since
     opt_states, walked, restarted = trajectory.restart(
@@ -669,13 +673,8 @@ def _flags(found, rest):
 def _apply(params, move):
     """Params after an update, or after each of several updates."""
     if move.size is None:
-        return optax.apply_updates(params, move.tree)
-    return jax.vmap(lambda update: optax.apply_updates(params, update))(move.tree)
-
-
-def _minus(target, params):
-    """The update that leads to the target."""
-    return jax.tree.map(lambda t, p: jnp.asarray(t - p, p.dtype), target, params)
+        return trees.plus(params, move.tree)
+    return jax.vmap(lambda update: trees.plus(params, update))(move.tree)
 
 
 class _Keys(NamedTuple):

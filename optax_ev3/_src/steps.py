@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.tree_util import keystr, tree_map_with_path
 
 from optax_ev3._src import memory_bound, named, trees
 from optax_ev3._src.explore import Explorer
@@ -66,7 +67,56 @@ class Loss(NamedTuple):
 
 def init_state(one: Explorer, params: optax.Params) -> Any:
     """The inner optimizer's state as arrays that we own, none weakly typed."""
-    return one.each(lambda tx, _: jax.tree.map(trees.own, tx.init(params)))
+    return one.each(lambda tx, _: jax.tree.map(_owned, tx.init(params)))
+
+
+def _owned(leaf):
+    return trees.own(trees.raw(leaf))
+
+
+def gradients_for(params: optax.Params, grads: optax.Updates) -> optax.Updates:
+    """Gradients that optimizers can take: zeros for what cannot be differentiated by.
+
+    For such leaves the caller has what ``jax.grad(..., allow_int=True)`` gives, None,
+    or zeros. Gradients of another structure come back as they are.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    if all(map(trees.is_inexact, leaves)):
+        return grads
+    try:
+        given = structure.flatten_up_to(grads)
+    except ValueError:
+        return grads
+
+    def one(p, g):
+        if trees.is_key(p):
+            return jnp.zeros(p.shape, jnp.int8)
+        nothing = g is None or jnp.result_type(g) == jax.dtypes.float0
+        return jnp.zeros_like(p) if nothing and not trees.is_inexact(p) else g
+
+    return structure.unflatten(map(one, leaves, given))
+
+
+def update_for(
+    params: optax.Params, update: optax.Updates, grads: optax.Updates
+) -> optax.Updates:
+    """The update as the caller gets it: for typed keys what stood for their gradient.
+
+    Nothing can be added to them; who has them among the parameters knows how to pass
+    over what their gradients are.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    if not any(map(trees.is_key, leaves)):
+        return update
+    try:
+        given = structure.flatten_up_to(grads)
+    except ValueError:
+        given = [None] * len(leaves)
+    updates = jax.tree.leaves(update)
+    return structure.unflatten(
+        g if trees.is_key(p) else u
+        for p, u, g in zip(leaves, updates, given, strict=True)
+    )
 
 
 def propose(
@@ -175,7 +225,7 @@ def merge_of(one: Explorer, name: str, aux: Any) -> Callable[[Any], Any] | None:
 
 def _merged(update, params, merge):
     """The update that leads to the merged parameters."""
-    moved = optax.apply_updates(params, update)
+    moved = trees.plus(params, update)
     merged = merge(moved)
     if jax.tree.structure(merged) != jax.tree.structure(params):
         raise ValueError(
@@ -183,10 +233,18 @@ def _merged(update, params, merge):
             f"{jax.tree.structure(params)}, got {jax.tree.structure(merged)}."
         )
 
-    def change(new, old, u, p):
-        return u if new is old else jnp.asarray(new - p, jnp.result_type(p))
+    def change(path, new, old, u, p):
+        if new is old:
+            return u
+        if trees.is_key(p):
+            raise ValueError(
+                f"merge_fn changed the typed PRNG key at params{keystr(path)}, and no "
+                f"update can be added to one: keep its raw data, jax.random.key_data, "
+                f"among the parameters."
+            )
+        return trees.minus(jnp.asarray(new, p.dtype), p)
 
-    return jax.tree.map(change, merged, moved, update, params)
+    return tree_map_with_path(change, merged, moved, update, params)
 
 
 def _examine(update: optax.Updates, grads: optax.Updates) -> tuple[Any, Any]:
@@ -208,6 +266,8 @@ def slope(update: optax.Updates, grads: optax.Updates) -> jax.Array | None:
         return None
 
     def product(u, g):
+        if not trees.is_inexact(u):
+            return jnp.zeros([])
         wide = jnp.promote_types(u.dtype, jnp.float32)
         return jnp.real(jnp.conj(g.astype(wide)) * u.astype(wide)).sum()
 
@@ -254,9 +314,9 @@ def loss_of(
         return value, aux
 
     def gradient(params):
-        grads, aux = jax.grad(with_aux, has_aux=True)(params)
+        grads, aux = jax.grad(with_aux, has_aux=True, allow_int=True)(params)
         # Complex gradients point uphill after conjugation, optax's convention.
-        return jax.tree.map(jnp.conj, grads), aux
+        return jax.tree.map(jnp.conj, gradients_for(params, grads)), aux
 
     return Loss(lambda params: with_aux(params)[0], gradient)
 
@@ -271,13 +331,18 @@ def _averaging(params, axis_name):
         return params
 
     @jax.custom_vjp
-    def identity(tree):
-        return tree
+    def identity(leaves):
+        return leaves
 
     identity.defvjp(
-        lambda tree: (tree, None), lambda _, grads: (lax.pmean(grads, axis_name),)
+        lambda leaves: (leaves, None), lambda _, grads: (lax.pmean(grads, axis_name),)
     )
-    return identity(params)
+    leaves, structure = jax.tree.flatten(params)
+    inexact = [i for i, leaf in enumerate(leaves) if trees.is_inexact(leaf)]
+    averaging = identity([leaves[i] for i in inexact])
+    for i, leaf in zip(inexact, averaging, strict=True):
+        leaves[i] = leaf
+    return structure.unflatten(leaves)
 
 
 def _inner_update(tx, one, name, opt_state, params, loss, extra_args):
@@ -342,7 +407,15 @@ def _like_params(update, params, name):
             f"explorer {name!r} returned updates of {what} {got}, expected {expected}: "
             f"gradients and updates must be like the parameters."
         )
-    return jax.tree.map(lambda u, p: jnp.asarray(u, jnp.result_type(p)), update, params)
+
+    def one(u, p):
+        if trees.is_inexact(p):
+            return jnp.asarray(u, p.dtype)
+        # What optax.apply_updates leads to, which rounds sums of integers and floats.
+        moved = p if trees.is_key(p) else jnp.asarray(p + u, p.dtype)
+        return trees.minus(moved, p)
+
+    return jax.tree.map(one, update, params)
 
 
 def _shapes(tree):

@@ -258,7 +258,7 @@ def _go(tx, one, name, branch, loss, walk):
         update, opt_state = steps.advance(
             tx, one, name, grads, opt_state, end, merge, loss, walk.call
         )
-        end = optax.apply_updates(end, update)
+        end = trees.plus(end, update)
         means = tuple(
             combine.move(mean, end, one.weight(walk.step, age))
             for mean, one in zip(means, walk.plan.averages, strict=True)
@@ -267,7 +267,7 @@ def _go(tx, one, name, branch, loss, walk):
         return opt_state, end, means, uphill, age + 1
 
     def climbs(end):
-        slope = steps.slope(jax.tree.map(jnp.subtract, end, walk.start), grads)
+        slope = steps.slope(trees.minus(end, walk.start), grads)
         return jnp.asarray(False if slope is None else slope > 0, jnp.int32)
 
     due, take = trees.finite(grads), trees.gate
@@ -464,6 +464,6 @@ def _select(mask, new, old):
 
     def one(n, o):
         shaped = mask.reshape(mask.shape + (1,) * (o.ndim - mask.ndim))
-        return jnp.where(shaped, n.astype(o.dtype), o)
+        return jnp.where(shaped, jnp.asarray(n, o.dtype), o)
 
     return jax.tree.map(one, new, old)

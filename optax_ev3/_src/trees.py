@@ -142,7 +142,7 @@ def row_major(tree: Any) -> Any:
     and forth. It does not know how such a constraint is spread over devices.
     """
     leaves, structure = jax.tree.flatten(tree)
-    deep = [i for i, leaf in enumerate(leaves) if jnp.ndim(leaf) > 2]
+    deep = [i for i, x in enumerate(leaves) if jnp.ndim(x) > 2 and not is_key(x)]
     # Earlier releases have no rule for the constraint under jax.vmap.
     if not deep or jax.device_count() > 1 or jax.__version_info__ < (0, 10):
         return tree
@@ -230,20 +230,64 @@ def _is_sharded(leaf):
     return any(axis is not None for axis in jax.typeof(leaf).sharding.spec)
 
 
-def zeros_like(tree: Any) -> Any:
+# Parameters may be other things than inexact numbers. What an update of them is, and
+# how it is added, follows optax.apply_updates, ``(p + u).astype(p.dtype)``: integers
+# wrap around, and booleans need the numbers -1, 0 and 1 to be set and cleared. Nothing
+# can be added to a typed PRNG key: it stays what the caller gave.
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether ``leaf`` holds real or complex numbers, which have gradients."""
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def _update_dtype(leaf):
+    return jnp.int8 if is_key(leaf) or leaf.dtype == bool else leaf.dtype
+
+
+def minus(target: Any, params: Any) -> Any:
+    """The update that leads from ``params`` to the target."""
+
+    def one(t, p):
+        if is_key(p):
+            return jnp.zeros(p.shape, jnp.int8)
+        dtype = _update_dtype(p)
+        return t.astype(dtype) - p.astype(dtype)
+
+    return jax.tree.map(one, target, params)
+
+
+def plus(params: Any, update: Any) -> Any:
+    """The parameters after an update, with their dtypes."""
+
+    def one(p, u):
+        if is_key(p):
+            return p
+        dtype = _update_dtype(p)
+        return (p.astype(dtype) + u.astype(dtype)).astype(p.dtype)
+
+    return jax.tree.map(one, params, update)
+
+
+def no_update(params: Any) -> Any:
     """Zeros with the sharding of the tree, also in a branch of ``lax.switch``."""
-    return jax.tree.map(lambda x: ((x != x) & (x == x)).astype(x.dtype), tree)
+    return jax.tree.map(
+        lambda x: ((x != x) & (x == x)).astype(_update_dtype(x)), params
+    )
 
 
 def own(leaf: Any) -> jax.Array:
     """An array of our own, not weakly typed; placeholders become zeros."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jnp.zeros(leaf.shape, leaf.dtype)
-    leaf = raw(leaf)
+    if is_key(leaf):
+        data = own(raw(leaf))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     return jnp.array(leaf, dtype=jnp.result_type(leaf))
 
 
-# Typed PRNG keys are kept as raw data: flax.serialization cannot save the others.
+# Typed PRNG keys of inner states are kept as raw data: flax.serialization cannot save
+# the others.
 
 
 def is_key(leaf: Any) -> bool:
