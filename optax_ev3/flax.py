@@ -5,8 +5,14 @@ import functools
 from typing import Any
 
 import optax
-from flax import nnx
-from flax.training import train_state
+
+try:
+    from flax import nnx
+    from flax.training import train_state
+except ImportError as error:
+    raise ImportError(
+        'optax_ev3.flax needs Flax: pip install "optax_ev3[flax]"'
+    ) from error
 
 from optax_ev3._src import growth as _growth
 from optax_ev3._src import placement

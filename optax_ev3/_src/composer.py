@@ -31,7 +31,7 @@ from optax_ev3._src import combine as combinations
 
 def ev3(
     inner: Sequence[Any] | Mapping[str, Any],
-    assess_fn: Callable[..., Any],
+    assess_fn: Callable[..., Any] | assess.InChunks,
     *,
     loss_fn: Callable[..., Any] | None = None,
     trajectory_length: int = 1,
@@ -50,6 +50,9 @@ def ev3(
     key: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Explore, assess, adapt: many optimizers as one.
+
+    Scores: **higher is better**. A loss becomes a score by
+    ``assess_fn=optax_ev3.minimize(loss)``.
 
     A round is ``trajectory_length`` calls of ``update``, one if not said otherwise. In
     it each explorer proposes new parameters; at its end ``assess_fn`` scores all
@@ -208,6 +211,7 @@ def ev3(
     elif rule is None:
         rule = rules.confident(clip=10.0, prior_rounds=1.0)
     _check_judges(rule, guard, plan, assess_fn)
+    _check_signs(assess_fn, loss_fn, explorers)
     history_length = arguments.static_int(history_length, "history_length")
     race = arguments.check_race(race, history_length, plan)
     key_impl = arguments.check_key(key)
@@ -364,6 +368,16 @@ class _Verdict(NamedTuple):
     seen: Any
     memory: Any
     guarded: Any
+
+
+def _check_signs(assess_fn, loss_fn, explorers):
+    """Raises where one function is to be high and low."""
+    for loss in [loss_fn, *(one.loss_fn for one in explorers.values())]:
+        if loss is not None and named.same(assess_fn, loss):
+            raise ValueError(
+                "assess_fn and a loss are the same function. Of scores higher is "
+                "better: pass assess_fn=optax_ev3.minimize(loss)."
+            )
 
 
 class _Judge(NamedTuple):

@@ -20,7 +20,7 @@ from optax_ev3._src.evidence import Resampled
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["outputs"],
-    meta_fields=["metric_fn", "samples", "on_host"],
+    meta_fields=["metric_fn", "samples", "on_host", "lower_is_better"],
 )
 @dataclasses.dataclass(frozen=True)
 class Figure:
@@ -31,13 +31,15 @@ class Figure:
     devices are put together first.
 
     Attributes:
-      metric_fn: ``metric_fn(outputs, weights)`` -> ``[]``, higher is better, with the
-        examples weighted by ``[N]`` float32: ones, or bootstrap counts. See
-        :mod:`optax_ev3.metrics` for some.
+      metric_fn: ``metric_fn(outputs, weights)`` -> ``[]``, with the examples weighted
+        by ``[N]`` float32: ones, or bootstrap counts. See :mod:`optax_ev3.metrics` for
+        some.
       outputs: Tree of arrays ``[n, ...]``, such as predictions and labels. Candidates
         whose outputs hold a NaN are not adopted.
       samples: B; 0 for a figure that counts as exact.
       on_host: Whether the metric is plain Python, called with NumPy arrays.
+      lower_is_better: Whether the metric is an error, which EV3 negates; otherwise
+        higher is better.
 
     Examples:
       >>> import jax.numpy as jnp, optax_ev3
@@ -50,6 +52,7 @@ class Figure:
     outputs: Any
     samples: int = 200
     on_host: bool = False
+    lower_is_better: bool = False
 
 
 def host_metric(
@@ -65,9 +68,9 @@ def host_metric(
     Args:
       predict_fn: ``predict_fn(params, **named)`` -> tree of arrays ``[n, ...]``, all
         that the metric needs: predictions, labels.
-      metric_fn: ``metric_fn(outputs)`` -> real number, higher is better; ``outputs``
-        are NumPy arrays. With ``samples``, ``metric_fn(outputs, weights)`` with
-        ``weights`` ``[n]`` float32.
+      metric_fn: ``metric_fn(outputs)`` -> real number, higher is better (for an error
+        see :func:`optax_ev3.minimize`); ``outputs`` are NumPy arrays. With
+        ``samples``, ``metric_fn(outputs, weights)`` with ``weights`` ``[n]`` float32.
       samples: Bootstrap samples on which the metric is computed as well, so that its
         spread is known; 0 for none. The metric is called ``samples + 1`` times for
         each candidate.
@@ -148,8 +151,8 @@ def compute(
       axis_name: Mapped axis over which the examples are spread, or None.
 
     Returns:
-      ``[C]`` float32, with ``[C, B]`` resamples if there are any; NaN for candidates
-      whose outputs hold a NaN, whatever the metric makes of it.
+      ``[C]`` float32, higher is better, with ``[C, B]`` resamples if there are any;
+      NaN for candidates whose outputs hold a NaN, whatever the metric makes of it.
     """
     if axis_name is not None:
         outputs = jax.tree.map(lambda x: trees.unite(x, axis_name, 1), outputs)
@@ -174,6 +177,8 @@ def compute(
 
         values = lax.map(one, outputs).astype(jnp.float32)
         values = jnp.where(jax.vmap(_broken)(outputs)[:, None], jnp.nan, values)
+    if figure.lower_is_better:
+        values = -values
     if not figure.samples:
         return values[:, 0]
     return Resampled(values[:, 0], values[:, 1:])

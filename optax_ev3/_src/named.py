@@ -81,6 +81,11 @@ def _inside(fn: Any) -> Any:
     return None if isinstance(called, types.WrapperDescriptorType) else called
 
 
+def same(fn: Callable[..., Any], other: Callable[..., Any]) -> bool:
+    """Whether two callables are one; methods are made anew wherever they are read."""
+    return fn is other or (isinstance(fn, types.MethodType) and fn == other)
+
+
 def signature(fn: Callable[..., Any]) -> str:
     """The signature as messages show it: without defaults, which may be arrays."""
     empty = inspect.Parameter.empty
