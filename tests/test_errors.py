@@ -594,7 +594,9 @@ def test_bad_explorer_among_good_ones(rule, value):
     assert np.isfinite(past["mean"][:2, 2]).all()
     assert float(jnp.abs(w["w"] - 1).sum()) < 5.0
     figures = optax_ev3.summary(state)
-    assert np.isnan(figures["ev3/score/bad"])
+    assert [figures[f"ev3/{k}/bad"] for k in ("score", "valid")] == [0, 0]
+    assert figures["ev3/score/late"] == past["mean"][1, 2]  # The last one that it had.
+    assert [figures[f"ev3/valid/{k}"] for k in ("sgd", "late")] == [1, 0]
     assert float(figures["ev3/share/bad"]) == 0.0
     assert int(figures["ev3/skipped"]) == 0
 

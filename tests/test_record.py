@@ -175,6 +175,12 @@ def test_summary_of_the_last_round_and_shares_of_all(length, calls):
     figures, past = summary(states(length)[calls]), simulated()[calls]
     rounds, adopted = len(past["adopted"]), past["adopted"][-1]
     shares = np.bincount(past["adopted"], minlength=len(NAMES)) / rounds
+    means = np.array(past["mean"])
+    valid = np.isfinite(means)
+    # The last one that is known, also where the history is shorter.
+    last = [
+        ([0.0, *column[ok]])[-1] for column, ok in zip(means.T, valid.T, strict=True)
+    ]
     expected = {
         "ev3/calls": calls,
         "ev3/round": calls,
@@ -185,7 +191,8 @@ def test_summary_of_the_last_round_and_shares_of_all(length, calls):
         "ev3/examples": BATCHES.shape[1],
         "ev3/score": past["mean"][-1][adopted],
         "ev3/stderr": past["stderr"][-1][adopted],
-        **{f"ev3/score/{n}": past["mean"][-1][i] for i, n in enumerate(NAMES)},
+        **{f"ev3/score/{n}": last[i] for i, n in enumerate(NAMES)},
+        **{f"ev3/valid/{n}": valid[-1, i] for i, n in enumerate(NAMES)},
         **{f"ev3/share/{n}": shares[i] for i, n in enumerate(NAMES)},
     }
     assert figures.keys() == expected.keys()
@@ -200,10 +207,11 @@ def test_summary_before_the_first_round():
         f"ev3/{name}"
         for name in ("calls", "round", "skipped", "adopted", "significant")
     ]
-    counts += [f"ev3/share/{name}" for name in NAMES]
-    assert [float(figures[name]) for name in counts] == [0] * len(counts)
-    scores = ["ev3/score", *(f"ev3/score/{name}" for name in NAMES)]
-    assert np.isnan([figures[name] for name in scores]).all()
+    kinds = ("share", "score", "valid")
+    counts += [f"ev3/{kind}/{name}" for kind in kinds for name in NAMES]
+    counts += [f"ev3/{name}" for name in ("score", "stderr", "examples", "overruled")]
+    assert {name: float(figures[name]) for name in counts} == dict.fromkeys(counts, 0)
+    assert figures.keys() == set(counts)
 
 
 @pytest.mark.parametrize("calls", range(len(FLOORS) + 1))
@@ -341,3 +349,21 @@ def test_an_inner_optimizer_with_a_state_that_answers_no_question(length):
         _, state = tx.update(2 * w, state, w)
     assert summary(state)["ev3/calls"] == 3
     assert history(state)["round"].tolist() == list(range(3 // length))
+
+
+def test_summary_of_a_paused_explorer_has_its_last_score():
+    inner = {"good": optax.sgd(0.1), "bad": optax.sgd(-0.1)}
+    tx = ev3(inner, lambda w: -(w**2), adapt=adapt.greedy(), race=1, history_length=4)
+    w, shown = jnp.float32(1), []
+    state = tx.init(w)
+    update = jax.jit(tx.update)
+    for _ in range(7):
+        updates, state = update(w, state, w)
+        w = optax.apply_updates(w, updates)
+        figures = summary(state)
+        shown.append([float(figures[f"ev3/{k}/bad"]) for k in ("valid", "score")])
+    # It takes part again once no round of its own is remembered.
+    valid, scores = np.transpose(shown)
+    assert valid.tolist() == [1, 0, 0, 0, 0, 1, 0]
+    first, again = -(1.1**2), -((1.1 * 0.9**5) ** 2)
+    np.testing.assert_allclose(scores, [first] * 5 + [again] * 2, rtol=1e-5)

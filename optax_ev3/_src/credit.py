@@ -32,8 +32,9 @@ def estimate(past: Any, groups: Sequence[jax.Array] = ()) -> jax.Array:
     row = jnp.arange(length)
     age = (past.rounds - 1 - row) % length
     weight = jnp.where(row < past.rounds, _LATELY ** age.astype(jnp.float32), 0)
-    state, mean = past.valid[:, :-2], past.mean[:, :-2]
+    state = past.valid[:, :-2]
     finite = state > 0
+    mean = jnp.where(finite, past.mean[:, :-2], 0)
     count = jnp.maximum(finite.sum(axis=1, keepdims=True), 1)
     # Brought to at most one first: huge scores do not overflow.
     scale = jnp.abs(mean).max(axis=1, keepdims=True)
@@ -129,13 +130,15 @@ def _course(past, own, took):
 
     def seen(row):
         at = own[jnp.argmax(scores[row, own])]
-        return scores[row, at], best[row] - scores[row, at], past.stderr[row, at]
+        score = scores[row, at]
+        behind = jnp.where(jnp.isinf(score), jnp.inf, best[row] - past.mean[row, at])
+        return score, behind, past.stderr[row, at]
 
     before, behind, error = seen(first)
     now, still_behind, new_error = seen(last)
     return _Course(
         catches_up=still_behind <= behind / 2,
-        falls=before - now > _FALLS * jnp.hypot(error, new_error),
+        falls=before > now + _FALLS * jnp.hypot(error, new_error),
         came_back=age[first] < jnp.minimum(past.rounds, length) - 1,
         lost=~jnp.isfinite(now),
     )

@@ -35,12 +35,12 @@ class Record(NamedTuple):
         may have since, in which nothing was valid.
       adopted: ``[H]`` int32, index of the adopted candidate.
       significant: ``[H]`` int32, 1 where stable was replaced.
-      mean: ``[H, C]`` float32, mean scores by the main objective; zero where not
-        valid.
+      mean: ``[H, C]`` float32, mean scores by the main objective; where not valid the
+        last one before, zero without one.
       stderr: ``[H, C]`` float32, their standard errors; zero where not valid.
       z: ``[H, C]`` float32, the evidence against ``current``, paired, in standard
         normal units; zero where not valid.
-      others: Means and standard errors of the other objectives, by name.
+      others: Means and standard errors of the other objectives, by name, alike.
       valid: ``[H, C]`` int32, 1 where update and scores were finite, 0 where not, and
         -1 where the candidate rested.
       length: ``[H]`` int32, calls of ``update`` in each branch of the round.
@@ -190,11 +190,14 @@ def append(record: Record, decision: Decision, last: Round) -> Record:
     def clean(past, new):
         return put(past, jnp.where(seen.valid, new, 0))
 
-    mean, stderr = estimate(seen, last.objective)
-    others = {
-        name: Estimate(*map(clean, past, estimate(seen, name)))
-        for name, past in record.others.items()
-    }
+    def keep(past, new):
+        return put(past, jnp.where(seen.valid, new, past[row - 1]))
+
+    def both(past, new):
+        return Estimate(keep(past.mean, new.mean), clean(past.stderr, new.stderr))
+
+    main = both(Estimate(record.mean, record.stderr), estimate(seen, last.objective))
+    others = {k: both(past, estimate(seen, k)) for k, past in record.others.items()}
     weights = decision.priorities
     if weights is not None and jnp.shape(weights) != (len(last.objectives),):
         raise ValueError(
@@ -214,8 +217,8 @@ def append(record: Record, decision: Decision, last: Round) -> Record:
         ended=last.ended,
         adopted=put(record.adopted, decision.adopted),
         significant=put(record.significant, decision.significant),
-        mean=clean(record.mean, mean),
-        stderr=clean(record.stderr, stderr),
+        mean=main.mean,
+        stderr=main.stderr,
         z=clean(record.z, compare(seen, last.objective, current).z),
         others=others,
         valid=put(record.valid, jnp.where(last.rests, -1, seen.valid)),
@@ -284,10 +287,16 @@ def summary(state: Any) -> dict[str, jax.Array]:
         are single figures;
       - ``ev3/score``, ``ev3/stderr``: mean score of the adopted one and its error, by
         the main objective where the rule takes several;
-      - ``ev3/score/NAME``: mean score of each candidate, NaN where not finite;
+      - ``ev3/score/NAME``: mean score of each candidate; where it has none in this
+        round, the last one that it had, and before the first one 0;
       - ``ev3/objective/OTHER/NAME``: the same by each further objective;
+      - ``ev3/valid/NAME``: 1 if these scores are of this round, 0 if they are not:
+        before the first round has ended, where the candidate or its scores were not
+        finite, and where the explorer was paused;
       - ``ev3/share/NAME``: how often it was adopted, as a share of all rounds;
       - ``ev3/hyperparams/GROUP/NAME``: median over the members of an evolving group.
+
+      All are finite, so that it can be used with ``jax_debug_nans``.
 
     Raises:
       ValueError: If ``state`` holds no state of ev3, or more than one.
@@ -311,6 +320,9 @@ def summary(state: Any) -> dict[str, jax.Array]:
       ev3/score/sgd -2.56
       ev3/score/current -4.00
       ev3/score/stable -4.00
+      ev3/valid/sgd 1.00
+      ev3/valid/current 1.00
+      ev3/valid/stable 1.00
       ev3/share/sgd 1.00
       ev3/share/current 0.00
       ev3/share/stable 0.00
@@ -320,11 +332,8 @@ def summary(state: Any) -> dict[str, jax.Array]:
     row = (record.rounds - 1) % record.adopted.shape[0]
     adopted = record.adopted[row]
     valid = record.valid[row] > 0
-    mean = jnp.where(valid, record.mean[row], jnp.nan)
-    others = {
-        name: jnp.where(valid, past.mean[row], jnp.nan)
-        for name, past in record.others.items()
-    }
+    mean = record.mean[row]
+    others = {name: past.mean[row] for name, past in record.others.items()}
     share = record.adoptions / jnp.maximum(record.rounds, 1)
     places = positions(state)
     return {
@@ -341,6 +350,10 @@ def summary(state: Any) -> dict[str, jax.Array]:
         **{
             f"ev3/objective/{other}/{name}": values[at]
             for other, values in others.items()
+            for name, at in places.items()
+        },
+        **{
+            f"ev3/valid/{name}": valid[at].astype(jnp.int32)
             for name, at in places.items()
         },
         **{f"ev3/share/{name}": share[at] for name, at in places.items()},

@@ -1,0 +1,128 @@
+"""With ``jax_debug_nans``, the first thing that a person turns on, all goes on."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import RULES, assert_finite, transformation, weights
+
+import optax_ev3
+from optax_ev3 import adapt, combine, evidence
+
+STRATEGIES = {
+    "one_step": {},
+    "own": {"trajectory_length": 2, "gradients": "own"},
+    "shared": {"trajectory_length": 2, "gradients": "shared"},
+    "turns": {"trajectory_length": 2, "gradients": "turns"},
+    "never": {"trajectory_length": 2, "restart": "never", "restart_state": "copy"},
+    "behind": {"trajectory_length": 2, "restart": "behind", "restart_state": "new"},
+    "race": {"race": 1, "history_length": 4},
+    "apart": {"restart": "never", "race": 1, "history_length": 4},
+    "averages": {
+        "trajectory_length": 2,
+        "combine": [
+            combine.trajectory_average(),
+            combine.branch_average(),
+            combine.exponential_average(),
+            combine.greedy_soup(2),
+        ],
+    },
+    "guard": {"guard": evidence.ladder()},
+}
+
+
+@contextlib.contextmanager
+def debugging(infs=False):
+    with jax.debug_nans(True), jax.debug_infs(infs):
+        yield
+
+
+def loss(w, batch):
+    return (jnp.square(w["w"] - 1) * batch.mean()).sum()
+
+
+def score(w, batch):
+    return -jnp.square(w["w"] - 1).sum() * batch
+
+
+def explorers():
+    rate = {"learning_rate": [0.01, 0.1]}
+    space = {"learning_rate": optax_ev3.log_uniform(1e-3, 0.1, 0.05)}
+    return {
+        "adam": optax.adam(0.1),
+        "sweep": optax_ev3.sweep(optax.sgd, **rate),
+        "group": optax_ev3.evolve(optax.sgd, space, population=2),
+    }
+
+
+def run(tx, jitted, steps=5, read=optax_ev3.summary):
+    """Summaries before the first call, and after each, all made within the step."""
+
+    def step(w, state, batch):
+        grads = jax.grad(loss)(w, batch)
+        updates, state = tx.update(grads, state, w, batch=batch)
+        return optax.apply_updates(w, updates), state, read(state)
+
+    w = {"w": jnp.array([0.25, -0.5])}
+    state = tx.init(w)
+    found, step = [read(state)], jax.jit(step) if jitted else step
+    for seed in range(steps):
+        w, state, figures = step(w, state, weights(seed=seed))
+        found.append(figures)
+    return found, state
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_whole_steps(strategy):
+    kwargs = {"loss_fn": loss, "assess_fn": score, **STRATEGIES[strategy]}
+    tx = transformation("greedy", inner=explorers(), **kwargs)
+    with debugging(infs=True):
+        found, state = run(tx, jitted=True, steps=12 if strategy == "turns" else 5)
+        optax_ev3.credit(state)
+        jax.jit(optax_ev3.should_grow, static_argnums=1)(state, 2)
+    for figures in found:
+        assert_finite(figures)
+    assert np.isfinite(optax_ev3.history(state)["mean"]).any()
+
+
+@pytest.mark.parametrize("strategy", ["one_step", "apart", "averages"])
+def test_eager_steps(strategy):
+    """Every operation is looked at, not only what a program returns."""
+    kwargs = {"loss_fn": loss, "assess_fn": score, **STRATEGIES[strategy]}
+    with debugging():
+        tx = transformation("confident", **kwargs)
+        found, _ = run(tx, jitted=False, steps=3)
+    assert_finite(found)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize("rule", RULES)
+def test_rules(rule, length):
+    with debugging(infs=True):
+        tx = transformation(rule, assess_fn=score, trajectory_length=length)
+        assert_finite(run(tx, jitted=True)[0])
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        adapt.constrained("a", {"b": 0.1}),
+        adapt.weighted({"a": 1.0, "b": 0.5}),
+        adapt.lexicographic({"a": 0.0, "b": 0.1}),
+        adapt.lexicase(["a", "b"]),
+        adapt.pareto({"a": 0.0, "b": 0.1}),
+    ],
+    ids=["constrained", "weighted", "lexicographic", "lexicase", "pareto"],
+)
+def test_rules_of_several_objectives(rule):
+    def both(w, batch):
+        return {"a": score(w, batch), "b": -jnp.square(batch)}
+
+    with debugging(infs=True):
+        tx = transformation(rule, assess_fn=both)
+        found, _ = run(tx, jitted=True)
+    assert_finite(found)
+    assert "ev3/objective/b/adam" in found[0]
