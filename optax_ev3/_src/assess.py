@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_ev3._src import bounds, checks, evidence, figures, named, trees
+from optax_ev3._src import bounds, checks, evidence, figures, named, trees, xla
 
 MODES = ("unroll", "vmap", "map")
 
@@ -300,6 +300,7 @@ def _is_clear(found, plan):
 
 
 def _score(assess, candidates, mode, axis_name):
+    @xla.quick_convolutions
     def one(candidate):
         return _as_scores(assess(candidate))
 

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 from jax.tree_util import keystr, tree_map_with_path
 
-from optax_ev3._src import memory_bound, named, trees
+from optax_ev3._src import memory_bound, named, trees, xla
 from optax_ev3._src.explore import Explorer
 
 # What optax's optimizers ask for beyond the gradient; all follow from a loss.
@@ -313,6 +313,7 @@ def loss_of(
             value, aux = lax.pmean((value, aux), call.axis_name)
         return value, aux
 
+    @xla.quick_convolutions
     def gradient(params):
         grads, aux = jax.grad(with_aux, has_aux=True, allow_int=True)(params)
         # Complex gradients point uphill after conjugation, optax's convention.

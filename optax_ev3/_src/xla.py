@@ -1,0 +1,111 @@
+"""Workarounds for XLA, each with what it waits for."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend import core
+from jax.lax import platform_dependent
+
+
+def quick_convolutions(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn`` with convolutions that CPUs compute quickly in conditionals and loops.
+
+    XLA's CPU back end has a quick kernel for convolutions of one form: features last,
+    kernels with their outputs last. It brings others to that form where they stand at
+    the top of a program, but not within a conditional or a loop, where they take ten
+    times as long: gradients with respect to kernels always, channels-first ones in any
+    case. Here all are in that form from the start, with explicit transpositions.
+
+    Waits for https://github.com/jax-ml/jax/issues/12868.
+
+    Args:
+      fn: A function of trees of arrays that JAX can trace.
+
+    Returns:
+      The function with the same results, on other devices with the same program.
+    """
+
+    def quick(*args):
+        traced, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
+        leaves, structure = jax.tree.leaves(args), jax.tree.structure(shapes)
+        plain, changed = core.jaxpr_as_fun(traced), _changed(traced)
+        if changed is None:
+            return jax.tree.unflatten(structure, plain(*leaves))
+        results = platform_dependent(
+            *leaves, cpu=core.jaxpr_as_fun(changed), default=plain
+        )
+        return jax.tree.unflatten(structure, results)
+
+    return quick
+
+
+def _changed(found: Any) -> Any:
+    """What an equation has as a parameter, its convolutions changed; None for none.
+
+    That are programs, alone or in a sequence, such as the bodies of loops.
+    """
+    if isinstance(found, core.ClosedJaxpr):
+        inner = _changed(found.jaxpr)
+        return None if inner is None else found.replace(jaxpr=inner)
+    if type(found) in (list, tuple):
+        parts = [_changed(one) for one in found]
+        if all(part is None for part in parts):
+            return None
+        pairs = zip(parts, found, strict=True)
+        return type(found)(one if part is None else part for part, one in pairs)
+    if not isinstance(found, core.Jaxpr):
+        return None
+    equations, any_changed = [], False
+    for equation in found.eqns:
+        if equation.primitive is core.primitives.conv_general_dilated_p:
+            equations += _transposed(equation)
+            any_changed = True
+            continue
+        params = {name: _changed(value) for name, value in equation.params.items()}
+        params = {name: value for name, value in params.items() if value is not None}
+        if params:
+            equation = equation.replace(params={**equation.params, **params})
+            any_changed = True
+        equations.append(equation)
+    return found.replace(eqns=equations) if any_changed else None
+
+
+def _transposed(equation: Any) -> list[Any]:
+    """The equations of :func:`_convolve` in the place of a convolution."""
+
+    def convolve(*operands):
+        return _convolve(*operands, **equation.params)
+
+    inner = jax.make_jaxpr(convolve)(*[v.aval for v in equation.invars]).jaxpr
+    outer = [*equation.invars, *equation.outvars]
+    names = dict(zip([*inner.invars, *inner.outvars], outer, strict=True))
+    return [
+        one.replace(
+            invars=[names.get(v, v) for v in one.invars],
+            outvars=[names.get(v, v) for v in one.outvars],
+            source_info=equation.source_info,
+        )
+        for one in inner.eqns
+    ]
+
+
+def _convolve(lhs, rhs, dimension_numbers, **params):
+    """A convolution in the form that has a quick kernel, between transpositions."""
+    given, last = dimension_numbers, lhs.ndim - 1
+    spatial = tuple(range(1, last))
+    quick = lax.ConvDimensionNumbers(
+        lhs_spec=(0, last, *spatial),
+        rhs_spec=(last, last - 1, *range(last - 1)),
+        out_spec=(0, last, *spatial),
+    )
+    batch, features, *rest = given.lhs_spec
+    lhs = lax.transpose(lhs, (batch, *rest, features))
+    outputs, inputs, *rest = given.rhs_spec
+    rhs = lax.transpose(rhs, (*rest, inputs, outputs))
+    convolution = core.primitives.conv_general_dilated_p
+    out = convolution.bind(lhs, rhs, dimension_numbers=quick, **params)
+    batch, features, *rest = given.out_spec
+    order = (batch, *rest, features)
+    return lax.transpose(out, [order.index(axis) for axis in range(lhs.ndim)])
