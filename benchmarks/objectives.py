@@ -94,8 +94,7 @@ def rounds(tx, params, steps, seed, batch_fn, assess_fn):
         def step(carry, number):
             params, state = carry
             batch = batch_fn(jax.random.fold_in(key, number))
-            zeros = jax.tree.map(jnp.zeros_like, params)  # Branches have their own.
-            updates, state = tx.update(zeros, state, params, batch=batch, fresh=fresh)
+            updates, state = tx.update(None, state, params, batch=batch, fresh=fresh)
             return (optax.apply_updates(params, updates), state), None
 
         start = params, state

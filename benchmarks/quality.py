@@ -375,10 +375,8 @@ def ev3_trainer(task, method, budget, seeds):
         def call(carry):
             params, state, number, gradients, assessed, kept = carry
             batch = draw(task, parts, seed, number)
-            if method.own:
-                grads = jax.tree.map(jnp.zeros_like, params)
-            else:
-                grads = jax.grad(task.loss)(params, batch)
+            # Not computed where nothing uses it: explorers may take their own.
+            grads = jax.grad(task.loss)(params, batch)
             updates, new = tx.update(grads, state, params, batch=batch)
             params = optax.apply_updates(params, updates)
             ended = new.ev3_round > state.ev3_round

@@ -1,7 +1,6 @@
 """For Flax: a ``TrainState`` that hands extra arguments on, and growth for NNX."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import optax
@@ -45,7 +44,8 @@ class TrainState(train_state.TrainState):
         """One step of the optimizer.
 
         Args:
-          grads: Gradients, a tree like ``params``.
+          grads: Gradients, a tree like ``params``; None where every explorer of
+            :func:`optax_ev3.ev3` takes its own.
           **kwargs: New values of fields, and extra arguments for ``tx.update``.
 
         Returns:
@@ -57,11 +57,16 @@ class TrainState(train_state.TrainState):
         fields = {field.name for field in dataclasses.fields(self)}
         replaced = {k: v for k, v in kwargs.items() if k in fields}
         extra_args = {k: v for k, v in kwargs.items() if k not in fields}
+
+        def update(updates, state, params=None):
+            # Flax cannot take None: it is given an empty tree instead.
+            given = None if grads is None else updates
+            return self.tx.update(given, state, params, **extra_args)
+
         # Flax's own method, with an optimizer that knows the extra arguments.
-        update = functools.partial(self.tx.update, **extra_args)
-        tx = optax.GradientTransformationExtraArgs(self.tx.init, update)
+        tx = optax.GradientTransformation(self.tx.init, update)
         stepped = super(TrainState, self.replace(tx=tx)).apply_gradients(
-            grads=grads, **replaced
+            grads={} if grads is None else grads, **replaced
         )
         return stepped.replace(tx=replaced.get("tx", self.tx))
 

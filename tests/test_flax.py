@@ -106,6 +106,25 @@ def test_our_train_state_forwards_extras():
     assert step._cache_size() <= 2  # Flax's step starts as a Python number.
 
 
+def test_our_train_state_needs_no_gradient_that_nothing_uses():
+    dense, params = model()
+
+    def loss(params, train):
+        return -score(dense.apply, params, train).mean()
+
+    tx = optax_ev3.ev3(
+        {name: optax_ev3.explorer(one, loss) for name, one in inner().items()},
+        lambda params, held: score(dense.apply, params, held),
+    )
+    state = optax_ev3.flax.TrainState.create(apply_fn=dense.apply, params=params, tx=tx)
+    given, none = (
+        state.apply_gradients(grads=grads, train=TRAIN, held=HELD)
+        for grads in (gradient(dense.apply, params), None)
+    )
+    assert_close(none.params, given.params, rtol=0, atol=0)
+    assert int(none.step) == 1 and none.tx is tx
+
+
 def test_our_train_state_replaces_fields():
     dense, state = _extras_state()
     grads = gradient(dense.apply, state.params)

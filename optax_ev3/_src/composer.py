@@ -140,11 +140,15 @@ def ev3(
 
     Returns:
       A transformation whose updates have the dtypes of the parameters. ``update``
-      needs ``params``, and as keywords what the callbacks need. Parameters may hold
-      integers, booleans and typed PRNG keys, whose gradients are zeros, None, or what
-      ``jax.grad(..., allow_int=True)`` gives. Updates of booleans are int8, so that
-      ``optax.apply_updates`` can clear them. Nothing can be added to typed keys: they
-      stay as the caller has them, and their update is what the caller gave as gradient.
+      needs ``params``, and as keywords what the callbacks need. Where every explorer
+      takes gradients of its own, the gradients that it is given may be None, or
+      whatever the loop computes: under ``jit`` the compiler removes what nothing uses.
+
+      Parameters may hold integers, booleans and typed PRNG keys, whose gradients are
+      zeros, None, or what ``jax.grad(..., allow_int=True)`` gives. Updates of booleans
+      are int8, so that ``optax.apply_updates`` can clear them. Nothing can be added to
+      typed keys: they stay as the caller has them, and their update is what the caller
+      gave as gradient.
 
     Raises:
       TypeError: If an argument is of the wrong kind; at trace time, if a callback

@@ -21,7 +21,7 @@ class Call(NamedTuple):
     """What one call of ``update`` gives to all steps.
 
     Attributes:
-      grads: The caller's gradients.
+      grads: The caller's gradients, or None where every explorer takes its own.
       loss_fn: The loss of explorers that have none of their own, or None.
       extra_args: The extra arguments of ``update``.
       key: PRNG key of the call, for losses that name it.
@@ -135,9 +135,10 @@ def propose(
 
         def step(tx, hyperparams, state, one=one, name=name):
             loss = loss_of(one, name, call, hyperparams)
-            given, aux = call.grads, call.extra_args.get("aux")
             if one.loss_fn is not None and loss is not None:
                 given, aux = loss.gradient(params)
+            else:
+                given, aux = given_to(name, call)
             merge = merge_of(one, name, aux)
             return _checked(tx, one, name, given, state, params, merge, loss, call)
 
@@ -207,6 +208,17 @@ def _checked(tx, one, name, grads, opt_state, params, merge, loss, call):
         # computed again, it is written in the place of the old one.
         new = step(trees.where(ok, grads, jax.tree.map(jnp.zeros_like, grads)))[1]
     return Step(update, trees.where(ok, new, opt_state), ok, uphill)
+
+
+def given_to(name: str, call: Call) -> tuple[optax.Updates, Any]:
+    """The caller's gradients, which this explorer needs, and auxiliary outputs."""
+    if call.grads is None:
+        raise ValueError(
+            f"explorer {name!r} takes the caller's gradients, got None: pass them as "
+            f"tx.update(grads, state, params), or give the explorer a loss of its own, "
+            f"explorer(tx, loss_fn)."
+        )
+    return call.grads, call.extra_args.get("aux")
 
 
 def merge_of(one: Explorer, name: str, aux: Any) -> Callable[[Any], Any] | None:

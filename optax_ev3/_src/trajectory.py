@@ -250,7 +250,7 @@ def _go(tx, one, name, branch, loss, walk):
     leads = branch.number == walk.lead
     # Others may have changed the visible parameters: a projection, a weight decay.
     end = trees.gate(leads, lambda _: walk.params, branch.end)
-    grads, aux = _gradients(one, loss, end, leads, walk)
+    grads, aux = _gradients(one, name, loss, end, leads, walk)
     grads, merge = trees.row_major(grads), steps.merge_of(one, name, aux)
 
     def step(moving):
@@ -303,14 +303,14 @@ def mend(
     return states, state._replace(ends=ends, means=means, age=age)
 
 
-def _gradients(one, loss, params, leads, walk):
+def _gradients(one, name, loss, params, leads, walk):
     """Gradients of a branch, and what its loss returned beside its value."""
-    given, aux = walk.call.grads, walk.call.extra_args.get("aux")
     if one.loss_fn is not None:
         return loss.gradient(params)
     if walk.plan.gradients != "own":
-        return given, aux
-    if one.merge_fn is not None and aux is None:
+        return steps.given_to(name, walk.call)
+    given, aux = walk.call.grads, walk.call.extra_args.get("aux")
+    if given is None or (one.merge_fn is not None and aux is None):
         return loss.gradient(params)
 
     def own():

@@ -1,0 +1,220 @@
+"""Where explorers take their own gradients, those of the caller are not needed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.tree
+import pytest
+from helpers import assert_close, assert_identical, says
+
+import optax_ev3
+from optax_ev3 import adapt, combine
+
+AVERAGES = [combine.trajectory_average(), combine.branch_average()]
+STRATEGIES = {
+    "one step": {},
+    "one step, racing": {"race": 1, "history_length": 3},
+    "own": {"trajectory_length": 3},
+    "shared": {"trajectory_length": 3, "gradients": "shared"},
+    "turns": {"trajectory_length": 2, "gradients": "turns"},
+    "significant": {"trajectory_length": 3, "restart": "significant"},
+    "behind": {"trajectory_length": 3, "restart": "behind", "restart_state": "new"},
+    "recommended": {
+        "trajectory_length": 3,
+        "restart": "never",
+        "restart_state": "copy",
+        "race": 1,
+        "history_length": 4,
+        "combine": AVERAGES,
+        "adapt": adapt.greedy(),
+    },
+}
+
+
+def loss(w, batch):
+    return jnp.square(jnp.tanh(batch @ w["a"]) @ w["b"] - 1.0).mean()
+
+
+def score(w, held):
+    return -jnp.square(jnp.tanh(held @ w["a"]) @ w["b"] - 1.0)
+
+
+def with_aux(w, batch):
+    return loss(w, batch), {"mean": batch.mean()}
+
+
+def merge(w, aux):
+    return {**w, "b": w["b"] + 0.01 * aux["mean"]}
+
+
+def start():
+    rng = np.random.default_rng(0)
+    return {"a": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32), "b": jnp.ones(3)}
+
+
+def batches(seed, count=12):
+    drawn = np.random.default_rng(seed).normal(size=(count, 8, 4))
+    return jnp.asarray(drawn, jnp.float32)
+
+
+RATE = {"learning_rate": optax_ev3.log_uniform(1e-3, 1.0, start=0.1)}
+EXPLORERS = {
+    "single": {"adam": optax.adam(0.1), "sgd": optax.sgd(0.3)},
+    "sweep": {"adam": optax_ev3.sweep(optax.adam, learning_rate=[0.1, 0.01])},
+    "group": {"sgd": optax_ev3.evolve(optax.sgd, RATE, population=2)},
+    "line search": {"lbfgs": optax.lbfgs(), "sgd": optax.sgd(0.3)},
+}
+
+
+def own(explorers, loss_fn=loss, merge_fn=None):
+    return {
+        name: optax_ev3.explorer(tx, loss_fn, merge_fn=merge_fn)
+        for name, tx in explorers.items()
+    }
+
+
+def train(tx, gradients):
+    """Parameters and the state after some calls with ``gradients(params, batch)``."""
+
+    @jax.jit
+    def step(w, state, batch, held):
+        grads = gradients(w, batch)
+        updates, state = tx.update(grads, state, w, batch=batch, held=held)
+        return optax.apply_updates(w, updates), state
+
+    w = start()
+    state = tx.init(w)
+    for batch, held in zip(batches(1), batches(2), strict=True):
+        w, state = step(w, state, batch, held)
+    assert optax.tree.norm(optax.tree.sub(w, start())) > 1e-3
+    return w, state
+
+
+def nothing(w, batch):
+    return None
+
+
+def poison(w, batch):
+    return jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), w)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kind"),
+    [
+        ("one step", "line search"),
+        ("one step", "group"),
+        ("shared", "group"),
+        ("own", "sweep"),
+        ("recommended", "line search"),
+    ],
+)
+def test_losses_of_their_own_need_no_gradient_of_the_caller(strategy, kind):
+    tx = optax_ev3.ev3(own(EXPLORERS[kind]), score, **STRATEGIES[strategy])
+    assert_identical(train(tx, nothing), train(tx, poison))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_takes_none(strategy):
+    explorers = own(EXPLORERS["single"], with_aux, merge)
+    tx = optax_ev3.ev3(explorers, score, **STRATEGIES[strategy])
+    assert_identical(train(tx, nothing), train(tx, poison))
+
+
+BRANCHES = ["own", "significant", "behind", "recommended"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kind"), [*((k, "single") for k in BRANCHES), ("own", "sweep")]
+)
+def test_without_the_callers_gradient_the_lead_branch_takes_its_own(strategy, kind):
+    tx = optax_ev3.ev3(EXPLORERS[kind], score, loss_fn=loss, **STRATEGIES[strategy])
+    assert_close(train(tx, nothing), train(tx, jax.grad(loss)), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", BRANCHES)
+def test_none_takes_the_own_auxiliary_outputs_too(strategy):
+    inner = {
+        name: optax_ev3.explorer(tx, merge_fn=merge)
+        for name, tx in EXPLORERS["single"].items()
+    }
+    kwargs = {"loss_fn": with_aux, **STRATEGIES[strategy]}
+    tx = optax_ev3.ev3(inner, score, **kwargs)
+
+    def update(grads, state, w, **extra):
+        # Auxiliary outputs that belong to no gradient are not used.
+        return tx.update(grads, state, w, aux={"mean": jnp.float32(9.0)}, **extra)
+
+    told = optax.GradientTransformationExtraArgs(tx.init, update)
+    assert_identical(train(told, nothing), train(tx, nothing))
+
+
+def test_an_optimizer_around_takes_none():
+    tx = optax_ev3.ev3(own(EXPLORERS["single"]), score, trajectory_length=3)
+    around = optax.chain(optax.clip(1e9), tx, optax.scale(1.0))
+    assert_identical(train(around, nothing)[0], train(tx, nothing)[0])
+
+
+@pytest.mark.parametrize(
+    ("inner", "kwargs", "name"),
+    [
+        ({"adam": optax.adam(0.1)}, {}, "adam"),
+        ({"adam": optax.adam(0.1)}, {"loss_fn": loss}, "adam"),
+        ({"adam": optax.adam(0.1)}, {"trajectory_length": 2}, "adam"),
+        (
+            {"adam": optax.adam(0.1)},
+            {"trajectory_length": 2, "gradients": "turns", "loss_fn": loss},
+            "adam",
+        ),
+        ({**own({"sgd": optax.sgd(0.1)}), "adam": optax.adam(0.1)}, {}, "adam"),
+        (EXPLORERS["sweep"], {}, "adam"),
+        (EXPLORERS["group"], {"trajectory_length": 2}, "sgd"),
+    ],
+)
+def test_who_needs_the_callers_gradient_says_so(inner, kwargs, name):
+    tx = optax_ev3.ev3(inner, score, **kwargs)
+    w = start()
+    expected = says(ValueError, repr(name), "gradient", "None", "explorer(tx, loss_fn)")
+    with expected:
+        tx.update(None, tx.init(w), w, batch=batches(1)[0], held=batches(2)[0])
+
+
+def costly(w, batch):
+    """A loss whose gradient takes far more than a step."""
+    for _ in range(20):
+        batch = jnp.tanh(batch @ jnp.outer(w["a"][:, 0], w["b"][:1] * batch[0]))
+    return batch.mean()
+
+
+def flops(tx, gradients, loop=False):
+    """What the compiler counts for one call, or for the body of a loop around it."""
+    batch, held = batches(1)[0], batches(2)[0]
+
+    def step(_, carry):
+        w, state = carry
+        grads = gradients(w, batch)
+        updates, state = tx.update(grads, state, w, batch=batch, held=held)
+        return optax.apply_updates(w, updates), state
+
+    def steps(*carry):
+        return jax.lax.fori_loop(0, 2, step, carry) if loop else step(0, carry)
+
+    compiled = jax.jit(steps).lower(start(), tx.init(start())).compile()
+    return compiled.cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize(
+    "strategy", ["one step", "own", "shared", "turns", "recommended"]
+)
+def test_the_compiler_removes_a_gradient_that_nothing_uses(strategy):
+    explorers, kwargs = EXPLORERS["single"], STRATEGIES[strategy]
+    loop = strategy in ("one step", "recommended")
+    tx = optax_ev3.ev3(own(explorers), score, **kwargs)
+    assert flops(tx, jax.grad(costly), loop) == flops(tx, nothing, loop)
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_the_compiler_keeps_a_gradient_that_is_used(loop):
+    tx = optax_ev3.ev3(EXPLORERS["single"], score)
+    used, cheap = flops(tx, jax.grad(costly), loop), flops(tx, jax.grad(loss), loop)
+    assert used > cheap + 1000
