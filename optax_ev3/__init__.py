@@ -7,6 +7,7 @@ from optax_ev3._src.evolve import evolve, found_schedule, log_uniform, uniform
 from optax_ev3._src.explore import Explorer, explorer, product, sweep
 from optax_ev3._src.figures import host_metric
 from optax_ev3._src.held_out import held_out
+from optax_ev3._src.keep_params import keep_params
 from optax_ev3._src.minimize import minimize
 from optax_ev3._src.progress import credit, should_grow, stalled
 from optax_ev3._src.record import (
@@ -37,6 +38,7 @@ __all__ = [
     "history",
     "host_metric",
     "in_chunks",
+    "keep_params",
     "log_uniform",
     "metrics",
     "minimize",

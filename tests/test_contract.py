@@ -1,6 +1,9 @@
 """What every rule must keep to, in every context in which optax is used."""
 
+import copy
 import functools
+import inspect
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,7 @@ from helpers import (
     assert_same_types,
     distance,
     explorers,
+    gradient,
     loss,
     score,
     stepper,
@@ -453,3 +457,113 @@ def test_unknown_extra_arguments_are_ignored():
     plain = tx.update(w, state, w, batch=weights())
     more = tx.update(w, state, w, batch=weights(), value=1.0, nobody="asks", fn=loss)
     assert_identical(more, plain)
+
+
+# What libraries do to a transformation.
+
+
+def test_functions_of_a_transformation_are_plain():
+    tx = transformation("greedy")
+    assert isinstance(tx, optax.GradientTransformationExtraArgs)
+    assert list(inspect.signature(tx.init).parameters) == ["params"]
+    names = inspect.signature(tx.update).parameters
+    assert list(names) == ["updates", "state", "params", "extra_args"]
+    assert names["extra_args"].kind == inspect.Parameter.VAR_KEYWORD
+    other = transformation("greedy")
+    for one in (tx.init, tx.update):
+        assert one == one and hash(one) == hash(one)
+    assert tx == tx and tx != other and len({tx, other, tx}) == 2
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "cloudpickle"])
+def test_copies_train_alike(how):
+    tx = transformation("greedy")
+    if how == "deepcopy":
+        copied = copy.deepcopy(tx)
+    else:
+        cloudpickle = pytest.importorskip("cloudpickle")
+        copied = pickle.loads(cloudpickle.dumps(tx))
+    assert_identical(run(copied, steps=2), run(tx, steps=2))
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_libraries_that_take_closures_apart(length):
+    """Optimistix rebuilds them as pytrees that are called by ``*args, **kwargs``."""
+    optimistix = pytest.importorskip("optimistix")
+
+    def loss(w, args=None):
+        return jnp.square(w - 3).sum()
+
+    def assess_fn(w, *, round, key):  # Names that are read at the time of an update.
+        return -jnp.square(w - 3) + 0 * (round + jax.random.uniform(key))
+
+    data = jnp.full([8], 3.0)
+    for fn in (
+        assess_fn,
+        optax_ev3.held_out(lambda w, x: -jnp.square(w - x), data, 4),
+        optax_ev3.in_chunks(
+            optax_ev3.held_out(lambda w, x: -jnp.square(w - x), data), 2
+        ),
+    ):
+        tx = optax_ev3.ev3(
+            explorers(), fn, loss_fn=lambda w: loss(w), trajectory_length=length
+        )
+        solver = optimistix.OptaxMinimiser(tx, rtol=0.0, atol=0.0)
+        start = jnp.zeros([])
+        found = optimistix.minimise(loss, solver, start, max_steps=12, throw=False)
+
+        def body(carry, _, tx=tx):
+            w, state = carry
+            value, grads = jax.value_and_grad(loss)(w)
+            extras = {"value": value, "grad": grads, "value_fn": loss}
+            updates, state = tx.update(grads, state, w, **extras)
+            return (optax.apply_updates(w, updates), state), None
+
+        by_hand = jax.jit(
+            lambda w, tx=tx: jax.lax.scan(body, (w, tx.init(w)), None, 12)
+        )
+        (expected, _), _ = by_hand(start)
+        assert_close(found.value, expected, rtol=1e-5)
+        assert float(expected) > 1
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_keep_params(length):
+    """A loop that passes none trains as the one that does."""
+    tx = transformation("greedy", trajectory_length=length)
+    kept = optax_ev3.keep_params(tx)
+
+    @jax.jit
+    def step(w, state, batch):
+        updates, state = kept.update(gradient(w, batch), state, batch=batch)
+        return optax.apply_updates(w, updates), state
+
+    w = params()
+    state = kept.init(w)
+    for seed in range(4):
+        before = types(state)
+        w, state = step(w, state, weights(seed=seed))
+        assert types(state) == before
+    expected, plain = run(tx, steps=4)
+    assert_close((w, state.inner_state), (expected, plain))
+    assert_identical(state.kept_params, w)
+    assert_identical(optax_ev3.summary(state), optax_ev3.summary(state.inner_state))
+    # Those that are passed come first.
+    moved = jax.tree.map(lambda x: x + 1, w)
+    grads = gradient(moved, weights())
+    found = kept.update(grads, state, moved, batch=weights())
+    wanted = tx.update(grads, state.inner_state, moved, batch=weights())
+    assert_identical((found[0], found[1].inner_state), wanted)
+    assert_close(found[1].kept_params, optax.apply_updates(moved, wanted[0]))
+
+
+def test_kept_params_may_be_donated():
+    tx = optax_ev3.keep_params(transformation("greedy"))
+    w = params()
+    state = tx.init(w)
+
+    def step(w, state):
+        updates, state = tx.update(gradient(w, weights()), state, batch=weights())
+        return optax.apply_updates(w, updates), state
+
+    jax.block_until_ready(jax.jit(step, donate_argnums=(0, 1))(w, state))

@@ -431,7 +431,7 @@ def test_gradients_of_another_shape():
 
 def test_update_without_params_says_what_to_pass():
     tx, w = ev3([SGD], metric), jnp.ones([3])
-    with says(ValueError, "params"):
+    with says(ValueError, "tx.update(grads, state, params)", "keep_params(tx)"):
         tx.update(w, tx.init(w))
 
 

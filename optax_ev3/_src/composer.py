@@ -261,7 +261,8 @@ def ev3(
         if params is None:
             raise ValueError(
                 "ev3 needs the current value of the parameters: pass them as "
-                "tx.update(grads, state, params)."
+                "tx.update(grads, state, params), or, where the loop does not, let the "
+                "state hold them: optax_ev3.keep_params(tx)."
             )
         _check_call(state, params, explorers, [*names, *more], init_fn)
         keys = _keys(state, key_impl, axis_name)
@@ -286,7 +287,9 @@ def ev3(
         update = steps.update_for(params, update, updates)
         return update, state._replace(ev3_calls=calls)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(
+        named.Opaque(init_fn), named.Opaque(update_fn)
+    )
 
 
 def _hyperparams(states):

@@ -95,6 +95,21 @@ def signature(fn: Callable[..., Any]) -> str:
     )
 
 
+class Opaque:
+    """A function that other libraries do not take apart.
+
+    Optimistix rebuilds the closures of an optimizer as pytrees, those of the callbacks
+    in it as well, which are then called as ``(*args, **kwargs)`` and name nothing.
+    """
+
+    def __init__(self, fn: Callable[..., Any]):
+        self._fn = fn
+        functools.update_wrapper(self, fn)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._fn(*args, **kwargs)
+
+
 def check_callback(fn: Any, role: str) -> None:
     """Raises ``TypeError`` unless ``fn`` can be called as ``fn(params, **named)``."""
     if not callable(fn):
