@@ -60,7 +60,7 @@ class TrainState(train_state.TrainState):
 
         def update(updates, state, params=None):
             # Flax cannot take None: it is given an empty tree instead.
-            given = None if grads is None else updates
+            given: Any = None if grads is None else updates
             return self.tx.update(given, state, params, **extra_args)
 
         # Flax's own method, with an optimizer that knows the extra arguments.
