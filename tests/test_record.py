@@ -186,6 +186,7 @@ def test_summary_of_the_last_round_and_shares_of_all(length, calls):
         "ev3/round": calls,
         "ev3/skipped": calls - rounds,
         "ev3/overruled": 0,
+        **{f"ev3/skipped_steps/{n}": 0 for n in RATES},
         "ev3/adopted": adopted,
         "ev3/significant": past["significant"][-1],
         "ev3/examples": BATCHES.shape[1],
@@ -211,6 +212,7 @@ def test_summary_before_the_first_round():
     counts += [f"ev3/{kind}/{name}" for kind in kinds for name in NAMES]
     counts += [f"ev3/{name}" for name in ("score", "stderr", "examples", "overruled")]
     assert {name: float(figures[name]) for name in counts} == dict.fromkeys(counts, 0)
+    counts += [f"ev3/skipped_steps/{name}" for name in RATES]
     assert figures.keys() == set(counts)
 
 

@@ -65,7 +65,7 @@ def ev3(
     update is not finite keeps its earlier state. In longer ones a branch does not take
     a step whose gradients are not finite; where its parameters leave the finite numbers
     all the same, it goes on from the visible ones with a new inner state, and is no
-    candidate in this round.
+    candidate in this round. :func:`optax_ev3.summary` counts such steps by explorer.
 
     Callbacks get, of the extra arguments of ``update``, just those that their
     signatures name, or all of them where they take ``**kwargs``. What
@@ -228,7 +228,10 @@ def ev3(
                 for member, place in zip(one.members(name), places[name], strict=True)
             }
             states[name] = record.ExplorerState(
-                positions, steps.init_state(one, params), evolve.init(one)
+                positions,
+                steps.init_state(one, params),
+                jnp.zeros([] if one.size is None else [one.size], jnp.int32),
+                evolve.init(one),
             )
         return record.EV3State(
             ev3_round=jnp.zeros([], jnp.int32),
@@ -450,9 +453,14 @@ def _one_step(explorers, plan, state, params, call, judge, rests):
     moves.append(trees.Batch(trees.Lazy(lambda: trees.no_update(params))))
     moves.append(trees.Batch(trees.Lazy(lambda: trees.minus(state.stable, params))))
     lasted = _Lasted(explorers, plan, rests, jnp.ones([], jnp.int32))
+    skipped = {
+        name: ~step.finite & ~rests.get(name, jnp.asarray(False))
+        for name, step in proposed.items()
+    }
     state = state._replace(
         explorers=_with(state, {k: s.opt_state for k, s in proposed.items()})
     )
+    state = _counted(state, skipped)
     decision, state, past = _adapt(judge, seen, state, lasted)
     everybody = jnp.ones(explore.spread(explorers, rests).shape, bool)
     state = _evolved(judge, state, lasted, decision.adopted, past, everybody)
@@ -468,7 +476,7 @@ def _one_step(explorers, plan, state, params, call, judge, rests):
 
 def _trajectories(explorers, plan, state, params, call, judge, rests):
     """One step of the branches; at the end of a round, assess and adapt as well."""
-    opt_states, walked, finite = trajectory.advance(
+    opt_states, walked, finite, skipped = trajectory.advance(
         explorers,
         plan,
         state.trajectory,
@@ -479,6 +487,7 @@ def _trajectories(explorers, plan, state, params, call, judge, rests):
         rests,
     )
     state = state._replace(trajectory=walked, explorers=_with(state, opt_states))
+    state = _counted(state, skipped)
 
     def mend(state):
         opt_states, mended = trajectory.mend(
@@ -684,6 +693,15 @@ def _with(state, opt_states):
         name: one._replace(opt_state=opt_states[name])
         for name, one in state.explorers.items()
     }
+
+
+def _counted(state, skipped):
+    """The state, with the steps of this call that came to nothing."""
+    explorers = {}
+    for name, one in state.explorers.items():
+        count = jnp.where(skipped[name], optax.safe_increment(one.skipped), one.skipped)
+        explorers[name] = one._replace(skipped=count)
+    return state._replace(explorers=explorers)
 
 
 def _flags(found, rest):

@@ -81,11 +81,14 @@ class ExplorerState(NamedTuple):
       positions: By name, of the explorer or of every member of a sweep, its place among
         the candidates, see :func:`place`.
       opt_state: State of its inner optimizer; PRNG keys in it are raw key data.
+      skipped: ``[]`` int32, or ``[G]`` for a sweep of G members, steps that came to
+        nothing since gradients, update or parameters were not finite.
       evolution: The hyperparameters of a group that evolves, else nothing.
     """
 
     positions: dict[str, dict[str, jax.Array]]
     opt_state: Any
+    skipped: jax.Array
     evolution: Any = ()
 
 
@@ -281,6 +284,9 @@ def summary(state: Any) -> dict[str, jax.Array]:
         were finite; they leave everything else as it was;
       - ``ev3/overruled``: rounds in which the rule decided on a candidate that was not
         valid, or did not exist, and was overruled;
+      - ``ev3/skipped_steps/NAME``: steps of this explorer that came to nothing, since
+        its gradients, its update or the parameters that it led to were not finite;
+        where it was paused, or it was another one's turn, none was due;
       - ``ev3/adopted``: index of the candidate adopted in the last recorded round;
       - ``ev3/significant``: 1 if that round replaced the stable parameters, else 0;
       - ``ev3/examples``: how many examples it looked at, on all devices; 0 where scores
@@ -312,6 +318,7 @@ def summary(state: Any) -> dict[str, jax.Array]:
       ev3/round 1.00
       ev3/skipped 0.00
       ev3/overruled 0.00
+      ev3/skipped_steps/sgd 0.00
       ev3/adopted 0.00
       ev3/significant 1.00
       ev3/examples 0.00
@@ -341,6 +348,11 @@ def summary(state: Any) -> dict[str, jax.Array]:
         "ev3/round": state.ev3_round,
         "ev3/skipped": state.ev3_round - record.rounds,
         "ev3/overruled": record.overruled,
+        **{
+            f"ev3/skipped_steps/{name}": count
+            for one in state.explorers.values()
+            for name, count in _skipped(one).items()
+        },
         "ev3/adopted": adopted,
         "ev3/significant": record.significant[row],
         "ev3/examples": record.examples[row],
@@ -363,6 +375,14 @@ def summary(state: Any) -> dict[str, jax.Array]:
             for name, values in names.items()
         },
     }
+
+
+def _skipped(one: ExplorerState) -> dict[str, jax.Array]:
+    """Steps that came to nothing, by the names of an explorer or a sweep's members."""
+    members = sorted(one.positions, key=lambda name: _index(one.positions[name]))
+    if one.skipped.ndim == 0:
+        return dict.fromkeys(members, one.skipped)
+    return {name: one.skipped[i] for i, name in enumerate(members)}
 
 
 def history(state: Any, confidence: float = 0.95) -> dict[str, np.ndarray]:
@@ -531,6 +551,10 @@ def find(tree: Any) -> EV3State:
     return state._replace(
         ev3_round=_unboxed(state.ev3_round),
         ev3_calls=_unboxed(state.ev3_calls),
+        explorers={
+            name: one._replace(skipped=_unboxed(one.skipped))
+            for name, one in state.explorers.items()
+        },
         record=_unboxed(state.record),
     )
 

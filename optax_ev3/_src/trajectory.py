@@ -125,7 +125,7 @@ def advance(
     call: steps.Call,
     calls: jax.Array,
     rests: Mapping[str, jax.Array],
-) -> tuple[dict[str, Any], Trajectory, dict[str, jax.Array]]:
+) -> tuple[dict[str, Any], Trajectory, dict[str, jax.Array], dict[str, jax.Array]]:
     """One call: every branch, or the one whose turn it is, takes a step.
 
     Args:
@@ -140,14 +140,15 @@ def advance(
 
     Returns:
       The inner states, where the branches are, and by name ``[]`` bool, those of a
-      sweep stacked, whether they are finite. The others are to be mended.
+      sweep stacked, whether they are finite (the others are to be mended) and whether
+      a step of theirs was due and came to nothing.
     """
     turns = plan.gradients == "turns"
     lead = state.step // state.length if turns else state.lead
     step = state.step % state.length
     last = step == state.length - 1
     walk = _Walk(plan, lead, step, last, state.start, params, call)
-    branches, finite, first = {}, {}, 0
+    branches, finite, skipped, first = {}, {}, {}, 0
     for name, one in explorers.items():
         branch = _branch(state, opt_states, name, one, first)
         first += one.size or 1
@@ -163,6 +164,7 @@ def advance(
 
         branches[name] = trees.unless(rests.get(name), all_go, branch)
         finite[name] = trees.finite(branches[name].end, size=one.size)
+        skipped[name] = (branches[name].skipped > 0) | ~finite[name]
         # The next explorer waits for this one.
         walk = walk._replace(lead=trees.after(finite[name], walk.lead))
     walked = state._replace(
@@ -179,7 +181,8 @@ def advance(
             visible = visible_params(explorers, plan, walked, params)
             average = combine.move(state.average, visible, weight)
             walked = walked._replace(average=average)
-    return {k: b.opt_state for k, b in branches.items()}, walked, finite
+    states = {name: branch.opt_state for name, branch in branches.items()}
+    return states, walked, finite, skipped
 
 
 def visible_params(
@@ -230,18 +233,21 @@ class _Branch(NamedTuple):
     uphill: jax.Array
     age: jax.Array
     number: jax.Array
+    skipped: jax.Array
 
 
 def _branch(state, opt_states, name, one, first):
     """The branch of an explorer, the first of whose numbers is given."""
     rows = slice(first, first + one.size) if one.size else first
+    number = jnp.arange(state.alive.shape[0], dtype=jnp.int32)[rows]
     return _Branch(
         opt_states[name],
         state.ends[name],
         state.means[name],
         state.uphill[rows],
         state.age[rows],
-        jnp.arange(state.alive.shape[0], dtype=jnp.int32)[rows],
+        number,
+        jnp.zeros_like(number),
     )
 
 
@@ -270,14 +276,15 @@ def _go(tx, one, name, branch, loss, walk):
         slope = steps.slope(trees.minus(end, walk.start), grads)
         return jnp.asarray(False if slope is None else slope > 0, jnp.int32)
 
-    due, take = trees.finite(grads), trees.gate
+    finite, due, take = trees.finite(grads), jnp.asarray(True), trees.gate
     if walk.plan.gradients == "turns":
-        due, take = due & leads, trees.once
+        due, take = leads, trees.once
     # On CPUs skipped as a whole, a step changes its inner state and its parameters in
     # place: a choice between old and new ones would have to keep both.
     moving = branch.opt_state, end, branch.means, branch.uphill, branch.age
-    opt_state, end, means, uphill, age = take(due, step, moving)
-    return _Branch(opt_state, end, means, uphill, age, branch.number)
+    opt_state, end, means, uphill, age = take(due & finite, step, moving)
+    skipped = (due & ~finite).astype(jnp.int32)
+    return _Branch(opt_state, end, means, uphill, age, branch.number, skipped)
 
 
 def mend(
