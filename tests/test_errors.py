@@ -420,6 +420,65 @@ def test_state_that_changes_its_structure():
         tx.update(w, tx.init(w), w)
 
 
+@pytest.mark.parametrize("length", [1, 2])
+def test_state_that_changes_its_shape(length):
+    def update(updates, state, params=None):
+        return updates, {"seen": (jnp.append(state["seen"][0], 1.0),)}
+
+    def init(w):
+        return {"seen": (jnp.zeros([2]),)}
+
+    odd = optax.GradientTransformation(init, update)
+    tx, w = ev3({"a": SGD, "odd": odd}, metric, trajectory_length=length), jnp.ones([3])
+    with says(ValueError, "'odd'", "['seen'][0]", "float32[2]", "float32[3]", "init"):
+        tx.update(w, tx.init(w), w)
+
+
+def _with_state(state, change):
+    one = state.explorers["a"]
+    return state._replace(explorers={"a": one._replace(opt_state=change(one))})
+
+
+RESTORED = {
+    "list": (
+        lambda state: _with_state(state, lambda one: list(one.opt_state)),
+        (
+            ValueError,
+            "another structure",
+            "explorers['a'].opt_state",
+            "a list",
+            "instead of a tuple",
+            "tx.init(params)",
+        ),
+    ),
+    "record in a dict": (
+        lambda state: state._replace(record=state.record._asdict()),
+        (ValueError, "rounds", "nothing"),
+    ),
+    "typed key": (
+        lambda state: state._replace(ev3_key=jax.random.key(0)),
+        (ValueError, ".ev3_key", "key<fry>", "uint32[2]", "jax.random.key_data"),
+    ),
+    "float for an integer": (
+        lambda state: state._replace(ev3_round=0.5),
+        (ValueError, ".ev3_round", "float32", "int32[]"),
+    ),
+    "shape": (
+        lambda state: state._replace(stable=jnp.ones([4])),
+        (ValueError, ".stable", "float32[4]", "float32[3]"),
+    ),
+}
+
+
+@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize("case", RESTORED)
+def test_states_of_another_structure(case, length):
+    change, (error, *parts) = RESTORED[case]
+    tx, w = ev3({"a": optax.adam(0.1)}, metric, trajectory_length=length), jnp.ones([3])
+    with says(error, *parts):
+        tx.update(w, change(tx.init(w)), w)
+
+
 def test_gradients_of_another_shape():
     tx, w = ev3({"a": SGD}, metric), {"w": jnp.ones([3])}
     state = tx.init(w)

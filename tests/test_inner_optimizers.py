@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import always, assert_close, assert_finite, assert_same_types, lenient
+from helpers import (
+    always,
+    assert_close,
+    assert_finite,
+    assert_same_types,
+    lenient,
+    says,
+    types,
+    x64,
+)
 from optax import contrib
 
 import optax_ev3
@@ -523,3 +532,106 @@ def test_private_and_other_optimizers_do_not_mix():
         ValueError, match=r"'sgd' returned updates of shapes.*\(8, 4, 3\)"
     ):
         jax.eval_shape(ours.update, grads, ours.init(w), w, **batch(0))
+
+
+# States whose types the caller or the optimizer changes.
+
+LENGTHS = pytest.mark.parametrize(
+    "length, loss_fn", [(1, None), (2, None), (2, jnp.sum)], ids=["one", "two", "own"]
+)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("rate", [0.25, 1, np.float32(0.25), jnp.float32(0.25)])
+@LENGTHS
+def test_learning_rate_set_in_mid_run(length, loss_fn, rate, dtype):
+    tx = optax.inject_hyperparams(optax.sgd)(learning_rate=0.5)
+    ours = optax_ev3.ev3(
+        [tx], lambda w: -w, adapt=always(0), trajectory_length=length, loss_fn=loss_fn
+    )
+    with x64(dtype == "float64"):
+        w = jnp.array([4.0, 2.0], dtype)
+        state = ours.init(w)
+        kinds = types(state)
+        for number in range(2):
+            changed = optax.tree.set(state, learning_rate=rate) if number else state
+            _, new = jax.eval_shape(ours.update, w, changed, w)
+            assert types(new) == kinds
+        if length == 1:
+            updates, _ = jax.jit(ours.update)(w, changed, w)
+            np.testing.assert_array_equal(updates, -rate * np.array([4.0, 2.0]))
+
+
+def counting(start, step):
+    """Counts in its state, and lowers parameters by what it has counted."""
+
+    def update(updates, state, params=None):
+        state = state + step
+        return jax.tree.map(lambda u: -state * jnp.ones_like(u), updates), state
+
+    return optax.GradientTransformation(lambda params: start, update)
+
+
+COUNTS = {
+    "int to float": (np.int32(0), 0.5),
+    "Python int": (0, 0.5),
+    "bool to int": (np.bool_(False), 2),
+    "bool to float": (np.bool_(False), 0.25),
+}
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@LENGTHS
+def test_inner_state_that_turns_from_integer_to_float(length, loss_fn, count):
+    start, step = COUNTS[count]
+    tx, w = counting(start, step), jnp.array([1.0])
+    ours = optax_ev3.ev3(
+        [tx], lambda w: -w, adapt=always(0), trajectory_length=length, loss_fn=loss_fn
+    )
+    update, state = jax.jit(ours.update), ours.init(w)
+    expected, alone = w, tx.init(w)
+    for _ in range(4):
+        updates, state = update(w, state, w)
+        w = optax.apply_updates(w, updates)
+        updates, alone = tx.update(expected, alone, expected)
+        expected = optax.apply_updates(expected, updates)
+        assert_close(w, expected)
+    assert float(state.explorers["explorer_0"].opt_state) == 4 * step == alone
+    assert update._cache_size() == 1
+
+
+def test_members_of_a_sweep_whose_state_turns_to_float():
+    sweep = optax_ev3.sweep(lambda step: counting(0, step), step=[0.5, 0.25])
+    ours, w = optax_ev3.ev3([sweep], lambda w: -w, adapt=always(1)), jnp.array([1.0])
+    state = ours.init(w)
+    for _ in range(4):
+        _, state = jax.jit(ours.update)(w, state, w)
+    (group,) = state.explorers.values()
+    np.testing.assert_array_equal(group.opt_state, [2.0, 1.0])
+
+
+def test_adam_of_integers_that_are_not_frozen():
+    # Its moments of integers become floats in the first step.
+    w = {"n": jnp.arange(3), "w": jnp.array([1.0, -2.0])}
+    tx = optax.adam(0.1)
+    ours = optax_ev3.ev3([tx], lambda w: -w["w"], adapt=always(0))
+    state, alone, grads = ours.init(w), tx.init(w), jax.tree.map(jnp.ones_like, w)
+    for _ in range(3):
+        _, state = jax.jit(ours.update)(grads, state, w)
+        _, alone = tx.update(grads, alone, w)
+    (one,) = state.explorers.values()
+    assert_close(one.opt_state, alone)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_state_that_needs_more_than_a_gradient_says_that_it_changes(length):
+    def update(updates, state, params=None, *, value, **extra_args):
+        return updates, {"seen": [state["seen"][0] + value]}
+
+    tx = optax.GradientTransformationExtraArgs(
+        lambda params: {"seen": [jnp.int32(0)]}, update
+    )
+    ours = optax_ev3.ev3({"odd": tx}, lambda w: -w, trajectory_length=length)
+    w = jnp.ones([3])
+    with says(ValueError, "'odd'", "['seen'][0]", "int32[]", "float32[]", "init"):
+        jax.eval_shape(ours.update, w, ours.init(w), w, value=0.5)

@@ -519,3 +519,42 @@ def test_own_losses_over_an_axis_with_leaves_that_are_no_floats(length):
     alone = jax.jit(stepper(one))(X)
     together = jax.jit(jax.vmap(stepper(many), axis_name="i"))(X.reshape(2, 4))
     assert_close(together, jnp.stack([alone] * 2))
+
+
+# Shapes alone.
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_init_takes_shapes_alone(setting):
+    w = {"layer": layer(), "hole": None}
+    shapes = jax.eval_shape(lambda x: x, w)
+    tx = transformation(**SETTINGS[setting])
+    state = tx.init(shapes)
+    assert_same_types(state, jax.eval_shape(tx.init, w))
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
+    np.testing.assert_array_equal(optax_ev3.stable_params(state)["layer"].w, [0, 0])
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("setting", ["one step", "never", "sweep, copy"])
+def test_init_keeps_the_shardings_of_shapes(setting, kind):
+    if kind == "Explicit" and not hasattr(jax, "set_mesh"):
+        pytest.skip("this release has no explicit sharding")
+    P = jax.sharding.PartitionSpec
+    kinds = {"axis_types": (getattr(jax.sharding.AxisType, kind),)}
+    mesh = jax.make_mesh((8,), ("x",), **kinds)
+    here = jax.sharding.NamedSharding(mesh, P(None, "x"))
+    shape = jax.ShapeDtypeStruct((3, 8), jnp.float32, sharding=here)
+    made = jax.device_put(jnp.zeros([3, 8]), here)
+    tx = transformation(**SETTINGS[setting])
+    state, expected = tx.init(shape), tx.init(made)
+    assert_same_types(state, expected)
+    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True)
+    like_params = 0
+    for one, other in pairs:
+        assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
+        if one.shape == (3, 8):
+            assert one.sharding.is_equivalent_to(here, 2)
+            like_params += 1
+    assert like_params >= 1
+    assert state.stable.sharding.is_equivalent_to(here, 2)

@@ -28,6 +28,11 @@ from optax_ev3._src import (
 )
 from optax_ev3._src import combine as combinations
 
+_RESTORE = (
+    "To restore a checkpoint with its structure, give the library tx.init(params) as "
+    "the target."
+)
+
 
 def ev3(
     inner: Sequence[Any] | Mapping[str, Any],
@@ -221,6 +226,7 @@ def ev3(
     key_impl = arguments.check_key(key)
 
     def init_fn(params: optax.Params) -> record.EV3State:
+        params = jax.tree.map(trees.array, params)
         states, places = {}, explore.places(explorers)
         for name, one in explorers.items():
             positions = {
@@ -229,7 +235,7 @@ def ev3(
             }
             states[name] = record.ExplorerState(
                 positions,
-                steps.init_state(one, params),
+                steps.first_state(one, name, params),
                 jnp.zeros([] if one.size is None else [one.size], jnp.int32),
                 evolve.init(one),
             )
@@ -261,13 +267,8 @@ def ev3(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, record.EV3State]:
-        if params is None:
-            raise ValueError(
-                "ev3 needs the current value of the parameters: pass them as "
-                "tx.update(grads, state, params), or, where the loop does not, let the "
-                "state hold them: optax_ev3.keep_params(tx)."
-            )
-        _check_call(state, params, explorers, [*names, *more], init_fn)
+        params = _checked_params(params)
+        state = _checked_state(state, params, explorers, [*names, *more], init_fn)
         keys = _keys(state, key_impl, axis_name)
         hyperparams = _hyperparams(state.explorers)
         grads = steps.gradients_for(params, updates)
@@ -746,18 +747,28 @@ def _keys(state, key_impl, axis_name):
     return _Keys(assess_key, rule_key, loss_key, run_key)
 
 
-def _check_call(state, params, explorers, candidates, init_fn):
-    """Raises unless ``update`` was given whole params and a state of its own."""
+def _checked_params(params: optax.Params | None) -> optax.Params:
+    """The parameters as arrays; raises unless ``update`` was given all of them."""
+    if params is None:
+        raise ValueError(
+            "ev3 needs the current value of the parameters: pass them as "
+            "tx.update(grads, state, params), or, where the loop does not, let the "
+            "state hold them: optax_ev3.keep_params(tx)."
+        )
     if any(map(_is_hole, jax.tree.leaves(params, is_leaf=_is_hole))):
         raise ValueError(
             "assess_fn would see params with holes: optax.masked and optax.partition "
             "must stand inside ev3, around its inner optimizers, and not around it."
         )
+    return jax.tree.map(trees.array, params)
+
+
+def _checked_state(state, params, explorers, candidates, init_fn):
+    """The state with the dtypes that ``init`` gave it; raises if it is another's."""
     if not isinstance(state, record.EV3State):
         raise TypeError(
             f"update needs the state that init returned, an EV3State, got "
-            f"{type(state).__name__}. To restore a checkpoint with its structure, give "
-            f"the library tx.init(params) as the target."
+            f"{type(state).__name__}. {_RESTORE}"
         )
     if set(state.explorers) != set(explorers):
         raise ValueError(
@@ -772,17 +783,39 @@ def _check_call(state, params, explorers, candidates, init_fn):
             f"transformation has them in the order {candidates}: give ev3 its "
             f"explorers, and what it combines, in the order of the state's."
         )
+    expected = jax.eval_shape(init_fn, params)
     want, got = (
-        {keystr(path): _spec(leaf) for path, leaf in tree_leaves_with_path(tree)}
-        for tree in (jax.eval_shape(init_fn, params), state)
+        {keystr(path): leaf for path, leaf in tree_leaves_with_path(tree)}
+        for tree in (expected, state)
     )
-    if want != got:
-        path = next(k for k in [*want, *got] if want.get(k) != got.get(k))
+    for path in [*want, *got]:
+        if path in want and path in got and _fits(got[path], want[path]):
+            continue
+        found, needed = (
+            _spec(leaves[path]) if path in leaves else "nothing"
+            for leaves in (got, want)
+        )
+        is_key = trees.is_key(got.get(path)) and not trees.is_key(want.get(path))
         raise ValueError(
             f"the state does not belong to this transformation and these parameters: "
-            f"at {path} it has {got.get(path, 'nothing')}, expected "
-            f"{want.get(path, 'nothing')}."
+            f"at {path} it has {found}, expected {needed}."
+            + " PRNG keys are kept as jax.random.key_data(key)."
+            * is_key
         )
+    where = trees.difference(expected, state)
+    if where is not None:
+        raise ValueError(
+            f"the state has another structure than init returned: {where}. {_RESTORE}"
+        )
+    return jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), state, expected)
+
+
+def _fits(leaf, like):
+    """Whether a leaf may be cast: optax, too, takes a Python number for a float16."""
+    dtype = jnp.result_type(leaf)
+    higher = trees.rank(dtype) > trees.rank(like.dtype)
+    kinds = dtype == like.dtype or (trees.rank(dtype) >= 0 and not higher)
+    return kinds and jnp.shape(leaf) == like.shape
 
 
 def _spec(leaf):

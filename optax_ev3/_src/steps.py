@@ -1,5 +1,6 @@
 """Steps: what an explorer's inner optimizer does to parameters, checked."""
 
+import functools
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -70,8 +71,42 @@ def init_state(one: Explorer, params: optax.Params) -> Any:
     return one.each(lambda tx, _: jax.tree.map(_owned, tx.init(params)))
 
 
+def first_state(one: Explorer, name: str, params: optax.Params) -> Any:
+    """The inner state, in the dtypes that its first steps bring it to.
+
+    Some begin with an integer to which a fraction is added. An optimizer that needs
+    more than a gradient keeps the dtypes of its ``init``.
+    """
+    nothing = jax.tree.map(
+        lambda p: jnp.zeros_like(p) if trees.is_inexact(p) else None, params
+    )
+    grads = gradients_for(params, nothing)
+
+    def step(tx, state):
+        return _inner_update(tx, one, name, state, params, None, {})(grads)[1]
+
+    def init(tx, _):
+        state = jax.tree.map(_owned, tx.init(params))
+        for _ in range(2):  # From booleans to integers to floats.
+            if all(map(trees.is_inexact, jax.tree.leaves(state))):
+                break
+            try:
+                after = jax.eval_shape(functools.partial(step, tx), state)
+                state = jax.tree.map(_promoted, state, after)
+            except Exception:  # Whatever it is, the first step says it better.
+                break
+        return state
+
+    return one.each(init)
+
+
 def _owned(leaf):
     return trees.own(trees.raw(leaf))
+
+
+def _promoted(old, new):
+    higher = trees.rank(new.dtype) > trees.rank(old.dtype)
+    return old.astype(new.dtype) if higher else old
 
 
 def gradients_for(params: optax.Params, grads: optax.Updates) -> optax.Updates:
@@ -437,9 +472,21 @@ def _shapes(tree):
 
 def _like_state(new, old, name):
     """The new inner state with the old one's types; raises if it does not fit it."""
-    if jax.tree.structure(new) != jax.tree.structure(old):
+    where = trees.difference(old, new)
+    if where is not None:
         raise ValueError(
-            f"explorer {name!r} changed the structure of its state from "
-            f"{jax.tree.structure(old)} to {jax.tree.structure(new)}."
+            f"explorer {name!r} changed the structure of its state: {where}."
         )
-    return jax.tree.map(lambda n, o: jnp.asarray(n, o.dtype), new, old)
+
+    def one(path, n, o):
+        got, expected = (f"{jnp.result_type(x)}{list(jnp.shape(x))}" for x in (n, o))
+        lost = trees.rank(jnp.result_type(n)) > trees.rank(o.dtype)
+        if jnp.shape(n) != o.shape or lost:
+            raise ValueError(
+                f"explorer {name!r} changed its state at {keystr(path) or 'the top'} "
+                f"from {expected} to {got}: its init must return the shapes and types "
+                f"that its update does."
+            )
+        return jnp.asarray(n, o.dtype)
+
+    return tree_map_with_path(one, new, old)

@@ -303,7 +303,7 @@ def mend(
     states, ends, means = {}, {}, {}
     for name, one in explorers.items():
         spread, ok = _spread(params, one.size), finite[name]
-        states[name] = _select(ok, opt_states[name], steps.init_state(one, params))
+        states[name] = _select(~ok, steps.init_state(one, params), opt_states[name])
         ends[name] = _select(ok, state.ends[name], spread)
         means[name] = _select(ok, state.means[name], _means(plan, spread))
     age = jnp.where(_flat(finite.values()), state.age, 0)

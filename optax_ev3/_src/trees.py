@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import layout
 from jax.lax import platform_dependent
+from jax.tree_util import keystr
 
 # Numbers in a leaf that a kernel of its own would not keep busy.
 _SMALL = 2**16
@@ -241,6 +242,41 @@ def is_inexact(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
+def rank(dtype: Any) -> int:
+    """Of booleans 0, of integers 1, of real numbers 2, of complex ones 3; else -1."""
+    kinds = jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating
+    return next((i for i, x in enumerate(kinds) if jnp.issubdtype(dtype, x)), -1)
+
+
+def difference(expected: Any, actual: Any, path: Any = ()) -> str | None:
+    """Where two trees first differ in structure, and how; None where they don't."""
+    (one, one_node), (other, other_node) = map(_one_level, (expected, actual))
+    if one_node != other_node:
+        return f"at {keystr(path) or 'the top'} {_kind(actual)} instead of " + _kind(
+            expected
+        )
+    if jax.tree_util.treedef_is_leaf(one_node):
+        return None
+    pairs = zip(one, other, strict=True)
+    found = (difference(x, y, (*path, *at)) for (at, x), (_, y) in pairs)
+    return next((where for where in found if where), None)
+
+
+def _one_level(tree):
+    return jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda node: node is not tree
+    )
+
+
+def _kind(node):
+    """The type of a node, and what it holds."""
+    children, structure = _one_level(node)
+    if jax.tree_util.treedef_is_leaf(structure):
+        return "an array" if hasattr(node, "shape") else f"a {type(node).__name__}"
+    held = ", ".join(keystr(path) for path, _ in children)
+    return f"a {type(node).__name__} with {held or 'nothing'}"
+
+
 def _update_dtype(leaf):
     return jnp.int8 if is_key(leaf) or leaf.dtype == bool else leaf.dtype
 
@@ -276,10 +312,17 @@ def no_update(params: Any) -> Any:
     )
 
 
-def own(leaf: Any) -> jax.Array:
-    """An array of our own, not weakly typed; placeholders become zeros."""
+def array(leaf: Any) -> jax.Array:
+    """An array, not weakly typed; placeholders become zeros with their sharding."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jnp.zeros(leaf.shape, leaf.dtype)
+        return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+    return jnp.asarray(leaf, jnp.result_type(leaf))
+
+
+def own(leaf: Any) -> jax.Array:
+    """The array in a buffer of its own."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return array(leaf)
     if is_key(leaf):
         data = own(raw(leaf))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
