@@ -52,7 +52,7 @@ def keep_params(
 
     def update_fn(
         updates: optax.Updates,
-        state: KeptParams,
+        state: Any,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, KeptParams]:
