@@ -22,6 +22,16 @@ def scores_of(assess_fn, extras, **kwargs):
     return np.asarray(state.record.mean[0])
 
 
+def positional_shift(fn):
+    """A decorator that adds 10."""
+
+    @functools.wraps(fn)
+    def shifted(*args, **kwargs):
+        return fn(*args, **kwargs) + 10
+
+    return shifted
+
+
 class Callable:
     """An object that can be called."""
 
@@ -41,6 +51,22 @@ class Callable:
     @classmethod
     def of_class(cls, params, x=9.0):
         return params * x
+
+    with_y = functools.partialmethod(method, x=2.0)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def jitted(self, params, x):
+        return params * x + self.shift
+
+    @positional_shift
+    def decorated(self, params, x):
+        return params * x + self.shift
+
+
+class Later:
+    """Its call is written elsewhere."""
+
+    __call__ = staticmethod(lambda params, x: params * x)
 
 
 def positional(params, x, y=0.0):
@@ -69,6 +95,18 @@ def positional_only(params, /, x):
     return params * x
 
 
+def two_by_position(params, x, y=0.0, /):
+    return params * x + y
+
+
+def middle_by_position(params, x=2.0, y=0.0, /, *, z=0.0):
+    return params * x + y + z
+
+
+def by_position_and_any(params, x, /, **kwargs):
+    return params * x + kwargs.get("y", 0.0) + 100.0 * ("x" in kwargs)
+
+
 def any_name(weights_of_the_model, x):
     return weights_of_the_model * x
 
@@ -86,6 +124,20 @@ CASES = {
     "names and kwargs": (some_and_everything, XYZ, [8, 11, 11]),
     "varargs": (varargs, XYZ, [3, 6, 6]),
     "positional_only": (positional_only, XYZ, [3, 6, 6]),
+    "two by position": (two_by_position, XYZ, [8, 11, 11]),
+    "default by position": (two_by_position, X, [3, 6, 6]),
+    "default before one by position": (middle_by_position, {"y": 5.0}, [7, 9, 9]),
+    "by position and by name": (middle_by_position, XYZ, [15, 18, 18]),
+    "only by name": (middle_by_position, {"z": 7.0}, [9, 11, 11]),
+    "by position and kwargs": (by_position_and_any, XYZ, [8, 11, 11]),
+    "jit, by position": (jax.jit(two_by_position), XYZ, [8, 11, 11]),
+    "static method object": (staticmethod(positional), XYZ, [8, 11, 11]),
+    "static method by position": (staticmethod(two_by_position), XYZ, [8, 11, 11]),
+    "partial method": (Callable(1.0).with_y, {}, [1, 3, 3]),
+    "jitted method": (Callable(1.0).jitted, XYZ, [4, 7, 7]),
+    "decorated method": (Callable(1.0).decorated, XYZ, [14, 17, 17]),
+    "decorated": (positional_shift(positional), XYZ, [18, 21, 21]),
+    "static call": (Later(), XYZ, [3, 6, 6]),
     "any name of params": (any_name, XYZ, [3, 6, 6]),
     "lambda": (lambda p, x: p * x, XYZ, [3, 6, 6]),
     "object": (Callable(1.0), XYZ, [4, 7, 7]),
@@ -126,6 +178,9 @@ MISSING = {
     "method": Callable(1.0).method,
     "jit": jax.jit(positional),
     "partial": functools.partial(positional, y=1.0),
+    "by position": two_by_position,
+    "static method": staticmethod(two_by_position),
+    "decorated": positional_shift(positional),
 }
 
 
@@ -133,6 +188,36 @@ MISSING = {
 def test_missing_names_callback_parameter_and_what_was_given(case):
     with pytest.raises(TypeError, match=r"assess_fn.*'x'.*x=\.\.\..*\['u', 'y'\]"):
         scores_of(MISSING[case], {"y": 1.0, "u": 2.0})
+
+
+def test_by_position_in_every_role():
+    def loss(params, x, /):
+        return params * x
+
+    def metric(params, batch, x, /):
+        return params * 0 + batch * 0 + x
+
+    found = scores_of(optax_ev3.held_out(metric, jnp.ones(4)), {"x": 3.0})
+    np.testing.assert_allclose(found, 3.0)
+    chunks = optax_ev3.in_chunks(lambda p, x, /: p * 0 + x, 2, ["x"])
+    np.testing.assert_allclose(scores_of(chunks, {"x": jnp.full([4], 3.0)}), 3.0)
+    host = optax_ev3.host_metric(lambda p, x, /: jnp.full([4], x), np.mean)
+    np.testing.assert_allclose(scores_of(host, {"x": 3.0}), 3.0)
+    distilled = optax_ev3.distillation.loss(
+        lambda p, x, /: jnp.stack([p * x, p * 0]), lambda x, /: jnp.stack([x, 0 * x])
+    )
+    assert float(distilled(2.0, x=jnp.array(3.0))) > 0
+    np.testing.assert_allclose(distilled(1.0, x=jnp.array(3.0)), 0, atol=1e-6)
+    own = optax_ev3.explorer(optax.sgd(0.5), loss)
+    tx = optax_ev3.ev3([own], lambda p: p, adapt=always(0))
+    w = jnp.array(2.0)
+    updates, _ = tx.update(w, tx.init(w), w, x=3.0)
+    np.testing.assert_allclose(updates, -1.5)
+
+
+def test_a_class_method_object_is_no_function():
+    with pytest.raises(TypeError, match=r"assess_fn must be callable.*classmethod"):
+        optax_ev3.ev3([optax.sgd(1.0)], classmethod(lambda cls, p: p))
 
 
 def test_missing_with_nothing_given():

@@ -162,11 +162,11 @@ def in_chunks(
             f"the string {slice_args!r}."
         )
     free = named.free(assess_fn, 1)
-    other = [name for name in slice_args if not free.takes(name)]
+    other = [k for k in slice_args if not (k in free.names or free.takes(k))]
     if other:
         raise ValueError(
             f"slice_args names {other}, which assess_fn does not take: its signature "
-            f"is {named.signature(assess_fn)}, and what functools.partial has bound is "
+            f"is {named.shown(assess_fn)}, and what functools.partial has bound is "
             f"not cut."
         )
     if not slice_args and "chunk" not in free.names:

@@ -1,6 +1,5 @@
 """Assessment on held-out arrays that stay on the device."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -85,12 +84,12 @@ def held_out(
     size = _leading_size(data)
     batch_size = _checked_size(batch_size, size, shuffle)
     try:
-        inspect.signature(metric_fn).bind_partial("params", "batch")
+        named.signature(metric_fn).bind_partial("params", "batch")
     except TypeError as error:
         raise TypeError(
             "metric_fn must take (params, batch), where batch has the structure of "
             "data, as its first two positional arguments; its signature is "
-            f"{named.signature(metric_fn)}."
+            f"{named.shown(metric_fn)}."
         ) from error
 
     def assess_fn(

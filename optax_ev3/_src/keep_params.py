@@ -56,10 +56,9 @@ def keep_params(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, KeptParams]:
-        if params is None:
-            params = state.kept_params
-        updates, new = inner.update(updates, state.inner_state, params, **extra_args)
-        moved = jax.tree.map(trees.own, optax.apply_updates(params, updates))
+        start: Any = state.kept_params if params is None else params
+        updates, new = inner.update(updates, state.inner_state, start, **extra_args)
+        moved = jax.tree.map(trees.own, optax.apply_updates(start, updates))
         return updates, KeptParams(moved, new)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -27,8 +27,9 @@ class Free(NamedTuple):
 
     @property
     def names(self) -> set[str]:
-        """Names of the parameters that can be given by keyword."""
-        return {p.name for p in self.parameters if p.kind in _BY_NAME}
+        """Names of the parameters that :func:`bind` fills one by one."""
+        kinds = (*_BY_NAME, inspect.Parameter.POSITIONAL_ONLY)
+        return {p.name for p in self.parameters if p.kind in kinds}
 
     @property
     def takes_any(self) -> bool:
@@ -37,18 +38,28 @@ class Free(NamedTuple):
 
     def takes(self, name: str) -> bool:
         """Whether an argument of this name can be given by keyword."""
-        return name in self.names or (self.takes_any and name not in self.filled)
+        by_name = {p.name for p in self.parameters if p.kind in _BY_NAME}
+        return name in by_name or (self.takes_any and name not in self.filled)
 
 
 def free(fn: Callable[..., Any], count: int) -> Free:
     """What is free in ``fn`` beyond its first ``count`` positional parameters."""
-    found = list(inspect.signature(fn).parameters.values())
+    found = list(signature(fn).parameters.values())
     filled = set(_bound(fn))
     while found and count and found[0].kind in _ONE_BY_POSITION:
         first, count = found.pop(0), count - 1
         if first.kind in _BY_NAME:
             filled.add(first.name)
     return Free([p for p in found if p.name not in filled], frozenset(filled))
+
+
+def signature(fn: Callable[..., Any]) -> inspect.Signature:
+    """As :func:`inspect.signature`, of all that can be called."""
+    call = inspect.getattr_static(type(fn), "__call__", None)
+    if isinstance(call, staticmethod | classmethod):
+        # Python would take away the first parameter, as that of the object.
+        return inspect.signature(type(fn).__call__)
+    return inspect.signature(fn)
 
 
 def _bound(fn: Any) -> frozenset[str]:
@@ -86,10 +97,10 @@ def same(fn: Callable[..., Any], other: Callable[..., Any]) -> bool:
     return fn is other or (isinstance(fn, types.MethodType) and fn == other)
 
 
-def signature(fn: Callable[..., Any]) -> str:
+def shown(fn: Callable[..., Any]) -> str:
     """The signature as messages show it: without defaults, which may be arrays."""
     empty = inspect.Parameter.empty
-    found = inspect.signature(fn).parameters.values()
+    found = signature(fn).parameters.values()
     return str(
         inspect.Signature([p.replace(default=empty, annotation=empty) for p in found])
     )
@@ -118,7 +129,7 @@ def check_callback(fn: Any, role: str) -> None:
             f"{type(fn).__name__}."
         )
     try:
-        found = list(inspect.signature(fn).parameters.values())
+        found = list(signature(fn).parameters.values())
     except ValueError as error:
         raise TypeError(
             f"{role} has no signature that can be read ({error}): wrap it in a "
@@ -127,7 +138,7 @@ def check_callback(fn: Any, role: str) -> None:
     if not found or found[0].kind not in _POSITIONAL:
         raise TypeError(
             f"{role} must take the parameters as its first positional argument; its "
-            f"signature is {signature(fn)}."
+            f"signature is {shown(fn)}."
         )
 
 
