@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import always, assert_close, assert_same_types, says, types
+from helpers import TREES, always, assert_close, assert_same_types, says, types
 
 import optax_ev3
-from optax_ev3 import adapt, combine, evidence
+from optax_ev3 import adapt, combine, evidence, metrics
 
 
 @functools.partial(
@@ -558,3 +558,114 @@ def test_init_keeps_the_shardings_of_shapes(setting, kind):
             like_params += 1
     assert like_params >= 1
     assert state.stable.sharding.is_equivalent_to(here, 2)
+
+
+# Promotion of dtypes.
+
+
+def _mean(outputs, weights):
+    return (outputs * weights).sum() / weights.sum()
+
+
+BOUNDS = {
+    "paired_t": evidence.paired_t(),
+    "unpaired_normal": evidence.unpaired_normal(),
+    "hoeffding": evidence.hoeffding(-200.0, 0.0),
+    "empirical_bernstein": evidence.empirical_bernstein(-200.0, 0.0),
+    "bootstrap": evidence.bootstrap(16),
+    "normal_mixture": evidence.normal_mixture(-200.0, 0.0),
+    "betting": evidence.betting(-200.0, 0.0),
+}
+JUDGED = {
+    "single figure": {"assess_fn": lambda w, x: score(w, x).mean()},
+    "right or wrong": {
+        "assess_fn": lambda w, x: score(w, x) > -1,
+        "adapt": adapt.choose_and_confirm(bound=evidence.mcnemar()),
+    },
+    "figure": {"assess_fn": lambda w, x: metrics.Figure(_mean, score(w, x), samples=8)},
+    "host": {"assess_fn": optax_ev3.host_metric(score, _mean, samples=8)},
+    "shuffled": {
+        "assess_fn": optax_ev3.held_out(
+            lambda w, x: score(w, x), X, batch_size=3, shuffle=True
+        )
+    },
+    "several weights": _several(
+        adapt.weighted({"a": 1.0, "b": 0.5}, targets={"a": -1.0, "b": -1.0}, rate=0.1)
+    ),
+    "lexicase, epsilon": _several(adapt.lexicase(["a", "b"], epsilon=0.1)),
+    "ladder, step": {"guard": evidence.ladder(step=0.1)},
+    "growing": {"trajectory_length": 2, "trajectory_growth": 1.5},
+    **{k: {"adapt": adapt.choose_and_confirm(bound=v)} for k, v in BOUNDS.items()},
+    **{
+        f"lexicographic, {k}": _several(
+            adapt.lexicographic({"a": 0.0, "b": 0.0}, bound=v)
+        )
+        for k, v in BOUNDS.items()
+    },
+}
+
+
+@pytest.mark.parametrize("setting", [*SETTINGS, *JUDGED])
+def test_nothing_of_ours_promotes_dtypes(setting):
+    # With optimizers that promote nothing either: Adam does.
+    kwargs = {"inner": {"sgd": optax.sgd(0.1), "heavy": optax.sgd(0.1, 0.9)}}
+    kwargs |= {**SETTINGS, **JUDGED}[setting]
+    if "sweep" in setting:
+        kwargs["inner"] = {
+            "sweep": optax_ev3.sweep(optax.sgd, learning_rate=[0.1, 0.2]),
+            "sgd": optax.sgd(0.3),
+        }
+    tx, w = transformation(**kwargs), layer()
+    with jax.numpy_dtype_promotion("strict"):
+        state = tx.init(w)
+        out = jax.eval_shape(stepper(tx), w, state)
+        optax_ev3.summary(state)
+    assert_same_types(out, (w, state))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "complex64", "mixed"])
+@pytest.mark.parametrize("setting", ["one step", "own", "never", "significant"])
+def test_parameters_of_any_precision_are_not_promoted(setting, dtype):
+    w = TREES[dtype]()
+
+    def loss(w, x=None):
+        squares = [jnp.square(jnp.abs(leaf)).sum() for leaf in jax.tree.leaves(w)]
+        return sum(square.astype(jnp.float32) for square in squares)
+
+    kwargs = {**STRATEGIES[setting], "inner": [optax.sgd(0.1), optax.sgd(0.2, 0.9)]}
+    kwargs |= {"loss_fn": loss} if "loss_fn" in kwargs else {}
+    tx = optax_ev3.ev3(assess_fn=lambda w, x: -loss(w) * x, **kwargs)
+    with jax.numpy_dtype_promotion("strict"):
+        state = tx.init(w)
+        out = jax.eval_shape(lambda w, s: tx.update(w, s, w, x=X), w, state)
+    assert_same_types(out, (w, state))
+
+
+@pytest.mark.parametrize("count", ["holm", "bonferroni"])
+def test_corrections_promote_nothing(count):
+    p, tested = jnp.array([0.01, 0.04, 0.5]), jnp.array([True, True, False])
+    with jax.numpy_dtype_promotion("strict"):
+        found = getattr(evidence, count)(p, tested)
+    expected = {"holm": [0.02, 0.04, 1.0], "bonferroni": [0.02, 0.08, 1.0]}[count]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("promotion", ["standard", "strict"])
+@pytest.mark.parametrize("setting", ["one step", "own", "shared", "turns"])
+def test_python_and_numpy_numbers_train_eagerly(setting, promotion):
+    w = {"python": 1.0, "float64": np.float64(2.0), "float32": np.float32(3.0)}
+
+    def loss(w, x=None):
+        return sum(jnp.square(leaf) for leaf in w.values())
+
+    kwargs = {**STRATEGIES[setting], "inner": [optax.sgd(0.25)], "adapt": always(0)}
+    kwargs |= {"loss_fn": loss} if "loss_fn" in kwargs else {}
+    tx = optax_ev3.ev3(assess_fn=lambda w: -loss(w), **kwargs)
+    with jax.numpy_dtype_promotion(promotion):
+        state = tx.init(w)
+        updates, state = tx.update({k: 2 * v for k, v in w.items()}, state, w)
+        expected = {"python": -0.5, "float64": -1.0, "float32": -1.5}
+        for name, update in updates.items():
+            assert update.dtype == jnp.float32
+            np.testing.assert_allclose(update, expected[name])
+        assert_same_types(state, tx.init(w))

@@ -484,7 +484,9 @@ def _forget(memory: ConfidentMemory, fresh: jax.Array) -> ConfidentMemory:
 def _tried(trial: Trial, z: jax.Array) -> Trial:
     """The trial with one more round; one that ties says nothing."""
     z = jnp.clip(z, -_MOST, _MOST).astype(jnp.float32)
-    return Trial(trial.total + z, trial.weight + (z != 0), trial.rounds + 1)
+    return Trial(
+        trial.total + z, trial.weight + (z != 0).astype(z.dtype), trial.rounds + 1
+    )
 
 
 def _verdict(trial: Trial, gain: float, harm: float) -> tuple[jax.Array, jax.Array]:
@@ -500,7 +502,7 @@ def _add(tally: Tally, z: jax.Array, clip: float) -> Tally:
     z = jnp.clip(z, -clip, clip).astype(jnp.float32)
     return Tally(
         total=_MEMORY * tally.total + z,
-        weight=_MEMORY**2 * tally.weight + (z != 0),
+        weight=_MEMORY**2 * tally.weight + (z != 0).astype(z.dtype),
     )
 
 

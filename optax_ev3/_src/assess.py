@@ -349,7 +349,7 @@ def _as_scores(output: Any) -> dict[str, Any]:
             wide[name] = jax.tree.map(jnp.asarray, value.outputs)
         else:
             array = jnp.asarray(value)
-            wide[name] = array.astype(jnp.promote_types(array.dtype, jnp.float32))
+            wide[name] = array.astype(trees.wide_dtype(array))
     return wide
 
 

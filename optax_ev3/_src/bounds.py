@@ -354,7 +354,8 @@ def betting(low: float, high: float) -> Bound:
     def add(state, evidence, objective, reference):
         found = ev.differences(evidence, objective, reference)
         usable = _within(evidence, objective, reference, (low, high))
-        bets = found._replace(seen=found.seen * usable[:, None])
+        seen = jnp.where(usable[:, None], found.seen, 0)
+        bets = found._replace(seen=seen)
         return _bet(state, bets, width, 0.5)
 
     def lower(evidence, objective, reference, alpha):
@@ -417,7 +418,7 @@ def best_rho(variance: float, alpha: float = 0.05) -> float:
 
 def bonferroni(p: jax.Array, tested: jax.Array) -> jax.Array:
     """P values ``[C]`` times the number of those ``tested``, ``[C]`` bool."""
-    return jnp.where(tested, jnp.minimum(p * tested.sum(), 1), 1)
+    return jnp.where(tested, jnp.minimum(p * tested.sum(dtype=p.dtype), 1), 1)
 
 
 def holm(p: jax.Array, tested: jax.Array) -> jax.Array:
@@ -428,7 +429,7 @@ def holm(p: jax.Array, tested: jax.Array) -> jax.Array:
       <https://www.jstor.org/stable/4615733>`_, 1979.
     """
     order = jnp.argsort(jnp.where(tested, p, jnp.inf))
-    factor = tested.sum() - jnp.arange(p.shape[0])
+    factor = tested.sum(dtype=p.dtype) - jnp.arange(p.shape[0], dtype=p.dtype)
     steps = jnp.where(tested[order], p[order] * factor, 0)
     adjusted = jnp.minimum(lax.cummax(steps), 1)
     return jnp.where(tested, jnp.zeros_like(p).at[order].set(adjusted), 1)
@@ -645,7 +646,7 @@ def poisson(key: jax.Array, samples: int, n: int) -> jax.Array:
     uniform = jax.random.uniform(key, [samples, n])
     counts, mass, total = jnp.zeros([samples, n]), math.exp(-1), math.exp(-1)
     for k in range(1, 11):  # More than 10 has probability 1e-8.
-        counts += uniform >= total
+        counts += (uniform >= total).astype(counts.dtype)
         mass /= k
         total += mass
     return counts

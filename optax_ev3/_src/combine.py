@@ -227,7 +227,7 @@ def wide(tree: Any) -> Any:
         leaf = jnp.asarray(leaf)
         if not trees.is_inexact(leaf):
             return leaf
-        return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+        return leaf.astype(trees.wide_dtype(leaf))
 
     return jax.tree.map(widen, tree)
 
@@ -238,7 +238,7 @@ def move(mean: Any, new: Any, weight: Any) -> Any:
     def one(m, n):
         if not trees.is_inexact(m):
             return n
-        return m + jnp.asarray(weight, jnp.real(m).dtype) * (n.astype(m.dtype) - m)
+        return m + jnp.asarray(weight, m.dtype) * (n.astype(m.dtype) - m)
 
     return jax.tree.map(one, mean, new)
 
@@ -276,7 +276,7 @@ def soup(size: int, ends: Any, means: jax.Array, score: Any) -> tuple[Any, jax.A
         better = (new_score >= best_score) & jnp.isfinite(means[order[number]])
         mix = jax.tree.map(lambda n, m: jnp.where(better, n, m), new, mix)
         best_score = jnp.where(better, new_score, best_score)
-        return mix, count + better, best_score
+        return mix, count + better.astype(count.dtype), best_score
 
     start = wide(best), jnp.ones([], jnp.int32), means[order[0]]
     mix, _, _ = lax.fori_loop(1, size, add, start)

@@ -35,7 +35,8 @@ def estimate(past: Any, groups: Sequence[jax.Array] = ()) -> jax.Array:
     state = past.valid[:, :-2]
     finite = state > 0
     mean = jnp.where(finite, past.mean[:, :-2], 0)
-    count = jnp.maximum(finite.sum(axis=1, keepdims=True), 1)
+    count = finite.sum(axis=1, keepdims=True, dtype=mean.dtype)
+    count = jnp.maximum(count, 1)
     # Brought to at most one first: huge scores do not overflow.
     scale = jnp.abs(mean).max(axis=1, keepdims=True)
     mean = mean / jnp.where(scale > 0, scale, 1)
@@ -43,7 +44,7 @@ def estimate(past: Any, groups: Sequence[jax.Array] = ()) -> jax.Array:
     ahead = jnp.where(finite, mean - centre, 0)
     spread = jnp.sqrt(jnp.square(ahead).sum(axis=1, keepdims=True) / count)
     ahead = jnp.where(finite, ahead / jnp.where(spread > 0, spread, 1), _LOST)
-    weights = weight[:, None] * (state >= 0)
+    weights = jnp.where(state >= 0, weight[:, None], 0)
     total = (weights * ahead).sum(axis=0) / jnp.maximum(weights.sum(axis=0), 1e-6)
     for group in groups:
         total = total.at[group].set(total[group].mean())

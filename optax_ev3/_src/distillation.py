@@ -15,7 +15,7 @@ import optax
 from jax import core, lax
 from jax.tree_util import Partial
 
-from optax_ev3._src import checks, named
+from optax_ev3._src import checks, named, trees
 
 
 def soft_target_loss(
@@ -423,7 +423,7 @@ def _logits(values: Any, what: str) -> jax.Array:
             f"{what} must have shape [..., classes], at least two classes, got "
             f"{values.shape}."
         )
-    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    return values.astype(trees.wide_dtype(values))
 
 
 def _real(values: Any, what: str) -> jax.Array:

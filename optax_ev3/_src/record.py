@@ -224,7 +224,9 @@ def append(record: Record, decision: Decision, last: Round) -> Record:
         stderr=main.stderr,
         z=clean(record.z, compare(seen, last.objective, current).z),
         others=others,
-        valid=put(record.valid, jnp.where(last.rests, -1, seen.valid)),
+        valid=put(
+            record.valid, jnp.where(last.rests, -1, seen.valid.astype(jnp.int32))
+        ),
         length=put(record.length, last.length),
         examples=put(record.examples, last.examples),
         priorities=priorities,

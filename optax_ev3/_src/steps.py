@@ -110,11 +110,16 @@ def _promoted(old, new):
 
 
 def gradients_for(params: optax.Params, grads: optax.Updates) -> optax.Updates:
-    """Gradients that optimizers can take: zeros for what cannot be differentiated by.
+    """Gradients that optimizers can take: arrays, zeros for leaves without gradients.
 
     For such leaves the caller has what ``jax.grad(..., allow_int=True)`` gives, None,
     or zeros. Gradients of another structure come back as they are.
     """
+
+    def has_none(g):
+        return g is None or jnp.result_type(g) == jax.dtypes.float0
+
+    grads = jax.tree.map(lambda g: g if has_none(g) else trees.array(g), grads)
     leaves, structure = jax.tree.flatten(params)
     if all(map(trees.is_inexact, leaves)):
         return grads
@@ -126,8 +131,7 @@ def gradients_for(params: optax.Params, grads: optax.Updates) -> optax.Updates:
     def one(p, g):
         if trees.is_key(p):
             return jnp.zeros(p.shape, jnp.int8)
-        nothing = g is None or jnp.result_type(g) == jax.dtypes.float0
-        return jnp.zeros_like(p) if nothing and not trees.is_inexact(p) else g
+        return jnp.zeros_like(p) if has_none(g) and not trees.is_inexact(p) else g
 
     return structure.unflatten(map(one, leaves, given))
 
@@ -315,10 +319,10 @@ def slope(update: optax.Updates, grads: optax.Updates) -> jax.Array | None:
     def product(u, g):
         if not trees.is_inexact(u):
             return jnp.zeros([])
-        wide = jnp.promote_types(u.dtype, jnp.float32)
+        wide = trees.wide_dtype(u)
         return jnp.real(jnp.conj(g.astype(wide)) * u.astype(wide)).sum()
 
-    return sum(jax.tree.leaves(jax.tree.map(product, update, grads)), jnp.zeros([]))
+    return trees.total(jax.tree.leaves(jax.tree.map(product, update, grads)))
 
 
 def loss_of(

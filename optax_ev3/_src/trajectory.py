@@ -170,7 +170,7 @@ def advance(
     walked = state._replace(
         step=state.step + 1,
         ends={name: branch.end for name, branch in branches.items()},
-        alive=state.alive * _flat(finite.values()),
+        alive=jnp.where(_flat(finite.values()), state.alive, 0),
         uphill=_flat(branch.uphill for branch in branches.values()),
         age=_flat(branch.age for branch in branches.values()),
         means={name: branch.means for name, branch in branches.items()},

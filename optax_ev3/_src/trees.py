@@ -1,7 +1,7 @@
 """Trees of arrays: what the state may hold, and choices between trees."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -177,12 +177,12 @@ def where(condition: Any, new: Any, old: Any) -> Any:
     )
 
 
-def finite(tree: Any, total: Any = None, size: int | None = None) -> jax.Array:
+def finite(tree: Any, known: Any = None, size: int | None = None) -> jax.Array:
     """Whether all numbers in a tree are finite: ``[]`` bool.
 
     Args:
       tree: The tree.
-      total: ``[]``, a sum to which every number contributes, if there is one already.
+      known: ``[]``, a sum to which every number contributes, if there is one already.
       size: How many trees are stacked; the answer is then ``[size]``, one for each.
     """
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
@@ -191,14 +191,14 @@ def finite(tree: Any, total: Any = None, size: int | None = None) -> jax.Array:
         return jnp.ones(size or (), bool)
 
     def add(leaves):
-        sums = [x.sum(dtype=jnp.promote_types(x.dtype, jnp.float32)) for x in leaves]
-        return sum(jnp.real(x) + jnp.imag(x) for x in sums)
+        sums = [x.sum(dtype=wide_dtype(x)) for x in leaves]
+        return total(jnp.real(x) + jnp.imag(x) for x in sums)
 
     def check(leaves):
         return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
     def by_sum(leaves):
-        found = jnp.asarray(each(add)(leaves) if total is None else total)
+        found = jnp.asarray(each(add)(leaves) if known is None else known)
         # Sums are quick, and finite only if all their terms are; but they may overflow.
         return lax.cond(
             jnp.isfinite(found).all(),
@@ -240,6 +240,18 @@ def _is_sharded(leaf):
 def is_inexact(leaf: Any) -> bool:
     """Whether ``leaf`` holds real or complex numbers, which have gradients."""
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def total(numbers: Iterable[jax.Array]) -> jax.Array:
+    """The sum of scalars of any precision: ``[]``, float32 or wider."""
+    with jax.numpy_dtype_promotion("standard"):
+        return sum(numbers, jnp.zeros([], jnp.float32))
+
+
+def wide_dtype(leaf: Any) -> Any:
+    """The dtype of a leaf, or float32 where that is wider."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(leaf.dtype, jnp.float32)
 
 
 def rank(dtype: Any) -> int:
