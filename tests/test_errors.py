@@ -43,6 +43,18 @@ BAD_ARGUMENTS = {
         (TypeError, "sequence or a mapping", "single transformation", "[...]"),
     ),
     "inner a string": (lambda: ev3("adam", metric), (TypeError, "sequence", "str")),
+    "inner a generator": (
+        lambda: ev3((one for one in [SGD]), metric),
+        (TypeError, "sequence", "such as a list", "generator"),
+    ),
+    "combine a generator": (
+        lambda: ev3([SGD], metric, combine=(x for x in [])),
+        (TypeError, "combine must be a sequence", "generator"),
+    ),
+    "numbers from a generator": (
+        lambda: optax_ev3.sweep(optax.adam, learning_rate=(x for x in [0.1])),
+        (ValueError, "sequence of numbers for learning_rate", "generator"),
+    ),
     "inner a number": (lambda: ev3(3, metric), (TypeError, "sequence", "int")),
     "no transformation": (
         lambda: ev3([SGD, 0.1], metric),
@@ -306,6 +318,23 @@ BAD_SCORES = {
     ),
     "list": (lambda w: [jnp.zeros([4])], (TypeError, "array of scores", "list")),
     "nothing": (lambda w: None, (TypeError, "array of scores", "NoneType")),
+    "text": (lambda w: "high", (TypeError, "assess_fn", "array of scores", "'high'")),
+    "array of text": (
+        lambda w: np.array("high"),
+        (TypeError, "array of scores", "ndarray of dtype <U4"),
+    ),
+    "generator": (
+        lambda w: (x for x in w),
+        (TypeError, "assess_fn", "array of scores", "generator"),
+    ),
+    "generator of one objective": (
+        lambda w: {"a": metric(w), "b": (x for x in w)},
+        (TypeError, "objective 'b'", "array of scores", "generator"),
+    ),
+    "objectives named by several kinds": (
+        lambda w: {1: metric(w), "a": metric(w)},
+        (TypeError, "named by strings", "1"),
+    ),
     "Python number of an array": (
         _python_metric,
         (TypeError, "cannot be traced", "jax.numpy", "host_metric"),
@@ -388,6 +417,10 @@ def test_lower_bound_needs_two_examples():
 BAD_LOSSES = {
     "vector": (lambda w: w, "shape (3,)"),
     "integer": (lambda w: jnp.int32(1), "int32"),
+    "nothing": (lambda w: None, "NoneType"),
+    "list": (lambda w: [jnp.sum(w)], "list"),
+    "text": (lambda w: "low", "str: 'low'"),
+    "generator": (lambda w: (x for x in w), "generator"),
     "complex": (lambda w: jnp.sum(w) * 1j, "complex64"),
 }
 
@@ -720,3 +753,13 @@ def test_inner_state_is_held_whoever_is_adopted():
     # The other's momentum: g (1 + 0.9 + 0.81 + 0.729).
     trace = state.explorers["momentum"].opt_state[0].trace["w"]
     np.testing.assert_allclose(trace, 3.439 * gradients(w)["w"], rtol=1e-5)
+
+
+def test_losses_and_arguments_to_cut_may_be_generated():
+    def loss(w, x):
+        return jnp.sum(w * x)
+
+    grid = optax_ev3.product([SGD], (fn for fn in [loss]))
+    assert [one.name for one in grid] == ["explorer_0(loss)"]
+    cut = optax_ev3.in_chunks(lambda w, x: x, 2, (name for name in ["x"]))
+    assert cut.slice_args == ("x",)

@@ -572,6 +572,14 @@ BAD_HOST_METRICS = {
     "negative": ((ranks, area, -1), (ValueError, "samples", "-1")),
     "no integer": ((ranks, area, 1.5), (TypeError, "samples", "1.5")),
     "a flag": ((ranks, area, True), (TypeError, "samples", "True")),
+    "no weights": (
+        (ranks, spread_error, 2),
+        (TypeError, "metric_fn(outputs, weights)", "samples=2", "(outputs)"),
+    ),
+    "two arguments": (
+        (ranks, f1_score),
+        (TypeError, "metric_fn(outputs)", "samples=0", "(y_true, y_pred"),
+    ),
 }
 
 
@@ -582,7 +590,57 @@ def test_mistakes_in_a_host_metric(case):
         optax_ev3.host_metric(*args)
 
 
-def test_a_host_metric_that_is_no_number():
-    tx = make(optax_ev3.host_metric(ranks, lambda outputs: outputs[0]))
-    with pytest.raises(Exception, match=r"host_metric|scalar"):
+WRONG_NUMBERS = {
+    "text": ("0.5", "str: '0.5'"),
+    "nothing": (None, "NoneType: None"),
+    "list": ([0.5], "list: [0.5]"),
+    "ragged": ([[1.0], [1.0, 2.0]], "list"),
+    "complex": (1j, "complex"),
+    "array": (np.ones(3), "ndarray of shape (3,)"),
+    "array of one": (np.ones(1), "ndarray of shape (1,)"),
+    "array of text": (np.array("a"), "ndarray of shape ()"),
+    "generator": ((i for i in range(3)), "generator"),
+}
+
+
+@pytest.mark.parametrize("samples", [0, 2])
+@pytest.mark.parametrize("case", WRONG_NUMBERS)
+def test_a_host_metric_that_is_no_number(case, samples):
+    value, got = WRONG_NUMBERS[case]
+
+    def my_metric(*given):
+        return value
+
+    tx = make(optax_ev3.host_metric(ranks, my_metric, samples))
+    with says(Exception, "TypeError", "'my_metric' of host_metric", "real number", got):
         jax.block_until_ready(once(tx))
+
+
+@pytest.mark.parametrize(
+    "value", [1, True, 0.25, np.float16(0.25), np.array(0.25), jnp.bfloat16(0.25)]
+)
+def test_numbers_of_a_host_metric(value):
+    mean, _ = past(optax_ev3.host_metric(ranks, lambda outputs: value))
+    np.testing.assert_array_equal(mean, float(value))
+
+
+@pytest.mark.parametrize("samples", [0, 3])
+def test_a_host_metric_may_change_its_inputs(samples):
+    """It gets copies: neither other resamples nor other candidates see it."""
+
+    def median(outputs, *weights):
+        predicted, labels = outputs
+        total = float((predicted * np.arange(N)).sum())
+        predicted.sort()
+        labels[:] = 0
+        for each in weights:
+            each[:] = -1
+        return total
+
+    def plain(outputs, *weights):
+        return float((outputs[0] * np.arange(N)).sum())
+
+    found = past(optax_ev3.host_metric(ranks, median, samples))
+    assert_close(found, past(optax_ev3.host_metric(ranks, plain, samples)))
+    expected = [(X @ np.asarray(w) * np.arange(N)).sum() for w in candidates()]
+    np.testing.assert_allclose(found[0], expected, rtol=1e-4)

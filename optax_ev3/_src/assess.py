@@ -161,6 +161,7 @@ def in_chunks(
             f"slice_args must be a sequence of names, such as [{slice_args!r}], got "
             f"the string {slice_args!r}."
         )
+    slice_args = tuple(slice_args)
     free = named.free(assess_fn, 1)
     other = [k for k in slice_args if not (k in free.names or free.takes(k))]
     if other:
@@ -178,7 +179,7 @@ def in_chunks(
     return InChunks(
         assess_fn,
         checks.integer(chunks, "chunks", 2),
-        tuple(slice_args),
+        slice_args,
         checks.error_rate(confidence),
         checks.integer(patience, "patience", 1),
     )
@@ -337,8 +338,24 @@ def _score_batch(one, batch, axis_name):
 
 
 def _objectives(output: Any) -> dict[str, Any]:
-    """A mapping from names to what the objectives are."""
-    return dict(output) if isinstance(output, Mapping) else {SCORE: output}
+    """A mapping from names to what the objectives are: figures, or what JAX knows."""
+    objectives = dict(output) if isinstance(output, Mapping) else {SCORE: output}
+    for name, value in objectives.items():
+        if not isinstance(name, str):
+            raise TypeError(f"objectives must be named by strings, got {name!r}.")
+        if not (isinstance(value, figures.Figure) or checks.is_array(value)):
+            dtype = getattr(value, "dtype", None)
+            raise TypeError(
+                f"{_what(name, objectives)} must return an array of scores, got "
+                f"{type(value).__name__}{f' of dtype {dtype}' if dtype else ''}: "
+                f"{value!r}."
+            )
+    return objectives
+
+
+def _what(name: str, objectives: Mapping[str, Any]) -> str:
+    """How messages call an objective."""
+    return "assess_fn" if objectives.keys() == {SCORE} else f"objective {name!r}"
 
 
 def _as_scores(output: Any) -> dict[str, Any]:
@@ -359,17 +376,10 @@ def _check_scores(objectives: Mapping[str, Any]) -> None:
         raise ValueError("assess_fn returned a mapping without any objective.")
     sizes = {}
     for name, value in objectives.items():
-        what = "assess_fn" if objectives.keys() == {SCORE} else f"objective {name!r}"
-        if not isinstance(name, str):
-            raise TypeError(f"objectives must be named by strings, got {name!r}.")
+        what = _what(name, objectives)
         if isinstance(value, figures.Figure):
             figures.check(what, value)
             continue
-        if not (hasattr(value, "shape") and hasattr(value, "dtype")):
-            raise TypeError(
-                f"{what} must return an array of scores, got {type(value).__name__}: "
-                f"{value!r}."
-            )
         _check_array(what, value)
         if value.ndim == 1:
             sizes[name] = value.shape[0]

@@ -1,7 +1,12 @@
-"""Checks of numbers that users give."""
+"""Checks of what users give."""
 
+import inspect
+import numbers
 import operator
+from collections.abc import Callable
 from typing import Any
+
+import jax.numpy as jnp
 
 
 def integer(
@@ -39,3 +44,28 @@ def error_rate(confidence: Any, otherwise: str = "") -> float:
             f"confidence must be above 0.5 and below 1{otherwise}, got {confidence}."
         )
     return 1 - confidence
+
+
+def is_array(value: Any) -> bool:
+    """Whether JAX takes a value for an array or a number."""
+    if not (hasattr(value, "dtype") or isinstance(value, numbers.Number)):
+        return False
+    try:
+        jnp.result_type(value)
+    except TypeError:
+        return False
+    return True
+
+
+def takes(fn: Callable[..., Any], count: int) -> bool:
+    """Whether a function can be called with so many arguments by position.
+
+    True as well where that cannot be told, as of some functions written in C.
+    """
+    try:
+        inspect.signature(fn).bind(*[None] * count)
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True

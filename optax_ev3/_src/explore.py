@@ -166,6 +166,7 @@ def product(
     """
     inner = collect(optimizers)
     if not isinstance(losses, Mapping):
+        losses = list(losses)
         names = [getattr(f, "__name__", "loss") for f in losses]
         numbered = len(set(names)) < len(names) or "<lambda>" in names
         keys = [f"loss_{i}" for i in range(len(names))] if numbered else names
@@ -303,7 +304,7 @@ def collect(inner: Sequence[Any] | Mapping[str, Any]) -> dict[str, Explorer]:
         items = [(e.name or f"explorer_{i}", e) for i, e in enumerate(made)]
     else:
         raise TypeError(
-            f"inner must be a sequence or a mapping of explorers, got "
+            f"inner must be a sequence or a mapping of explorers, such as a list, got "
             f"{type(inner).__name__}."
         )
     if not items:

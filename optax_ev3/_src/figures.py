@@ -69,8 +69,9 @@ def host_metric(
       predict_fn: ``predict_fn(params, **named)`` -> tree of arrays ``[n, ...]``, all
         that the metric needs: predictions, labels.
       metric_fn: ``metric_fn(outputs)`` -> real number, higher is better (for an error
-        see :func:`optax_ev3.minimize`); ``outputs`` are NumPy arrays. With
-        ``samples``, ``metric_fn(outputs, weights)`` with ``weights`` ``[n]`` float32.
+        see :func:`optax_ev3.minimize`); ``outputs`` are NumPy arrays of its own, which
+        it may change. With ``samples``, ``metric_fn(outputs, weights)`` with
+        ``weights`` ``[n]`` float32.
       samples: Bootstrap samples on which the metric is computed as well, so that its
         spread is known; 0 for none. The metric is called ``samples + 1`` times for
         each candidate.
@@ -99,6 +100,12 @@ def host_metric(
     if not callable(metric_fn):
         raise TypeError(f"metric_fn must be callable, got {metric_fn!r}.")
     _check_samples(samples)
+    given = ["outputs", "weights"] if samples else ["outputs"]
+    if not checks.takes(metric_fn, len(given)):
+        raise TypeError(
+            f"metric_fn must be callable as metric_fn({', '.join(given)}), which "
+            f"samples={samples} asks for; its signature is {named.shown(metric_fn)}."
+        )
 
     @functools.wraps(predict_fn)  # The signature says which arguments it is given.
     def assess_fn(*args, **kwargs):
@@ -194,8 +201,25 @@ def _on_host(figure, outputs, weights, shape):
             continue
         for column in range(shape[1]):
             given = (mine, weights[column]) if figure.samples else (mine,)
-            values[row, column] = float(figure.metric_fn(*given))
+            # Copies of its own: a metric may sort them in place.
+            value = figure.metric_fn(*jax.tree.map(np.array, given))
+            values[row, column] = _number(value, figure.metric_fn)
     return values
+
+
+def _number(value, metric_fn):
+    """What a metric on the host returned, as a float."""
+    try:
+        array = np.asarray(value)
+        if array.ndim == 0 and checks.is_array(array) and not np.iscomplexobj(array):
+            return float(array)
+    except ValueError:  # A list of lists of different lengths.
+        pass
+    shape = f" of shape {np.shape(value)}" if hasattr(value, "shape") else ""
+    raise TypeError(
+        f"the metric_fn {getattr(metric_fn, '__name__', metric_fn)!r} of host_metric "
+        f"must return a real number, got {type(value).__name__}{shape}: {value!r}."
+    )
 
 
 def _broken(outputs, xp: Any = jnp) -> Any:

@@ -11,7 +11,7 @@ import optax
 from jax import lax
 from jax.tree_util import keystr, tree_map_with_path
 
-from optax_ev3._src import memory_bound, named, trees, xla
+from optax_ev3._src import checks, memory_bound, named, trees, xla
 from optax_ev3._src.explore import Explorer
 
 # What optax's optimizers ask for beyond the gradient; all follow from a loss.
@@ -354,6 +354,11 @@ def loss_of(
             raise TypeError(
                 f"{role} returned {len(value)} values, and explorer {name!r} has no "
                 f"merge_fn that says what becomes of auxiliary outputs."
+            )
+        if not checks.is_array(value):
+            raise TypeError(
+                f"{role} must return a real scalar, got {type(value).__name__}: "
+                f"{value!r}."
             )
         shape, dtype = jnp.shape(value), jnp.result_type(value)
         if shape != () or not jnp.issubdtype(dtype, jnp.floating):
