@@ -5,6 +5,7 @@ VENV ?= .venv
 LOCK ?= requirements/constraints.txt
 WORKERS ?= 2
 PYTEST_ARGS ?=
+TESTED := loops
 SELECT :=
 
 PY := $(VENV)/bin/python
@@ -32,7 +33,7 @@ print(about)
 endef
 export CHECK_PYTHON
 
-.PHONY: help venv demo test test-fast test-oldest lint types docs benchmarks lock clean
+.PHONY: help venv demo test test-fast test-loops test-oldest lint types docs benchmarks lock clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1@\2/p' Makefile | tr '@' '\t' | expand -t 20
@@ -45,7 +46,7 @@ demo: $(VENV)/.has-examples $(VENV)/.package ## Run examples/demo.py
 
 # Run in the environment's folder, where the source tree cannot be imported: what is
 # tested, and whose doctests run, is the installed package.
-test: $(VENV)/.has-test $(VENV)/.package ## Run all tests and doctests
+test: $(VENV)/.has-$(TESTED) $(VENV)/.package ## Run all tests and doctests
 	@echo "Testing the installed package ($(VENV), $(LOCK)) ..."
 	@cd $(VENV) && bin/python -P -m pytest -c ../pyproject.toml --rootdir .. -n $(WORKERS) \
 	    --dist worksteal $(SELECT) $(PYTEST_ARGS) ../tests --pyargs optax_ev3
@@ -53,9 +54,12 @@ test: $(VENV)/.has-test $(VENV)/.package ## Run all tests and doctests
 test-fast: ## Run the tests that are not marked slow
 	@$(MAKE) --no-print-directory test SELECT='-m "not slow"'
 
+test-loops: ## Run other packages' training loops with ev3 as their optimizer
+	@$(MAKE) --no-print-directory test SELECT='-m loops'
+
 test-oldest: ## Run test-fast with the oldest promised releases (.venv-oldest)
 	@XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true" \
-	    $(MAKE) --no-print-directory test-fast VENV=.venv-oldest \
+	    $(MAKE) --no-print-directory test-fast VENV=.venv-oldest TESTED=test \
 	    LOCK=requirements/oldest.txt PYTHONS="python3.11 python3.12 $(PYTHONS)"
 
 lint: $(VENV)/.has-dev ## Check the style (ruff)
