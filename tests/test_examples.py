@@ -64,15 +64,19 @@ def test_example_of_a_learning_rate_finds_one(tmp_path):
     assert (tmp_path / "history.png").stat().st_size > 10_000
 
 
-def test_example_with_trajectories_learns(tmp_path):
-    done = run("linen_batchnorm.py", "--steps=60", "--seed=1", cwd=tmp_path)
+@pytest.mark.parametrize(
+    ("name", "candidate"),
+    [("linen_batchnorm.py", "average(adam(noisy))"), ("nnx_batchnorm.py", "sgd")],
+)
+def test_example_with_trajectories_learns(name, candidate, tmp_path):
+    done = run(name, "--steps=60", "--seed=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     before, after = map(float, re.findall(r"test accuracy ([\d.]+)", done.stdout))
     assert before < 0.3
     assert after > LEARNED
     shown = dict(line.split() for line in done.stdout.splitlines() if "ev3/" in line)
     assert (float(shown["ev3/calls"]), float(shown["ev3/round"])) == (60, 3)
-    assert "ev3/score/average(adam(noisy))" in shown
+    assert f"ev3/score/{candidate}" in shown
 
 
 @pytest.mark.slow
