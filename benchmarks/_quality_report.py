@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import urllib.parse
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,11 +36,17 @@ class Kinds(NamedTuple):
     variants: tuple[str, ...] = ()
 
 
+def path_of(folder: pathlib.Path, task: str, name: str) -> pathlib.Path:
+    """The file of a cell; any name can be read back from it."""
+    task, name = (urllib.parse.quote(text, safe=" ,'") for text in (task, name))
+    return folder / task / f"{name}.json"
+
+
 def load(folder: pathlib.Path) -> Cells:
     found: Cells = {}
     for path in sorted(folder.glob("*/*.json")):
-        name = path.stem.replace(" over ", " / ")
-        found.setdefault(path.parent.name, {})[name] = json.loads(path.read_text())
+        task, name = map(urllib.parse.unquote, (path.parent.name, path.stem))
+        found.setdefault(task, {})[name] = json.loads(path.read_text())
     return found
 
 

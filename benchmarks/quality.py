@@ -616,7 +616,7 @@ def made(task):
 
 def fill(folder, task, name, seeds):
     """Makes a cell, if it isn't there."""
-    path = folder / task / f"{name.replace('/', 'over')}.json"
+    path = report.path_of(folder, task, name)
     if path.exists():
         return
     found = cell(made(task), name, seeds)

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import json
 import pathlib
 import re
 import subprocess
@@ -253,6 +254,36 @@ def test_tables_and_plots(report, kinds, cells, tmp_path, capsys):
     image = pytest.importorskip("matplotlib.image").imread(tmp_path / "course.png")
     orange = np.array([0xE6, 0x9F, 0x00]) / 255  # The line of the best single method.
     assert (abs(image[..., :3] - orange) < 0.02).all(-1).sum() > 50
+
+
+def test_every_name_is_read_back_from_its_file(report, tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import json, quality as q\n"
+            "print(json.dumps([[*q.TASKS], [*q.METHODS, *q.PROCEDURES]]))",
+        ],
+        cwd=BENCHMARKS,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=True,
+    )
+    tasks, names = json.loads(done.stdout.splitlines()[-1])
+    assert tasks == NAMES and len(names) == len(set(names)) > 30
+    kept = report.load(BENCHMARKS / "results" / "quality")
+    assert set(kept) == set(tasks)
+    assert all(set(cells) == set(names) for cells in kept.values())
+    odd = ["a / b", "a over b", "a/b", "/", "handover", "50%", "a%2Fb", "a.b", "ä: [1]"]
+    for number, name in enumerate([*names, *odd]):
+        for task in ("wine", "red / white"):
+            path = report.path_of(tmp_path, task, name)
+            assert not path.exists()
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(str(number))
+    found = {name: number for number, name in enumerate([*names, *odd])}
+    assert report.load(tmp_path) == {"wine": found, "red / white": found}
 
 
 @pytest.mark.slow
