@@ -425,7 +425,10 @@ def _draw_priorities(past: _Past, axes: Axes) -> None:
 
 def _draw_hyperparam(past: _Past, name: str, axes: Axes) -> None:
     """One hyperparameter of all members, and of the one adopted."""
-    values, group = past.hyperparams[name], name.split("/", 1)[0]
+    values = past.hyperparams[name]
+    # There may be more of "/", in both names.
+    ends = [i for i, char in enumerate(name) if char == "/"]
+    group = next((name[:i] for i in ends if f"{name[:i]}/0" in past.names), name)
     size = _marker_size(past)
     axes.plot(
         np.repeat(past.x, values.shape[1]),

@@ -31,12 +31,12 @@ def test_sweep_equals_explorers_one_by_one(length, own):
         "adam": optax_ev3.sweep(optax.adam, learning_rate=RATES),
     }
     single = {"sgd": optax.sgd(0.1)} | {
-        f"adam(learning_rate={rate})": optax.adam(rate) for rate in RATES
+        f"adam/learning_rate_{rate}": optax.adam(rate) for rate in RATES
     }
     w, state = run(optax_ev3.ev3(swept, score, **kwargs), 12)[-1]
     expected, other = run(optax_ev3.ev3(single, score, **kwargs), 12)[-1]
     assert candidates(state) == candidates(other)
-    assert candidates(state)[1] == "adam(learning_rate=0.001)"
+    assert candidates(state)[1] == "adam/learning_rate_0.001"
     assert_close(w, expected, 1e-4, 1e-5)
     # z values multiply rounding by how large scores are, compared with their spread.
     assert_close(state.record.z, other.record.z, 1e-3, 1e-3)
@@ -45,17 +45,17 @@ def test_sweep_equals_explorers_one_by_one(length, own):
     assert_close(optax_ev3.summary(state), optax_ev3.summary(other), 1e-4, 1e-5)
     for i, rate in enumerate(RATES):
         mine = jax.tree.map(lambda x, i=i: x[i], state.explorers["adam"].opt_state)
-        theirs = other.explorers[f"adam(learning_rate={rate})"].opt_state
+        theirs = other.explorers[f"adam/learning_rate_{rate}"].opt_state
         assert_close(mine, theirs, 1e-4, 1e-5)
 
 
 def test_sweep_runs_over_all_combinations():
     one = optax_ev3.sweep(optax.sgd, learning_rate=[0.1, 0.2], momentum=[0.5, 0.9])
     assert one.members("sgd") == [
-        "sgd(learning_rate=0.1, momentum=0.5)",
-        "sgd(learning_rate=0.1, momentum=0.9)",
-        "sgd(learning_rate=0.2, momentum=0.5)",
-        "sgd(learning_rate=0.2, momentum=0.9)",
+        "sgd/learning_rate_0.1/momentum_0.5",
+        "sgd/learning_rate_0.1/momentum_0.9",
+        "sgd/learning_rate_0.2/momentum_0.5",
+        "sgd/learning_rate_0.2/momentum_0.9",
     ]
 
 
@@ -67,7 +67,7 @@ def test_sweep_with_a_loss_and_a_name_of_its_own():
     inner = [optax_ev3.explorer(swept, other, "ten"), optax.sgd(0.1)]
     tx = optax_ev3.ev3(inner, score, trajectory_length=3, adapt=always(0))
     w, state = run(tx, 3)[-1]
-    assert candidates(state)[0] == "ten(learning_rate=0.01)"
+    assert candidates(state)[0] == "ten/learning_rate_0.01"
     assert_close(w, alone(optax.sgd(0.1), 3, start())[0], 1e-4, 1e-5)
 
 
@@ -78,12 +78,12 @@ def test_product_is_every_loss_with_every_optimizer():
 
     optimizers = {"sgd": optax.sgd(0.1), "adam": optax.adam(0.01)}
     grid = optax_ev3.product(optimizers, {"l2": loss, "l1": robust})
-    names = ["sgd(l2)", "adam(l2)", "sgd(l1)", "adam(l1)"]
+    names = ["sgd/l2", "adam/l2", "sgd/l1", "adam/l1"]
     assert [one.name for one in grid] == names
     tx = optax_ev3.ev3(grid, score, trajectory_length=2, restart="never")
     w = start()
     _, state = run(tx, 2, w)[-1]
-    for name, fn in [("sgd(l2)", loss), ("sgd(l1)", robust)]:
+    for name, fn in [("sgd/l2", loss), ("sgd/l1", robust)]:
         expected = w
         for call in range(2):
             grads = jax.grad(fn)(expected, data(call))
@@ -93,9 +93,9 @@ def test_product_is_every_loss_with_every_optimizer():
 
 def test_names_of_losses_in_a_product():
     named = optax_ev3.product([optax.sgd(0.1)], [loss])
-    assert [one.name for one in named] == ["explorer_0(loss)"]
+    assert [one.name for one in named] == ["explorer_0/loss"]
     lambdas = optax_ev3.product({"s": optax.sgd(0.1)}, [lambda w: w, lambda w: w])
-    assert [one.name for one in lambdas] == ["s(loss_0)", "s(loss_1)"]
+    assert [one.name for one in lambdas] == ["s/loss_0", "s/loss_1"]
 
 
 # Auxiliary outputs: a running mean of the inputs, kept in the tree of parameters.
@@ -216,7 +216,7 @@ def test_trajectory_average_is_the_mean_of_the_parameters_after_each_step():
     path = [alone(optax.sgd(0.2), n, start())[0] for n in range(1, 6)]
     mean = jax.tree.map(lambda *x: np.mean(np.stack(x), 0), *path)
     assert_close(visible, mean, 1e-4, 1e-5)
-    names = ["a", "b", "average(a)", "average(b)", "current", "stable"]
+    names = ["a", "b", "average/a", "average/b", "current", "stable"]
     assert candidates(state) == names
     assert int(state.trajectory.lead) == 1  # The explorer whose average it is.
 
@@ -245,7 +245,7 @@ def test_branch_average_goes_on_over_rounds(gradients):
         combine=[combine.branch_average(0.8), combine.trajectory_average()],
         adapt=always(0),
     )
-    names = ["a", "b(learning_rate=0.1)", "b(learning_rate=0.2)"]
+    names = ["a", "b/learning_rate_0.1", "b/learning_rate_0.2"]
     seen = [state for _, state in run(tx, 11)]
     state = seen[-1]
     for name in ("a", "b"):
@@ -255,7 +255,7 @@ def test_branch_average_goes_on_over_rounds(gradients):
         # Of the last, unfinished round: the two stand in the order in which they came.
         assert_close(means[1], branch_mean(path[9:], 0.99), 1e-4, 1e-5)
     assert state.trajectory.age.tolist() == [11] * 3
-    wanted = [f"{kind}({n})" for kind in ("branch_average", "average") for n in names]
+    wanted = [f"{kind}/{n}" for kind in ("branch_average", "average") for n in names]
     assert candidates(state) == [*names, *wanted, "current", "stable"]
 
 

@@ -195,15 +195,15 @@ BAD_ARGUMENTS = {
     ),
     "sweep of equal numbers": (
         lambda: ev3([optax_ev3.sweep(optax.sgd, learning_rate=[0.1, 0.1])], metric),
-        (ValueError, "different names", "sgd(learning_rate=0.1)"),
+        (ValueError, "different names", "sgd/learning_rate_0.1"),
     ),
     "explorer called like an average": (
         lambda: ev3(
-            {"a": SGD, "average(a)": SGD},
+            {"a": SGD, "average/a": SGD},
             metric,
             combine=[optax_ev3.combine.trajectory_average()],
         ),
-        (ValueError, "different names", "average(a)"),
+        (ValueError, "different names", "average/a"),
     ),
     "product without losses": (
         lambda: optax_ev3.product([SGD], []),

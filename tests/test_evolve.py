@@ -287,8 +287,8 @@ def test_beside_other_explorers():
     tx = optax_ev3.ev3(inner, score, adapt=adapt.greedy())
     w, state, _ = run(tx, 40)
     past = optax_ev3.history(state)
-    assert past["candidates"][3:5].tolist() == ["group[0]", "group[1]"]
-    assert past["candidates"][13] == "group[10]"
+    assert past["candidates"][3:5].tolist() == ["group/0", "group/1"]
+    assert past["candidates"][13] == "group/10"
     assert (past["adopted"][:8] >= 3).all() and abs(float(w) - 3) < 0.1
 
 

@@ -50,7 +50,7 @@ def test_example_of_a_metric_learns(tmp_path):
     assert before < 0.4 and after > 0.6
     shown = dict(line.split() for line in done.stdout.splitlines() if "ev3/" in line)
     assert (float(shown["ev3/calls"]), float(shown["ev3/round"])) == (100, 2)
-    assert "ev3/score/average(adam(focal))" in shown
+    assert "ev3/score/average/adam/focal" in shown
 
 
 def test_example_of_a_learning_rate_finds_one(tmp_path):
@@ -66,7 +66,7 @@ def test_example_of_a_learning_rate_finds_one(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "candidate"),
-    [("linen_batchnorm.py", "average(adam(noisy))"), ("nnx_batchnorm.py", "sgd")],
+    [("linen_batchnorm.py", "average/adam/noisy"), ("nnx_batchnorm.py", "sgd")],
 )
 def test_example_with_trajectories_learns(name, candidate, tmp_path):
     done = run(name, "--steps=60", "--seed=1", cwd=tmp_path)

@@ -19,7 +19,7 @@ plt_figure = pytest.importorskip("matplotlib.figure")
 plot = importlib.import_module("optax_ev3.plot")
 
 R, K = 12, 3
-NAMES = [*(f"adam[{k}]" for k in range(K)), "sgd", "average(sgd)", "current", "stable"]
+NAMES = [*(f"adam/{k}" for k in range(K)), "sgd", "average/sgd", "current", "stable"]
 C = len(NAMES)
 
 

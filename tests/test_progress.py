@@ -96,8 +96,8 @@ class TestCredit:
         group = optax_ev3.evolve(optax.sgd, space, 11)
         tx = optax_ev3.ev3({"a": optax.sgd(-0.1), "group": group}, score)
         found = optax_ev3.credit(run(tx, 3)[-1])
-        assert len({float(found[f"group[{i}]"]) for i in range(11)}) == 1
-        assert found["a"] < 0 < found["group[10]"]
+        assert len({float(found[f"group/{i}"]) for i in range(11)}) == 1
+        assert found["a"] < 0 < found["group/10"]
 
     @pytest.mark.parametrize("rule", [adapt.greedy(), adapt.lexicase(epsilon=0.0)])
     def test_ties_go_to_credit(self, rule):

@@ -187,11 +187,11 @@ def test_summary_of_the_last_round_and_shares_of_all(length, calls):
         "ev3/skipped": calls - rounds,
         "ev3/overruled": 0,
         **{f"ev3/skipped_steps/{n}": 0 for n in RATES},
-        "ev3/adopted": adopted,
         "ev3/significant": past["significant"][-1],
         "ev3/examples": BATCHES.shape[1],
-        "ev3/score": past["mean"][-1][adopted],
-        "ev3/stderr": past["stderr"][-1][adopted],
+        "ev3/adopted_score": past["mean"][-1][adopted],
+        "ev3/adopted_stderr": past["stderr"][-1][adopted],
+        **{f"ev3/adopted/{n}": i == adopted for i, n in enumerate(NAMES)},
         **{f"ev3/score/{n}": last[i] for i, n in enumerate(NAMES)},
         **{f"ev3/valid/{n}": valid[-1, i] for i, n in enumerate(NAMES)},
         **{f"ev3/share/{n}": shares[i] for i, n in enumerate(NAMES)},
@@ -204,13 +204,13 @@ def test_summary_of_the_last_round_and_shares_of_all(length, calls):
 
 def test_summary_before_the_first_round():
     figures = summary(states(3)[0])
-    counts = [
-        f"ev3/{name}"
-        for name in ("calls", "round", "skipped", "adopted", "significant")
-    ]
-    kinds = ("share", "score", "valid")
+    counts = [f"ev3/{name}" for name in ("calls", "round", "skipped", "significant")]
+    kinds = ("share", "score", "valid", "adopted")
     counts += [f"ev3/{kind}/{name}" for kind in kinds for name in NAMES]
-    counts += [f"ev3/{name}" for name in ("score", "stderr", "examples", "overruled")]
+    counts += [
+        f"ev3/{name}"
+        for name in ("adopted_score", "adopted_stderr", "examples", "overruled")
+    ]
     assert {name: float(figures[name]) for name in counts} == dict.fromkeys(counts, 0)
     counts += [f"ev3/skipped_steps/{name}" for name in RATES]
     assert figures.keys() == set(counts)
@@ -240,7 +240,7 @@ def test_runs_of_a_batch_are_read_one_by_one():
         past = history(jax.tree.map(lambda leaf, run=run: leaf[run], batched))
         means.append(past["mean"][0])
         np.testing.assert_allclose(means[run], simulated(start)[1]["mean"][0], 1e-5)
-        np.testing.assert_allclose(figures["ev3/score"][run], means[run][0])
+        np.testing.assert_allclose(figures["ev3/adopted_score"][run], means[run][0])
     assert (means[0] != means[1]).all()
 
 
@@ -291,7 +291,7 @@ def test_found_inside_of_other_states(loop, jitted):
 
 
 def test_winners_of_a_group_are_its_ends_and_averages():
-    members = ["adam[0]", "adam[1]", "sgd", "adamw[0]"]
+    members = ["adam/0", "adam/1", "sgd", "adamw/0"]
     kinds = [combine.branch_average(), combine.trajectory_average()]
     names = [*members, *combined.names(kinds, members), "current"]
     owners = record.winners(names, range(len(names)), "adam")

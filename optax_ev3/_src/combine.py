@@ -16,7 +16,7 @@ class TrajectoryAverage(NamedTuple):
 
     def name(self, explorer: str) -> str:
         """The candidate's."""
-        return f"average({explorer})"
+        return f"average/{explorer}"
 
     def weight(self, step: jax.Array, age: jax.Array) -> jax.Array:
         """What the newest parameters weigh in a step of the trajectory."""
@@ -34,7 +34,7 @@ class BranchAverage(NamedTuple):
 
     def name(self, explorer: str) -> str:
         """The candidate's."""
-        return f"branch_average({explorer})"
+        return f"branch_average/{explorer}"
 
     def weight(self, step: jax.Array, age: jax.Array) -> jax.Array:
         """What the newest parameters weigh, by the steps of the branch before."""
@@ -70,7 +70,7 @@ def trajectory_average() -> TrajectoryAverage:
 
     Returns:
       For the ``combine`` argument of :func:`optax_ev3.ev3`. The candidates are called
-      average(NAME); where one is adopted, explorer NAME leads the next trajectory.
+      average/NAME; where one is adopted, explorer NAME leads the next trajectory.
 
     Examples:
       >>> from optax_ev3 import combine
@@ -98,7 +98,7 @@ def branch_average(decay: float = 0.99) -> BranchAverage:
 
     Returns:
       For the ``combine`` argument of :func:`optax_ev3.ev3`. The candidates are called
-      branch_average(NAME); where one is adopted, explorer NAME leads the next
+      branch_average/NAME; where one is adopted, explorer NAME leads the next
       trajectory.
 
     Raises:

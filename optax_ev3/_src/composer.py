@@ -220,6 +220,8 @@ def ev3(
     elif rule is None:
         rule = rules.confident(clip=10.0, prior_rounds=1.0)
     _check_judges(rule, guard, plan, assess_fn)
+    for name in rule.objectives:
+        explore.check_characters(name, "an objective")
     _check_signs(assess_fn, loss_fn, explorers)
     history_length = arguments.static_int(history_length, "history_length")
     race = arguments.check_race(race, history_length, plan)

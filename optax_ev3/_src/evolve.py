@@ -201,7 +201,7 @@ def evolve(
 
     Returns:
       An explorer for the ``inner`` argument of :func:`optax_ev3.ev3`, that counts as
-      many. They are called NAME[0], NAME[1], ...
+      many. They are called NAME/0, NAME/1, ...
 
     Raises:
       TypeError: If ``factory`` does not make optax transformations, or something else
@@ -214,7 +214,7 @@ def evolve(
       ...     optax.adam, {"learning_rate": optax_ev3.log_uniform(1e-6, 1.0, 1e-3)}
       ... )
       >>> adams.members("adam")
-      ['adam[0]', 'adam[1]', 'adam[2]', 'adam[3]']
+      ['adam/0', 'adam/1', 'adam/2', 'adam/3']
 
     References:
       Jaderberg et al., `Population based training of neural networks

@@ -1,6 +1,7 @@
 """Explore: the explorers, and how many of them are made at once."""
 
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,9 @@ import numpy as np
 import optax
 
 from optax_ev3._src import named
+
+# What parts of names consist of.
+_PART = re.compile(r"[\w.\- ]+")
 
 # Names of the two candidates that are always there.
 CURRENT, STABLE = "current", "stable"
@@ -47,13 +51,13 @@ class Explorer(NamedTuple):
         if self.grid is None:
             return [name]
         if self.space is not None:
-            return [f"{name}[{i}]" for i in range(self.size or 0)]
+            return [f"{name}/{i}" for i in range(self.size or 0)]
         rows = zip(*self.grid.values(), strict=True)
         labels = [
-            ", ".join(f"{k}={v:.6g}" for k, v in zip(self.grid, row, strict=True))
+            "/".join(f"{k}_{_text(v)}" for k, v in zip(self.grid, row, strict=True))
             for row in rows
         ]
-        return [f"{name}({label})" for label in labels]
+        return [f"{name}/{label}" for label in labels]
 
     def each(self, fn: Callable[..., Any], *args: Any, hyperparams: Any = None) -> Any:
         """``fn(tx, hyperparams, *args)``; for a sweep, of every member, args stacked.
@@ -91,7 +95,8 @@ def explorer(
         not the caller's; its named arguments come from the extra arguments of
         ``update``, and ``key`` is a PRNG key of the call, the same for all explorers.
         Default: the caller's gradients.
-      name: How the explorer is called in :func:`optax_ev3.summary`.
+      name: How the explorer is called in :func:`optax_ev3.summary`: letters, digits,
+        ``_``, ``-``, ``.``, spaces, and ``/`` between parts, which all loggers take.
       merge_fn: ``merge_fn(params, aux)`` -> params that contain what the loss computed
         on the side, such as BatchNorm statistics; applied after each step. For a step
         with the caller's gradients, ``aux`` is the extra argument ``aux`` of
@@ -144,7 +149,7 @@ def product(
 
     Returns:
       Explorers, the first loss with all optimizers, then the second, for the ``inner``
-      argument of :func:`optax_ev3.ev3`. They are called OPTIMIZER(LOSS).
+      argument of :func:`optax_ev3.ev3`. They are called OPTIMIZER/LOSS.
 
     Raises:
       TypeError: If an optimizer is no transformation or a loss not callable.
@@ -158,7 +163,7 @@ def product(
       ...     return w**2
       >>> grid = optax_ev3.product({"sgd": optax.sgd(0.1)}, [l1, l2])
       >>> [one.name for one in grid]
-      ['sgd(l1)', 'sgd(l2)']
+      ['sgd/l1', 'sgd/l2']
 
     References:
       Ding et al., `EV3: Ever Evolving Evaluator
@@ -174,7 +179,7 @@ def product(
     if not losses:
         raise ValueError("product needs at least one loss, got none.")
     return [
-        explorer(one, loss, f"{name}({label})")
+        explorer(one, loss, f"{name}/{label}")
         for label, loss in losses.items()
         for name, one in inner.items()
     ]
@@ -197,7 +202,7 @@ def sweep(
 
     Returns:
       An explorer for the ``inner`` argument of :func:`optax_ev3.ev3`, that counts as
-      many. They are called NAME(learning_rate=0.001), where NAME is the key in
+      many. They are called NAME/learning_rate_0.001, where NAME is the key in
       ``inner``, or else the name of the factory.
 
     Raises:
@@ -209,7 +214,7 @@ def sweep(
       >>> import optax, optax_ev3
       >>> adams = optax_ev3.sweep(optax.adam, learning_rate=[1e-4, 1e-3], b1=[0.9])
       >>> adams.members("adam")
-      ['adam(learning_rate=0.0001, b1=0.9)', 'adam(learning_rate=0.001, b1=0.9)']
+      ['adam/learning_rate_0.0001/b1_0.9', 'adam/learning_rate_0.001/b1_0.9']
     """
     if not callable(factory):
         raise TypeError(f"sweep needs a factory of optimizers, got {factory!r}.")
@@ -314,7 +319,9 @@ def collect(inner: Sequence[Any] | Mapping[str, Any]) -> dict[str, Explorer]:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raises unless candidates have different names, and none that is reserved."""
+    """Raises unless names are different, not reserved, and such as loggers take."""
+    for name in names:
+        check_characters(name, "an explorer")
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(f"explorers must have different names, got twice: {repeated}.")
@@ -324,6 +331,20 @@ def check_names(names: Sequence[str]) -> None:
             f"explorers cannot be named {reserved}: candidates that are always there "
             f"have these names."
         )
+
+
+def check_characters(name: str, what: str) -> None:
+    """Raises unless all loggers take the name: MLflow and TensorBoard, as a path."""
+    if not all(_PART.fullmatch(x) and x.strip(".") for x in name.split("/")):
+        raise ValueError(
+            f"the name of {what} must consist of letters, digits, '_', '-', '.' and "
+            f"spaces, in parts with '/' between them, got {name!r}."
+        )
+
+
+def _text(number: float) -> str:
+    """A number as a part of a name."""
+    return f"{number:.6g}".replace("e+", "e")
 
 
 def places(explorers: Mapping[str, Explorer]) -> dict[str, list[int]]:

@@ -289,12 +289,13 @@ def summary(state: Any) -> dict[str, jax.Array]:
       - ``ev3/skipped_steps/NAME``: steps of this explorer that came to nothing, since
         its gradients, its update or the parameters that it led to were not finite;
         where it was paused, or it was another one's turn, none was due;
-      - ``ev3/adopted``: index of the candidate adopted in the last recorded round;
+      - ``ev3/adopted/NAME``: 1 for the candidate adopted in the last recorded round, 0
+        for all others, and for all before the first one;
       - ``ev3/significant``: 1 if that round replaced the stable parameters, else 0;
       - ``ev3/examples``: how many examples it looked at, on all devices; 0 where scores
         are single figures;
-      - ``ev3/score``, ``ev3/stderr``: mean score of the adopted one and its error, by
-        the main objective where the rule takes several;
+      - ``ev3/adopted_score``, ``ev3/adopted_stderr``: mean score of the adopted one and
+        its error, by the main objective where the rule takes several;
       - ``ev3/score/NAME``: mean score of each candidate; where it has none in this
         round, the last one that it had, and before the first one 0;
       - ``ev3/objective/OTHER/NAME``: the same by each further objective;
@@ -321,11 +322,13 @@ def summary(state: Any) -> dict[str, jax.Array]:
       ev3/skipped 0.00
       ev3/overruled 0.00
       ev3/skipped_steps/sgd 0.00
-      ev3/adopted 0.00
       ev3/significant 1.00
       ev3/examples 0.00
-      ev3/score -2.56
-      ev3/stderr 0.00
+      ev3/adopted_score -2.56
+      ev3/adopted_stderr 0.00
+      ev3/adopted/sgd 1.00
+      ev3/adopted/current 0.00
+      ev3/adopted/stable 0.00
       ev3/score/sgd -2.56
       ev3/score/current -4.00
       ev3/score/stable -4.00
@@ -343,6 +346,8 @@ def summary(state: Any) -> dict[str, jax.Array]:
     valid = record.valid[row] > 0
     mean = record.mean[row]
     others = {name: past.mean[row] for name, past in record.others.items()}
+    one_hot = (jnp.arange(valid.shape[0]) == adopted) & (record.rounds > 0)
+    one_hot = one_hot.astype(jnp.int32)
     share = record.adoptions / jnp.maximum(record.rounds, 1)
     places = positions(state)
     return {
@@ -355,11 +360,11 @@ def summary(state: Any) -> dict[str, jax.Array]:
             for one in state.explorers.values()
             for name, count in _skipped(one).items()
         },
-        "ev3/adopted": adopted,
         "ev3/significant": record.significant[row],
         "ev3/examples": record.examples[row],
-        "ev3/score": mean[adopted],
-        "ev3/stderr": record.stderr[row, adopted],
+        "ev3/adopted_score": mean[adopted],
+        "ev3/adopted_stderr": record.stderr[row, adopted],
+        **{f"ev3/adopted/{name}": one_hot[at] for name, at in places.items()},
         **{f"ev3/score/{name}": mean[at] for name, at in places.items()},
         **{
             f"ev3/objective/{other}/{name}": values[at]
@@ -520,9 +525,9 @@ def winners(candidates: Iterable[str], adopted: Any, group: str) -> np.ndarray:
     Args:
       candidates: Their names.
       adopted: Which one, by round.
-      group: The name of the group, whose members are called ``GROUP[i]``.
+      group: The name of the group, whose members are called ``GROUP/i``.
     """
-    member = re.compile(rf"(?:\w*average\()?{re.escape(group)}\[(\d+)\]\)?")
+    member = re.compile(rf"(?:(?:branch_)?average/)?{re.escape(group)}/(\d+)")
     found = map(member.fullmatch, candidates)
     owners = np.array([int(match[1]) if match else -1 for match in found])
     return owners[np.asarray(adopted, int)]
