@@ -75,7 +75,7 @@ def loss(params, batch):
 
 
 def recommended():
-    """The setting of docs/settings.md: branches that go their own ways, and race."""
+    """The setting of docs/settings.md: independent branches that race."""
     return optax_ev3.ev3(
         {name: optax_ev3.explorer(tx, loss) for name, tx in INNER.items()},
         assess_fn=log_likelihood,
@@ -267,14 +267,14 @@ def print_verdict(results, budget):
 
     ours, beaten, best, its = against(ends)
     print(
-        f"\nAfter {budget} gradients EV3 has a test NLL of {ours:.3f}, lower than "
-        f"{beaten} of its {len(INNER)} optimizers alone\n"
-        f"(the best in hindsight, {best}: {its:.3f});",
+        f"\nAfter {budget} gradients EV3 has a test NLL of {ours:.3f}, lower than that "
+        f"of {beaten} of its {len(INNER)}\n"
+        f"optimizers alone (the best in hindsight, {best}: {its:.3f});",
         end=" ",
     )
     ours, beaten, best, its = against(stopped)
     print(
-        f"if every run is stopped early, it has\n{ours:.3f}, lower than "
+        f"if every run is\nstopped early, it has {ours:.3f}, lower than that of "
         f"{beaten} of {len(INNER)} (the best, {best}: {its:.3f})."
     )
 
