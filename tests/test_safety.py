@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import STRATEGIES, says
+from helpers import STRATEGIES, assert_finite, assert_identical, says
 
 import optax_ev3
-from optax_ev3 import adapt, evidence
+from optax_ev3 import adapt, combine, evidence
 
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 
@@ -247,3 +247,143 @@ def test_decisions_of_the_wrong_kind(decision, parts):
     w = jnp.ones([])
     with says(TypeError, *parts):
         tx.update(w, tx.init(w), w)
+
+
+# Candidates, not only updates.
+
+every_dtype = pytest.mark.parametrize(
+    "dtype", [jnp.float16, jnp.bfloat16, jnp.float32], ids=lambda d: d.__name__
+)
+
+
+def share(dtype, part):
+    """A part of the largest number."""
+    return jnp.asarray(part * float(jnp.finfo(dtype).max), dtype)
+
+
+def adds(*parts):
+    """An optimizer that adds these parts of the largest number, one in each call."""
+
+    def update(updates, count, params):
+        del params
+        steps = jax.tree.map(
+            lambda g: jnp.stack([share(g.dtype, part) for part in parts]), updates
+        )
+        chosen = jax.tree.map(lambda s: s[jnp.minimum(count, len(parts) - 1)], steps)
+        return chosen, count + 1
+
+    return optax.GradientTransformation(lambda _: jnp.zeros([], jnp.int32), update)
+
+
+def signs(w):
+    """Boolean scores, which are finite whatever the parameters are."""
+    return jnp.stack([w["w"] > 0, w["w"] < 0])
+
+
+def train(tx, w, rounds):
+    """Parameters and states after every round, and all updates."""
+    zeros = jax.tree.map(jnp.zeros_like, w)
+    step = jax.jit(lambda w, state: tx.update(zeros, state, w))
+    state = tx.init(w)
+    seen, updates = [(w, state)], []
+    while len(seen) <= rounds:
+        update, new = step(w, state)
+        updates.append(update)
+        w = optax.apply_updates(w, update)
+        if int(new.ev3_round) > int(state.ev3_round):
+            seen.append((w, new))
+        state = new
+    return seen, updates
+
+
+@every_dtype
+@every_strategy
+def test_parameters_that_overflow_are_not_adopted(strategy, dtype):
+    tx = optax_ev3.ev3(
+        {"over": adds(0.8), "still": adds(0.0)},
+        signs,
+        loss_fn=lambda w: 0.0 * w["w"],
+        adapt=adapt.Rule(
+            lambda explorers: (),
+            lambda *_: (adapt.Decision(jnp.int32(0), jnp.asarray(True)), ()),
+        ),
+        **STRATEGIES[strategy],
+    )
+    w = {"w": share(dtype, 0.8)}
+    seen, updates = train(tx, w, 2)
+    assert_finite(updates)
+    for params, state in seen:
+        assert_identical(params, w)
+        assert_identical(optax_ev3.stable_params(state), w)
+    state = seen[-1][1]
+    assert int(optax_ev3.summary(state)["ev3/overruled"]) == 2
+    np.testing.assert_equal(optax_ev3.history(state)["mean"][-1][:2], [np.nan, 0.5])
+
+
+def test_inner_state_of_an_explorer_that_overflows_is_held():
+    tx = optax_ev3.ev3([adds(0.8), adds(0.0)], signs)
+    seen, _ = train(tx, {"w": share(jnp.float32, 0.8)}, 3)
+    counts = [int(x.opt_state) for x in seen[-1][1].explorers.values()]
+    assert counts == [0, 3]
+
+
+def test_member_of_a_sweep_that_overflows_is_invalid_alone():
+    sweep = optax_ev3.sweep(
+        lambda rate: optax.chain(optax.scale(-1.0), optax.scale(rate)),
+        rate=[0.5, 1.5],
+    )
+    tx = optax_ev3.ev3({"sweep": sweep}, signs)
+    w = {"w": share(jnp.float32, 0.9)}
+    grads = {"w": share(jnp.float32, -0.15)}
+    _, state = jax.jit(tx.update)(grads, tx.init(w), w)
+    assert np.asarray(state.record.valid[0]).tolist() == [1, 0, 1, 1]
+
+
+@every_dtype
+@pytest.mark.parametrize("index", range(1, 5))
+def test_averages_do_not_overflow(index, dtype):
+    averages = [
+        combine.trajectory_average(),
+        combine.branch_average(),
+        combine.exponential_average(),
+        combine.greedy_soup(2),
+    ]
+    tx = optax_ev3.ev3(
+        [adds(0.0, -0.9, -0.9)],
+        signs,
+        trajectory_length=3,
+        combine=averages,
+        adapt=adapt.Rule(
+            lambda explorers: (),
+            lambda *_: (adapt.Decision(jnp.int32(index), jnp.asarray(True)), ()),
+        ),
+    )
+    w = {"w": share(dtype, 0.9)}
+    ((_, _), (params, state)), updates = train(tx, w, 1)
+    assert_finite((updates, params, optax_ev3.stable_params(state)))
+    assert int(optax_ev3.summary(state)["ev3/overruled"]) == 0
+
+
+@every_dtype
+@every_strategy
+def test_updates_over_the_whole_range_are_finite(strategy, dtype):
+    """From 0.8 back to the stable parameters at -0.8 of the largest number."""
+    stable = 2 + len(STRATEGIES[strategy].get("combine", ()))
+    length = STRATEGIES[strategy].get("trajectory_length", 1)
+
+    def decide(evidence, memory, key):
+        del evidence, key
+        adopted = jnp.where(memory < 2, 0, stable)
+        return adapt.Decision(adopted, jnp.asarray(False)), memory + 1
+
+    tx = optax_ev3.ev3(
+        [adds(*[0.8 / length] * (2 * length), 0.0)],
+        signs,
+        loss_fn=lambda w: 0.0 * w["w"],
+        adapt=adapt.Rule(lambda explorers: jnp.zeros([], jnp.int32), decide),
+        **STRATEGIES[strategy],
+    )
+    seen, updates = train(tx, {"w": share(dtype, -0.8)}, 3)
+    assert_finite((updates, seen))
+    assert int(optax_ev3.summary(seen[-1][1])["ev3/overruled"]) == 0
+    assert seen[2][0]["w"] > 0 > seen[3][0]["w"]

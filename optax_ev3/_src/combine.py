@@ -233,12 +233,17 @@ def wide(tree: Any) -> Any:
 
 
 def move(mean: Any, new: Any, weight: Any) -> Any:
-    """``mean`` moved towards ``new`` by the weight; what is no float becomes new."""
+    """``mean`` moved towards ``new`` by the weight; what is no float becomes new.
+
+    So do numbers that overflow on the way, which would stay infinite for ever.
+    """
 
     def one(m, n):
         if not trees.is_inexact(m):
             return n
-        return m + jnp.asarray(weight, m.dtype) * (n.astype(m.dtype) - m)
+        n = n.astype(m.dtype)
+        moved = m + jnp.asarray(weight, m.dtype) * (n - m)
+        return jnp.where(jnp.isfinite(moved), moved, n)
 
     return jax.tree.map(one, mean, new)
 

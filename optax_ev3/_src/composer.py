@@ -454,7 +454,7 @@ def _one_step(explorers, plan, state, params, call, judge, rests):
     scores = judge.score(candidates, judge.preview(state, valid, uphill))
     seen = judge.gather(scores, valid, uphill)
     moves.append(trees.Batch(trees.Lazy(lambda: trees.no_update(params))))
-    moves.append(trees.Batch(trees.Lazy(lambda: trees.minus(state.stable, params))))
+    moves.append(trees.Batch(trees.Lazy(lambda: _towards(state.stable, params))))
     lasted = _Lasted(explorers, plan, rests, jnp.ones([], jnp.int32))
     skipped = {
         name: ~step.finite & ~rests.get(name, jnp.asarray(False))
@@ -511,7 +511,7 @@ def _trajectories(explorers, plan, state, params, call, judge, rests):
         state,
     )
     visible = trajectory.visible_params(explorers, plan, state.trajectory, params)
-    return trees.minus(visible, params), state
+    return _towards(visible, params), state
 
 
 def _finish(explorers, plan, state, params, judge, rests):
@@ -528,7 +528,7 @@ def _finish(explorers, plan, state, params, judge, rests):
     adopted = decision.adopted
     target = trees.pick(adopted, candidates)
     # Where the caller gets to.
-    visible = trees.plus(params, trees.minus(target, params))
+    visible = trees.plus(params, _towards(target, params))
     opt_states = _opt_states(state)
     since = state.record.since
     opt_states, walked, restarted = trajectory.restart(
@@ -717,6 +717,11 @@ def _apply(params, move):
     if move.size is None:
         return trees.plus(params, move.tree)
     return jax.vmap(lambda update: trees.plus(params, update))(move.tree)
+
+
+def _towards(target, params):
+    """The update that leads to the target, as far as one update can."""
+    return jax.tree.map(trees.in_range, trees.minus(target, params))
 
 
 class _Keys(NamedTuple):

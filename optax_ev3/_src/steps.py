@@ -43,8 +43,8 @@ class Step(NamedTuple):
 
     Attributes:
       update: A tree like params, which may hold what is not finite.
-      opt_state: The inner state; the old one where the update is not finite.
-      finite: ``[]`` bool, whether the update is finite.
+      opt_state: The inner state; the old one where the step is not finite.
+      finite: ``[]`` bool, whether the update and the parameters after it are finite.
       uphill: ``[]`` bool, whether the update raises the loss to first order.
     """
 
@@ -241,7 +241,7 @@ def _checked(tx, one, name, grads, opt_state, params, merge, loss, call):
         return advance(tx, one, name, grads, opt_state, params, merge, loss, call)
 
     update, new = step(grads)
-    ok, uphill = _examine(update, grads)
+    ok, uphill = _examine(update, grads, params)
     if memory_bound.is_memory_bound(step, grads):
         # Kept until the check is done, the new state would need memory of its own;
         # computed again, it is written in the place of the old one.
@@ -298,13 +298,15 @@ def _merged(update, params, merge):
     return tree_map_with_path(change, merged, moved, update, params)
 
 
-def _examine(update: optax.Updates, grads: optax.Updates) -> tuple[Any, Any]:
-    """Whether an update is finite, and whether it raises the loss to first order."""
-    total = slope(update, grads)
-    if total is None:
-        return trees.finite(update), jnp.asarray(False)
+def _examine(
+    update: optax.Updates, grads: optax.Updates, params: optax.Params
+) -> tuple[Any, Any]:
+    """Whether a step is finite, and whether it raises the loss to first order."""
     # A sum is finite only where all its terms are: mostly one pass answers both.
-    return trees.finite(update, total), total > 0
+    total = slope(trees.twice(update), grads)
+    if total is None:
+        return trees.finite_after(params, update), jnp.asarray(False)
+    return trees.finite_after(params, update, total), total > 0
 
 
 def slope(update: optax.Updates, grads: optax.Updates) -> jax.Array | None:

@@ -177,12 +177,11 @@ def where(condition: Any, new: Any, old: Any) -> Any:
     )
 
 
-def finite(tree: Any, known: Any = None, size: int | None = None) -> jax.Array:
+def finite(tree: Any, size: int | None = None) -> jax.Array:
     """Whether all numbers in a tree are finite: ``[]`` bool.
 
     Args:
       tree: The tree.
-      known: ``[]``, a sum to which every number contributes, if there is one already.
       size: How many trees are stacked; the answer is then ``[size]``, one for each.
     """
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
@@ -198,7 +197,7 @@ def finite(tree: Any, known: Any = None, size: int | None = None) -> jax.Array:
         return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
     def by_sum(leaves):
-        found = jnp.asarray(each(add)(leaves) if known is None else known)
+        found = jnp.asarray(each(add)(leaves))
         # Sums are quick, and finite only if all their terms are; but they may overflow.
         return lax.cond(
             jnp.isfinite(found).all(),
@@ -211,6 +210,82 @@ def finite(tree: Any, known: Any = None, size: int | None = None) -> jax.Array:
         return jnp.stack([x.all() for x in flags]).all()
 
     return platform_dependent(leaves, cpu=by_sum, default=each(at_once))
+
+
+def finite_after(params: Any, update: Any, known: Any = None) -> jax.Array:
+    """Whether all parameters are finite after an update: ``[]`` bool.
+
+    Args:
+      params: Where the update starts.
+      update: The update.
+      known: ``[]``, a sum to which twice every number of the update contributes, if
+        there is one already.
+    """
+    pairs = zip(*map(jax.tree.leaves, (params, update)), strict=True)
+    pairs = [pair for pair in pairs if is_inexact(pair[0])]
+    if not pairs:
+        return jnp.asarray(True)
+
+    def flags(pairs):
+        # Compared in wide numbers: a compiler may leave out rounding in between.
+        return [_fits(_wide(p) + _wide(u), p.dtype) for p, u in pairs]
+
+    def check(pairs):
+        return jnp.stack([x.all() for x in flags(pairs)]).all()
+
+    def by_sum(pairs):
+        # Where twice each of two numbers is finite, so is their sum.
+        start = total(twice(p).sum() for p, _ in pairs)
+        return lax.cond(
+            jnp.isfinite(start) & jnp.isfinite(known),
+            lambda: jnp.asarray(True),
+            lambda: check(pairs),
+        )
+
+    def at_once(pairs):
+        return jnp.stack([x.all() for x in _joined(flags(pairs))]).all()
+
+    on_cpu = check if known is None else by_sum
+    return platform_dependent(pairs, cpu=on_cpu, default=at_once)
+
+
+def twice(tree: Any) -> Any:
+    """Twice the numbers, float32 or wider; not finite where the dtype cannot hold them.
+
+    Where the wide one has the same range, that takes no comparison.
+    """
+
+    def one(leaf):
+        if not is_inexact(leaf):
+            return leaf
+        wide = 2 * _wide(leaf)
+        limit = jnp.finfo(leaf.dtype).max
+        if 2 * float(limit) > float(jnp.finfo(wide.dtype).max):
+            return wide
+        return jnp.where(_fits(wide, leaf.dtype), wide, jnp.inf)
+
+    return jax.tree.map(one, tree)
+
+
+def _fits(leaf, dtype):
+    """Which numbers a dtype can hold."""
+    if jnp.iscomplexobj(leaf):
+        return _fits(jnp.real(leaf), dtype) & _fits(jnp.imag(leaf), dtype)
+    return jnp.abs(leaf) <= float(jnp.finfo(dtype).max)
+
+
+def in_range(leaf: jax.Array) -> jax.Array:
+    """The leaf, infinite numbers made the largest ones; NaN stays."""
+    if not is_inexact(leaf):
+        return leaf
+    if jnp.iscomplexobj(leaf):
+        return lax.complex(in_range(jnp.real(leaf)), in_range(jnp.imag(leaf)))
+    limits = jnp.finfo(leaf.dtype)
+    return jnp.clip(leaf, limits.min, limits.max)
+
+
+def _wide(leaf):
+    return leaf.astype(wide_dtype(leaf))
 
 
 def _joined(leaves):
