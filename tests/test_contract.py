@@ -22,6 +22,7 @@ from helpers import (
     explorers,
     gradient,
     loss,
+    says,
     score,
     stepper,
     transformation,
@@ -567,3 +568,30 @@ def test_kept_params_may_be_donated():
         return optax.apply_updates(w, updates), state
 
     jax.block_until_ready(jax.jit(step, donate_argnums=(0, 1))(w, state))
+
+
+@pytest.mark.parametrize("reset_state", [False, True])
+def test_lookahead_around_us_trains_as_around_the_optimizer_alone(reset_state):
+    batch = weights()
+    ours = transformation(
+        always(0), inner=[optax.adam(0.1)], assess_fn=lambda w: score(w, batch)
+    )
+    pairs = [optax.LookaheadParams.init_synced(params())] * 2
+    wrapped = [
+        optax.lookahead(tx, 2, 0.5, reset_state) for tx in (ours, optax.adam(0.1))
+    ]
+    states = [tx.init(pair) for tx, pair in zip(wrapped, pairs, strict=True)]
+    updates = [jax.jit(tx.update) for tx in wrapped]
+    for _ in range(4):
+        for i, update in enumerate(updates):
+            grads = gradient(pairs[i].fast, batch)
+            step, states[i] = update(grads, states[i], pairs[i])
+            pairs[i] = optax.apply_updates(pairs[i], step)
+        assert_close(pairs[0], pairs[1])
+
+
+def test_lookahead_passes_no_extra_arguments_on():
+    tx = optax.lookahead(transformation(), 2, 0.5)
+    pair = optax.LookaheadParams.init_synced(params())
+    with says(TypeError, "'batch'", "optax.lookahead", "held_out"):
+        tx.update(params(), tx.init(pair), pair)

@@ -512,6 +512,73 @@ def test_states_of_another_structure(case, length):
         tx.update(w, change(tx.init(w)), w)
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"trajectory_length": 2},
+        {"trajectory_length": 2, "loss_fn": lambda w: jnp.square(w["a"]["b"]).sum()},
+        {"trajectory_length": 2, "gradients": "turns"},
+    ],
+    ids=["one step", "shared", "own", "turns"],
+)
+def test_gradients_of_another_structure(kwargs, adaptive):
+    class Frozen(dict):
+        """As flax.core.FrozenDict: a mapping that is another node."""
+
+    jax.tree_util.register_pytree_with_keys(
+        Frozen,
+        lambda x: ([(jax.tree_util.DictKey(k), x[k]) for k in x], tuple(x)),
+        lambda keys, values: Frozen(zip(keys, values, strict=True)),
+    )
+    inner = optax.adam(0.1) if adaptive else SGD
+    tx = ev3([inner], lambda w: -jnp.square(w["a"]["b"]), **kwargs)
+    w = {"a": Frozen(b=jnp.ones([3]))}
+    with says(ValueError, "at ['a'] a dict with ['b'] instead of a Frozen with ['b']"):
+        tx.update({"a": {"b": jnp.ones([3])}}, tx.init(w), w)
+
+
+def test_errors_of_inner_optimizers_that_are_no_missing_arguments():
+    def update(updates, state, params=None):
+        raise TypeError("dtypes int8 and float32 have no common one")
+
+    odd = optax.GradientTransformation(lambda w: (), update)
+    tx, w = ev3({"odd": odd}, metric), jnp.ones([3])
+    with says(TypeError, "'odd' cannot be updated: dtypes int8 and") as found:
+        tx.update(w, tx.init(w), w)
+    assert "loss_fn" not in str(found.value)
+
+
+def test_raw_key_of_another_implementation():
+    raw = jax.random.key_data(jax.random.key(0, impl="rbg"))
+    with says(ValueError, "(4,)", "threefry2x32", "wrap_key_data(key, impl=...)"):
+        ev3([SGD], metric, key=raw)
+    # Of the default one it is taken.
+    ours = jax.random.key_data(jax.random.key(5))
+    state = ev3([SGD], metric, key=ours).init(jnp.ones([3]))
+    np.testing.assert_array_equal(state.ev3_key, ours)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_errors_of_callbacks_name_a_wrapper_that_flattens(length):
+    tx = ev3([SGD], lambda w: -jnp.square(w["a"]), trajectory_length=length)
+    around, w = optax.flatten(tx), {"a": jnp.ones([3])}
+    with pytest.raises(TypeError) as found:
+        around.update(w, around.init(w), w)
+    (note,) = (x for x in found.value.__notes__ if "optax.flatten" in x)
+    assert "(3,)" in note
+    assert "inside" in note
+    # Inside it works, and elsewhere nothing is said of it.
+    inside = ev3([optax.flatten(SGD)], lambda w: -jnp.square(w["a"]))
+    updates, _ = inside.update(w, inside.init(w), w)
+    np.testing.assert_allclose(updates["a"], [-0.1] * 3, rtol=1e-6)
+    with pytest.raises(KeyError) as found:
+        bad = ev3([SGD], lambda w: w["b"])
+        bad.update(w, bad.init(w), w)
+    assert not any("flatten" in x for x in getattr(found.value, "__notes__", []))
+
+
 def test_gradients_of_another_shape():
     tx, w = ev3({"a": SGD}, metric), {"w": jnp.ones([3])}
     state = tx.init(w)

@@ -179,10 +179,26 @@ def test_layouts_are_held_with_one_gpu(monkeypatch):
     assert count == {c: int(newer and c == ("cuda", 1)) for c in count}
 
 
+def test_small_leaves_are_put_together_with_one_gpu(monkeypatch):
+    """With several devices that would gather them, however they are spread."""
+
+    def concatenated(platform, devices):
+        monkeypatch.setattr(jax, "device_count", lambda: devices)
+        tree = [jnp.ones([n]) for n in range(3, 7)]
+        traced = jax.jit(lambda x: trees.finite(x)).trace(tree)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        return "concatenate" in text and "18xi1" in text
+
+    cases = [("cuda", 1), ("cuda", 2), ("cpu", 1)]
+    assert [concatenated(*case) for case in cases] == [True, False, False]
+
+
+@pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("size", [None, 3])
-def test_finite(size, elsewhere):
+def test_finite(size, devices, elsewhere, monkeypatch):
     """Small leaves, large ones, and sums that overflow."""
     elsewhere()
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
     shape = [] if size is None else [size]
     tree = {
         "small": jnp.ones([*shape, 5]),

@@ -99,9 +99,24 @@ def check_key(key: Any) -> Any:
     is_integer = is_integer or hasattr(key, "__index__")
     if is_integer and jnp.issubdtype(jnp.result_type(key), jnp.integer):
         raw = jnp.ndim(key) == 1 and jnp.result_type(key) == jnp.uint32
+        if raw:
+            _check_key_data(key)
         if jnp.ndim(key) == 0 or raw:
             return None
     raise TypeError(f"key must be an integer seed or a single PRNG key, got {key!r}.")
+
+
+def _check_key_data(data):
+    """Raises unless raw key data may be of the default implementation."""
+    try:
+        jax.eval_shape(jax.random.wrap_key_data, data)
+    except (TypeError, ValueError) as error:
+        default = jax.random.key_impl(jax.random.key(0))
+        raise ValueError(
+            f"key is raw data of shape {jnp.shape(data)}, and the default PRNG "
+            f"implementation, {default}, has keys of another: "
+            f"give a typed key, jax.random.wrap_key_data(key, impl=...)."
+        ) from error
 
 
 def static_float(value: Any, name: str) -> float:

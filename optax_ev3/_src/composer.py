@@ -1,5 +1,6 @@
 """The composer: explore, assess and adapt as one optax transformation."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -288,7 +289,8 @@ def ev3(
         )
         judge = _Judge(rule, guard, rule_key, score, axis_name)
         walk = _one_step if plan.one_step else _trajectories
-        update, state = walk(explorers, plan, state, params, call, judge, rests)
+        with _about_flattened(params):
+            update, state = walk(explorers, plan, state, params, call, judge, rests)
         calls = jnp.asarray(optax.safe_increment(state.ev3_calls))
         update = steps.update_for(params, update, updates)
         return update, state._replace(ev3_calls=calls)
@@ -296,6 +298,21 @@ def ev3(
     return optax.GradientTransformationExtraArgs(
         named.Opaque(init_fn), named.Opaque(update_fn)
     )
+
+
+@contextlib.contextmanager
+def _about_flattened(params):
+    """Says of errors in callbacks that a wrapper may have changed the parameters."""
+    try:
+        yield
+    except Exception as error:
+        if jax.tree_util.all_leaves([params]) and jnp.ndim(params) == 1:
+            error.add_note(
+                f"The parameters are one vector, of shape {jnp.shape(params)}. If that "
+                f"is the work of optax.flatten around ev3, put it inside, around the "
+                f"inner optimizers."
+            )
+        raise
 
 
 def _hyperparams(states):

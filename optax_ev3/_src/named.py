@@ -184,11 +184,14 @@ def bind(
         elif parameter.kind not in (*_BY_NAME, inspect.Parameter.POSITIONAL_ONLY):
             continue
         elif parameter.default is inspect.Parameter.empty:
+            given = sorted(extra_args) or (
+                "none. Wrappers such as optax.lookahead pass none on: let the function "
+                "hold its data there, as optax_ev3.held_out does"
+            )
             raise TypeError(
                 f"{role} takes a parameter {name!r} that nothing supplies: pass it to "
                 f"update as a keyword, tx.update(grads, state, params, {name}=...), "
-                f"or give it a default. Extra arguments given: "
-                f"{sorted(extra_args) or 'none'}."
+                f"or give it a default. Extra arguments given: {given}."
             )
         elif parameter.kind == inspect.Parameter.POSITIONAL_ONLY:
             unsaid.append(parameter.default)

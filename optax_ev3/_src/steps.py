@@ -1,6 +1,7 @@
 """Steps: what an explorer's inner optimizer does to parameters, checked."""
 
 import functools
+import re
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -432,11 +433,16 @@ def _inner_update(tx, one, name, opt_state, params, loss, extra_args):
             return call(grads, extras)
         except (TypeError, ValueError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(
-                f"explorer {name!r} cannot be updated: {error} Extra arguments that it "
-                f"was given: {sorted(extras) or 'none'}. With ev3(..., loss_fn=...) "
-                f"explorers get {', '.join(_FROM_LOSS)}."
-            ) from error
+            where = trees.difference(params, grads)
+            hint = ""
+            if _misses_argument(error):
+                hint = (
+                    f" Extra arguments that it was given: {sorted(extras) or 'none'}. "
+                    f"With ev3(..., loss_fn=...) explorers get {', '.join(_FROM_LOSS)}."
+                )
+            elif where is not None:
+                hint = f" The gradients are not like the parameters: {where}."
+            raise kind(f"explorer {name!r} cannot be updated: {error}{hint}") from error
 
     def step(grads):
         offered = {k: v for k, v in offer(grads).items() if takes.takes(k)}
@@ -454,17 +460,26 @@ def _inner_update(tx, one, name, opt_state, params, loss, extra_args):
     return step
 
 
+def _misses_argument(error):
+    """Whether an optimizer says that it was not given what follows from a loss."""
+    says = str(error)
+    return any(re.search(rf"\b{name}\b", says) for name in _FROM_LOSS) and any(
+        word in says for word in ("missing", "provide", "require")
+    )
+
+
 def _like_params(update, params, name):
     """The update with the dtypes of the parameters; raises if it does not fit them."""
-    got, expected = jax.tree.structure(update), jax.tree.structure(params)
-    what = "structure"
-    if got == expected:
+    where, got, expected = trees.difference(params, update), None, None
+    if where is None:
         got, expected = _shapes(update), _shapes(params)
-        what = "shapes"
-    if got != expected:
+    if got != expected or where is not None:
+        what = f"shapes {got}, expected {expected}"
+        if where is not None:
+            what = f"another structure, {where}"
         raise ValueError(
-            f"explorer {name!r} returned updates of {what} {got}, expected {expected}: "
-            f"gradients and updates must be like the parameters."
+            f"explorer {name!r} returned updates of {what}: gradients and updates must "
+            f"be like the parameters."
         )
 
     def one(u, p):

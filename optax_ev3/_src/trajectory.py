@@ -320,6 +320,10 @@ def _gradients(one, name, loss, params, leads, walk):
     if given is None or (one.merge_fn is not None and aux is None):
         return loss.gradient(params)
 
+    where = trees.difference(params, given)
+    if where is not None:
+        raise ValueError(f"the gradients are not like the parameters: {where}.")
+
     def own():
         grads, own_aux = loss.gradient(params)
         same = jax.tree.map(lambda o, g: jnp.asarray(o, g.dtype), grads, given)

@@ -14,6 +14,9 @@ from jax.tree_util import keystr
 # Numbers in a leaf that a kernel of its own would not keep busy.
 _SMALL = 2**16
 
+# Earlier releases of JAX have no rule for constraints of layouts under jax.vmap.
+_LAYOUTS_UNDER_VMAP = jax.__version_info__ >= (0, 10)
+
 
 class Lazy(NamedTuple):
     """A tree that is made where it is needed.
@@ -136,16 +139,27 @@ def after(earlier: Any, leaf: jax.Array) -> jax.Array:
     )
 
 
+def _on_one_device() -> bool:
+    """Whether a program surely runs on one device: the process has no other.
+
+    How arrays are spread is known at trace time by explicit sharding alone, and XLA
+    does not know how a layout constraint, or a concatenation of arrays, is spread. So
+    :func:`row_major` and :func:`_joined`, which make programs for one GPU faster, do
+    nothing in processes with several devices, even if a program uses one of them. A
+    program exported from a process with one device is made for one.
+    """
+    return jax.device_count() == 1
+
+
 def row_major(tree: Any) -> Any:
     """The tree in the layout of arrays outside of programs, with one GPU.
 
     XLA would keep the kernels of convolutions in a layout of theirs, and copy them back
-    and forth. It does not know how such a constraint is spread over devices.
+    and forth.
     """
     leaves, structure = jax.tree.flatten(tree)
     deep = [i for i, x in enumerate(leaves) if jnp.ndim(x) > 2 and not is_key(x)]
-    # Earlier releases have no rule for the constraint under jax.vmap.
-    if not deep or jax.device_count() > 1 or jax.__version_info__ < (0, 10):
+    if not (deep and _LAYOUTS_UNDER_VMAP and _on_one_device()):
         return tree
 
     def constrain(leaves):
@@ -290,6 +304,8 @@ def _wide(leaf):
 
 def _joined(leaves):
     """The leaves, of which the small ones are put into one: a kernel, not dozens."""
+    if not _on_one_device():
+        return leaves
     small, others = [], []
     for leaf in leaves:
         alone = leaf.size > _SMALL or _is_sharded(leaf)
