@@ -185,6 +185,26 @@ def test_in_a_loop_without_extra_arguments():
     np.testing.assert_allclose(w, 3.0, atol=0.05)
 
 
+@pytest.mark.parametrize("name", ["batch", "examples"])
+def test_the_callers_batch_is_for_others(name):
+    """The metric gets the data by position, whatever it calls them."""
+
+    def by_name(params, batch, scale=1.0):
+        return params * 0 + batch * scale
+
+    def any_names(params, examples, **kwargs):
+        assert "examples" not in kwargs
+        return params * 0 + examples * kwargs["scale"]
+
+    for metric in (by_name, any_names):
+        assess_fn = held_out(metric, _data())
+        tx = optax_ev3.ev3([optax.sgd(1.0)], assess_fn, adapt=always(1))
+        w = jnp.float32(2.0)
+        extras = {name: jnp.full([3], 100.0), "scale": 2.0}
+        _, state = tx.update(w, tx.init(w), w, **extras)
+        np.testing.assert_allclose(state.record.mean[0], 2 * _data().mean())
+
+
 # Shuffled epochs.
 
 

@@ -146,6 +146,11 @@ def test_devices_stop_together():
     assert_close(updates, jnp.broadcast_to(alone, [4]))
 
 
+def test_an_argument_named_twice_is_cut_once():
+    tx = optax_ev3.ev3(FAR, optax_ev3.in_chunks(score, 8, ["x", "x"], patience=7))
+    assert looked_at(tx) == looked_at(optax_ev3.ev3(FAR, in_chunks(patience=7)))
+
+
 def each(w, x, chunk, chunks):
     """Scores that say which chunk they are of."""
     return w * 0 + x * 0 + 10 * chunks + chunk

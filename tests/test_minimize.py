@@ -148,9 +148,16 @@ def test_one_function_is_no_score_and_loss():
         (own, loss, {}),
         (INNER, model.loss, {"loss_fn": model.loss}),
     ):
-        with says(ValueError, "the same function", "optax_ev3.minimize(loss)"):
-            optax_ev3.ev3(inner, fn, **more)
-        optax_ev3.ev3(inner, minimize(fn), **more)
+        for around in (
+            lambda fn: fn,
+            lambda fn: optax_ev3.held_out(fn, X),
+            lambda fn: optax_ev3.in_chunks(optax_ev3.held_out(fn, X), 8),
+            lambda fn: optax_ev3.in_chunks(fn, 8, ["x"]),
+        ):
+            with says(ValueError, "the same function", "optax_ev3.minimize(loss)"):
+                optax_ev3.ev3(inner, around(fn), **more)
+            optax_ev3.ev3(inner, around(minimize(fn)), **more)
+            optax_ev3.ev3(inner, minimize(around(fn)), **more)
 
 
 def test_bad_arguments():

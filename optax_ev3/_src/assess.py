@@ -161,7 +161,7 @@ def in_chunks(
             f"slice_args must be a sequence of names, such as [{slice_args!r}], got "
             f"the string {slice_args!r}."
         )
-    slice_args = tuple(slice_args)
+    slice_args = tuple(dict.fromkeys(slice_args))
     free = named.free(assess_fn, 1)
     other = [k for k in slice_args if not (k in free.names or free.takes(k))]
     if other:

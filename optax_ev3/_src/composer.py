@@ -402,11 +402,14 @@ class _Verdict(NamedTuple):
 
 def _check_signs(assess_fn, loss_fn, explorers):
     """Raises where one function is to be high and low."""
+    if isinstance(assess_fn, assess.InChunks):
+        assess_fn = assess_fn.assess_fn
+    metric_fn = getattr(assess_fn, "ev3_metric_fn", assess_fn)  # Of held_out.
     for loss in [loss_fn, *(one.loss_fn for one in explorers.values())]:
-        if loss is not None and named.same(assess_fn, loss):
+        if loss is not None and named.same(metric_fn, loss):
             raise ValueError(
-                "assess_fn and a loss are the same function. Of scores higher is "
-                "better: pass assess_fn=optax_ev3.minimize(loss)."
+                "the same function assesses and is a loss. Of scores higher is better: "
+                "pass optax_ev3.minimize(loss) as assess_fn, or to held_out."
             )
 
 

@@ -46,9 +46,10 @@ def held_out(
     to ``update`` come first.
 
     Args:
-      metric_fn: ``metric_fn(params, batch, **named)`` -> scores, see ``assess_fn``
-        in :func:`optax_ev3.ev3`. ``batch`` has the structure of ``data``; further
-        parameters are named arguments, as everywhere.
+      metric_fn: ``metric_fn(params, batch, **named)`` -> scores, higher is better, see
+        ``assess_fn`` in :func:`optax_ev3.ev3`. ``batch`` has the structure of ``data``,
+        whatever the caller calls by this name; further parameters are named arguments,
+        as everywhere.
       data: Tree of arrays with the same leading size. They become constants of the
         compiled step.
       batch_size: Examples drawn each round, on each device; None for all of ``data``
@@ -133,6 +134,7 @@ def held_out(
         bound = named.bind(metric_fn, "metric_fn", extra_args, offered, positional=2)
         return bound(params, batch)
 
+    vars(assess_fn)["ev3_metric_fn"] = metric_fn
     return assess_fn
 
 

@@ -75,7 +75,8 @@ def minimize(
         )
     wanted = None if names is None else tuple(names)
 
-    @functools.wraps(assess_fn)  # The signature says which arguments it is given.
+    # The signature says which arguments it is given.
+    @functools.wraps(assess_fn, updated=())
     def scores(*args, **kwargs):
         found = assess_fn(*args, **kwargs)
         if wanted is None and not isinstance(found, Mapping):
