@@ -112,7 +112,8 @@ def grow_nnx(
     plan = placement.plan(before, fresh, growth)
     variables = placement.apply(plan, before, fresh)
     grown = nnx.Optimizer(nnx.merge(graph, variables), tx, wrt=optimizer.wrt)
-    state = _growth.take_along(plan, nnx.state(optimizer), nnx.state(grown))
+    counters = {f"opt_state/{x}" for x in _growth.progress(grown.opt_state)}
+    state = _growth.take_along(plan, nnx.state(optimizer), nnx.state(grown), counters)
     nnx.update(grown, state)
     nnx.update(larger, variables)
     _growth.report(plan)

@@ -1079,3 +1079,29 @@ def test_digits_with_growth():
         assert not optax_ev3.should_grow(state, 1)
     assert grown == 2
     assert tests[1] < 0.8 * tests[0]
+
+
+@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize("chained", [False, True])
+def test_only_the_counter_of_ev3_begins_anew(length, chained):
+    """Parameters, and so moments and branches, may be called as it is."""
+    tx = optax_ev3.ev3(
+        [optax.adam(0.1)],
+        lambda p: -(p["record"]["since"] ** 2),
+        trajectory_length=length,
+        adapt=optax_ev3.adapt.greedy(),
+    )
+    tx = optax.chain(optax.clip(1.0), tx) if chained else tx
+    params = {"record": {"since": jnp.ones([2])}}
+    state = tx.init(params)
+    grads = jax.tree.map(lambda x: -x, params)
+    for _ in range(4):  # Uphill: without progress.
+        updates, state = jax.jit(tx.update)(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    assert (optax.tree.get(state, "mu")["record"]["since"] != 0).all()
+    fresh = {"record": {"since": jnp.zeros([3])}}
+    grown = grow(tx, state, params, fresh)
+    before, after = (x[1] if chained else x for x in (state, grown.state))
+    assert (int(before.record.since) > 0, int(after.record.since)) == (True, 0)
+    moments = [optax.tree.get(x, "mu")["record"]["since"] for x in (before, after)]
+    np.testing.assert_array_equal(moments[1][:2], moments[0])

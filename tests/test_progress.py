@@ -485,3 +485,44 @@ class TestStalled:
             optax_ev3.should_grow(state, 0)
         with says(TypeError, "rounds", "1.5"):
             optax_ev3.should_grow(state, 1.5)
+
+
+MOST = np.iinfo(np.int32).max
+
+
+@pytest.mark.parametrize("rounds", [MOST - 3, MOST - 2, MOST - 1])
+def test_adoptions_are_counted_to_the_end(rounds):
+    tx = optax_ev3.ev3(
+        {"good": optax.sgd(0.1)}, lambda w: -(w**2), adapt=adapt.greedy()
+    )
+    w = jnp.float32(1)
+    state = tx.init(w)
+    counts = jnp.array([rounds, 0, 0], jnp.int32)
+    past = state.record._replace(rounds=counts[0], adoptions=counts)
+    state = state._replace(record=past)
+    update = jax.jit(tx.update)
+    for call in range(1, 5):
+        _, state = update(w, state, w)
+        expected = min(rounds + call, MOST)
+        assert state.record.adoptions.tolist() == [expected, 0, 0]
+        assert float(optax_ev3.summary(state)["ev3/share/good"]) == 1
+
+
+@pytest.mark.parametrize("length", [8, 64, 256])
+@pytest.mark.parametrize("rounds", [10**6, 3 * 2**29 + 1, MOST])
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_who_is_seldom_adopted_after_many_rounds(length, rounds, more):
+    """Python's integers have no end."""
+    own, adopted = 1, rounds // length + more
+    seldom = adopted * length < rounds
+    past = record.empty(length, 4)
+    past = past._replace(
+        rounds=jnp.asarray(rounds, jnp.int32),
+        adoptions=jnp.array([rounds - adopted, adopted, 0, 0], jnp.int32),
+        valid=past.valid.at[:].set(1).at[:, own].set(-1),
+        mean=past.mean + 1,
+    )
+    stretch = rounds // length
+    assert stretch & (stretch - 1)  # It is not the time to come back.
+    rests = credits.resting(past, [[0], [own]], 2, apart=True)
+    assert rests.tolist() == [False, seldom]

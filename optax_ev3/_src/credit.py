@@ -91,7 +91,8 @@ def resting(
             enough |= course.falls & (count >= 2)
             enough |= course.came_back & (count == 1)
             enough |= course.lost & (count >= 1)
-            seldom = past.adoptions[own].sum() * length < past.rounds
+            # Less often than in one of H rounds; a product would overflow.
+            seldom = past.adoptions[own].sum() <= (past.rounds - 1) // length
             enough |= seldom & ~took[latest] & ~_is_time(past)
         rests.append(enough & ~won.any())
     found = jnp.stack(rests)

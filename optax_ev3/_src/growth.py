@@ -3,17 +3,18 @@
 import collections
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import GetAttrKey, tree_map_with_path
 from jax.tree_util import tree_leaves_with_path as leaves_with_path
-from jax.tree_util import tree_map_with_path
 
 from optax_ev3._src import placement
 from optax_ev3._src.placement import Growth, Place
+from optax_ev3._src.record import EV3State
 
 _log = logging.getLogger("optax_ev3")
 
@@ -100,13 +101,36 @@ def grow(
     moved = "not checked"
     if check is not None:
         moved = f"{_checked(check, params, larger, tolerance):.1e}, relative"
-    grown = take_along(plan, state, tx.init(larger))
+    fresh_state = tx.init(larger)
+    grown = take_along(plan, state, fresh_state, progress(fresh_state))
     report(plan, moved)
     return Grown(larger, grown)
 
 
-def take_along(plan: Mapping[Any, Place], state: Any, fresh: Any) -> Any:
-    """The state of the large model's transformation, from one newly made for it."""
+def progress(state: Any) -> set[str]:
+    """The paths of what counts rounds without progress, in states of ev3."""
+
+    def is_state(node):
+        return isinstance(node, EV3State)
+
+    return {
+        placement.path_name((*path, GetAttrKey("record"), GetAttrKey("since")))
+        for path, node in leaves_with_path(state, is_leaf=is_state)
+        if is_state(node)
+    }
+
+
+def take_along(
+    plan: Mapping[Any, Place], state: Any, fresh: Any, counters: Container[str]
+) -> Any:
+    """The state of the large model's transformation, from one newly made for it.
+
+    Args:
+      plan: Where each parameter comes from.
+      state: The state of the small model's transformation.
+      fresh: That of the large model's, newly made.
+      counters: The paths of what counts anew, see :func:`progress`.
+    """
     leaves = dict(leaves_with_path(state))
     owners = _owners(plan, [path for path, _ in leaves_with_path(fresh)], leaves)
     used = set()
@@ -116,7 +140,7 @@ def take_along(plan: Mapping[Any, Place], state: Any, fresh: Any) -> Any:
         return leaves.get(path)
 
     def take(path, new):
-        if f"/{placement.path_name(path)}".endswith("/record/since"):
+        if placement.path_name(path) in counters:
             # Rounds without progress count anew.
             return jnp.zeros_like(_same(path, find(path), new))
         suffix = owners.get(path)

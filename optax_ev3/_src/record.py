@@ -214,8 +214,9 @@ def append(record: Record, decision: Decision, last: Round) -> Record:
     }
     hyperparams = jax.tree.map(put, record.hyperparams, _dicts(last.hyperparams))
     since = jnp.asarray(optax.safe_increment(record.since))
+    rounds = jnp.asarray(optax.safe_increment(record.rounds))
     return record._replace(
-        rounds=jnp.asarray(optax.safe_increment(record.rounds)),
+        rounds=rounds,
         since=jnp.where(decision.significant, 0, since),
         ended=last.ended,
         adopted=put(record.adopted, decision.adopted),
@@ -231,7 +232,8 @@ def append(record: Record, decision: Decision, last: Round) -> Record:
         examples=put(record.examples, last.examples),
         priorities=priorities,
         hyperparams=hyperparams,
-        adoptions=record.adoptions.at[decision.adopted].add(1),
+        # Together as many as rounds, which are counted up to the greatest int32.
+        adoptions=record.adoptions.at[decision.adopted].add(rounds - record.rounds),
         overruled=jnp.where(
             last.overruled, optax.safe_increment(record.overruled), record.overruled
         ),
