@@ -635,3 +635,102 @@ def test_state_that_needs_more_than_a_gradient_says_that_it_changes(length):
     w = jnp.ones([3])
     with says(ValueError, "'odd'", "['seen'][0]", "int32[]", "float32[]", "init"):
         jax.eval_shape(ours.update, w, ours.init(w), w, value=0.5)
+
+
+# What the caller says of the visible parameters.
+
+NEEDY = {
+    "polyak_sgd": lambda: optax.polyak_sgd(10.0),
+    "lbfgs": lambda: optax.lbfgs(memory_size=3),
+    "line_search": lambda: optax.chain(
+        optax.sgd(1.0), optax.scale_by_backtracking_linesearch(10)
+    ),
+    "plateau": lambda: optax.chain(
+        optax.sgd(0.05), contrib.reduce_on_plateau(patience=1, rtol=0.01)
+    ),
+}
+
+
+def bowl(w):
+    return jnp.sum(jnp.array([1.0, 3.0]) * w**2)
+
+
+def bowl_alone(tx, steps):
+    """Plain optax, each step with its own value and gradient."""
+    w = jnp.array([1.0, -0.5])
+    state = tx.init(w)
+    for _ in range(steps):
+        value, grad = jax.value_and_grad(bowl)(w)
+        updates, state = tx.update(
+            grad, state, w, value=value, grad=grad, value_fn=bowl
+        )
+        w = optax.apply_updates(w, updates)
+    return w
+
+
+def bowl_with(tx, first, steps, share=1.0, **kwargs):
+    """Where ``tx`` is after some steps beside one that hardly moves.
+
+    The caller passes the value at the visible parameters, times ``share``.
+    """
+    slow = {"slow": optax.sgd(1e-4)}
+    inner = {"needy": tx, **slow} if first else {**slow, "needy": tx}
+    tx = optax_ev3.ev3(
+        inner, lambda w: -bowl(w), loss_fn=bowl, adapt=always(0), **kwargs
+    )
+    w = jnp.array([1.0, -0.5])
+    state = tx.init(w)
+
+    @jax.jit
+    def step(w, state):
+        value, grad = jax.value_and_grad(bowl)(w)
+        extras = {"value": share * value, "grad": grad, "value_fn": bowl}
+        updates, state = tx.update(grad, state, w, **extras)
+        return optax.apply_updates(w, updates), state
+
+    for _ in range(steps):
+        w, state = step(w, state)
+    return w, state
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["leads", "elsewhere"])
+@pytest.mark.parametrize("restart", ["always", "never"])
+@pytest.mark.parametrize("name", NEEDY)
+def test_value_of_the_caller_is_not_for_branches_elsewhere(name, restart, first):
+    with lenient():
+        _, state = bowl_with(
+            NEEDY[name](), first, 4, trajectory_length=5, restart=restart
+        )
+        expected = bowl_alone(NEEDY[name](), 4)
+    np.testing.assert_allclose(state.trajectory.ends["needy"], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NEEDY)
+def test_in_turns_the_value_is_that_of_the_branch(name):
+    with lenient():
+        _, state = bowl_with(
+            NEEDY[name](), True, 4, trajectory_length=5, gradients="turns"
+        )
+        expected = bowl_alone(NEEDY[name](), 4)
+    np.testing.assert_allclose(state.trajectory.ends["needy"], expected, rtol=1e-4)
+
+
+def test_with_shared_gradients_the_value_goes_with_them():
+    _, state = bowl_with(
+        optax.polyak_sgd(10.0), False, 3, trajectory_length=5, gradients="shared"
+    )
+    visible = expected = np.array([1.0, -0.5])
+    for _ in range(3):
+        grad = np.array([2.0, 6.0]) * visible
+        value = np.sum(np.array([1.0, 3.0]) * visible**2)
+        expected = expected - value / np.sum(grad**2) * grad
+        visible = visible - 1e-4 * grad
+    np.testing.assert_allclose(state.trajectory.ends["needy"], expected, rtol=1e-5)
+
+
+def test_in_one_step_rounds_the_value_is_the_callers():
+    w, _ = bowl_with(optax.polyak_sgd(10.0), True, 1, share=0.5)
+    start = np.array([1.0, -0.5])
+    grad = np.array([2.0, 6.0]) * start
+    expected = start - 0.5 * 1.75 / np.sum(grad**2) * grad
+    np.testing.assert_allclose(w, expected, rtol=1e-6)

@@ -78,7 +78,8 @@ def ev3(
     ``functools.partial`` has bound stays bound; a default does not bind, the caller's
     argument of the same name replaces it. Inner optimizers
     that ask for ``value``, ``grad``, ``value_fn``, ``grad_fn`` or ``obj_fn`` get them
-    from ``loss_fn``, or from the caller.
+    from ``loss_fn``, or from the caller; where branches take gradients of their own,
+    what the caller says is not of their parameters, and they get them from their loss.
 
     Args:
       inner: Explorers, a sequence or a mapping from names: optax transformations, or

@@ -29,6 +29,8 @@ class Call(NamedTuple):
       key: PRNG key of the call, for losses that name it.
       axis_name: Mapped axis over which losses and own gradients are averaged, or None.
       hyperparams: By evolving group and name ``[G]``, the numbers of its members.
+      own: Whether explorers may be elsewhere than the caller, with gradients of their
+        own: they take ``value`` and the like from their losses then.
     """
 
     grads: optax.Updates
@@ -37,6 +39,7 @@ class Call(NamedTuple):
     key: jax.Array
     axis_name: Any = None
     hyperparams: Mapping[str, Mapping[str, jax.Array]] = types.MappingProxyType({})
+    own: bool = False
 
 
 class Step(NamedTuple):
@@ -227,7 +230,8 @@ def advance(
     Returns:
       The update, like params, and the inner state, like the one before.
     """
-    inner = _inner_update(tx, one, name, opt_state, params, loss, call.extra_args)
+    extras, own = call.extra_args, call.own
+    inner = _inner_update(tx, one, name, opt_state, params, loss, extras, own)
     update, new = inner(grads)
     update = _like_params(update, params, name)
     if merge is not None:
@@ -405,7 +409,7 @@ def _averaging(params, axis_name):
     return structure.unflatten(leaves)
 
 
-def _inner_update(tx, one, name, opt_state, params, loss, extra_args):
+def _inner_update(tx, one, name, opt_state, params, loss, extra_args, own=False):
     """The inner optimizer as a function of gradients, given what else it can take."""
     takes = named.free(tx.update, 3)
     opt_state = trees.unpack(opt_state, trees.key_impls(tx.init, params))
@@ -420,8 +424,9 @@ def _inner_update(tx, one, name, opt_state, params, loss, extra_args):
             "grad_fn": lambda p, *_: loss.gradient(p)[0],
             "obj_fn": loss.value,
         }
-        # A loss of one's own overrides what the caller says of another loss.
-        both = (extra_args, supplied) if one.loss_fn else (supplied, extra_args)
+        # What the caller says is of another loss, or of other parameters.
+        last = one.loss_fn is not None or own
+        both = (extra_args, supplied) if last else (supplied, extra_args)
         return {**both[0], **both[1]}
 
     def call(grads, extras):

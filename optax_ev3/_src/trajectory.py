@@ -147,6 +147,7 @@ def advance(
     lead = state.step // state.length if turns else state.lead
     step = state.step % state.length
     last = step == state.length - 1
+    call = call._replace(own=plan.gradients == "own")
     walk = _Walk(plan, lead, step, last, state.start, params, call)
     branches, finite, skipped, first = {}, {}, {}, 0
     for name, one in explorers.items():
