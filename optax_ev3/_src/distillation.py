@@ -162,7 +162,7 @@ def loss(
       >>> print(mixed(3 * jnp.eye(2), x=jnp.eye(2), labels=jnp.array([0, 1])))
       0.0049
       >>> [e.name for e in optax_ev3.product({"sgd": optax.sgd(0.1)}, [plain, mixed])]
-      ['sgd(soft_T1)', 'sgd(soft_T2_hard0.1)']
+      ['sgd/soft_T1', 'sgd/soft_T2_hard0.1']
 
       One loss for each teacher, the last one an earlier student:
 
