@@ -130,7 +130,9 @@ def ev3(
         two standard errors, and one where it is not finite. Who rests begins again from
         the adopted parameters, rests again after one round if it is not adopted, and,
         as long as it seldom is, ever longer. A sweep or a group that evolves races as
-        one. Assessments are saved in the mode ``"unroll"``. Default: nobody rests.
+        one. The inner state of a paused explorer waits: its step count, and a schedule
+        that follows it, do not advance. Assessments are saved in the mode ``"unroll"``.
+        Default: nobody rests.
       adapt: The rule, see :mod:`optax_ev3.adapt`; default
         ``optax_ev3.adapt.confident()``, with ``clip=10, prior_rounds=1`` unless rounds
         have one step.
@@ -146,8 +148,10 @@ def ev3(
       key: Seed or PRNG key of the transformation's own randomness.
 
     Returns:
-      A transformation whose updates have the dtypes of the parameters. ``update``
-      needs ``params``, and as keywords what the callbacks need. Where every explorer
+      A transformation whose updates have the dtypes of the parameters: what is adopted
+      is reached up to their rounding, and nothing is from parameters that are not
+      finite (:func:`optax_ev3.stable_params` is exact and finite). ``update`` needs
+      ``params``, and as keywords what the callbacks need. Where every explorer
       takes gradients of its own, the gradients that it is given may be None, or
       whatever the loop computes: under ``jit`` the compiler removes what nothing uses.
 
@@ -548,8 +552,9 @@ def _finish(explorers, plan, state, params, judge, rests):
     decision, state, past = _adapt(judge, seen, state, lasted)
     adopted = decision.adopted
     target = trees.pick(adopted, candidates)
-    # Where the caller gets to.
+    # Where the caller gets to, but from where no update leads there.
     visible = trees.plus(params, _towards(target, params))
+    visible = trees.where(trees.finite(visible), visible, target)
     opt_states = _opt_states(state)
     since = state.record.since
     opt_states, walked, restarted = trajectory.restart(

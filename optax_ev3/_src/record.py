@@ -252,7 +252,9 @@ def stable_params(state: Any) -> Any:
         as the state of a chain or a Flax ``TrainState``.
 
     Returns:
-      A tree like the parameters that ``init`` was given, bit for bit what was assessed.
+      A tree like the parameters that ``init`` was given: exact and finite, where an
+      update that leads back to it is rounded, and leads nowhere from parameters that
+      are not finite. To go back in full, put it in the place of the parameters.
       From the ``opt_state`` of an ``nnx.Optimizer`` it is an ``nnx.State`` of Flax's
       ``OptVariable``: ``nnx.update(model, stable)`` brings it into the model, and
       ``nnx.as_pure(stable)`` gives its arrays, as ``assess_fn`` sees them.
