@@ -266,6 +266,8 @@ def choose_and_confirm(
 
 
 # Of the default rule, chosen on digits with the tables of benchmarks/rules.py.
+_ONE_STEP = 1.5, 10.0  # the most that a round says, and rounds' worth of doubt
+_LONGER = 10.0, 1.0  # the same for rounds of several steps
 _MEMORY = 0.95  # what an earlier round weighs, a round later: 20 rounds in all
 _AT_ONCE = 4.0  # z at which one round is enough to go back to stable
 _MOST = 10.0  # the most that one round says of current against stable, as z
@@ -317,7 +319,10 @@ class ConfidentMemory(NamedTuple):
 
 
 def confident(
-    confidence: float = 0.95, *, clip: float = 1.5, prior_rounds: float = 10.0
+    confidence: float = 0.95,
+    *,
+    clip: float | None = None,
+    prior_rounds: float | None = None,
 ) -> Rule:
     r"""The default: moves on unless shown to be worse, falls back when shown to be.
 
@@ -327,8 +332,8 @@ def confident(
     against an explorer comes from this round alone, or adds up over rounds
     (Stouffer's sum of z values over the root of the sum of squared weights, old
     rounds fading by 0.95, each cut to ``clip``, with ``prior_rounds`` rounds' worth of
-    doubt added). Rounds of one step say little each, and short-sighted things: the
-    defaults are patient. For trajectories of many steps, ``ev3`` uses
+    doubt added). Rounds of one step say little each, and short-sighted things: there
+    the defaults are patient, ``clip=1.5, prior_rounds=10``. In trajectories they are
     ``clip=10, prior_rounds=1``.
 
     1. *Who may be adopted.* An explorer shown by this round to be worse than
@@ -366,8 +371,10 @@ def confident(
 
     Args:
       confidence: Of each comparison, one-sided, before the correction.
-      clip: The most that one round says, in standard normal units.
-      prior_rounds: Rounds' worth of doubt, before any evidence.
+      clip: The most that one round says, in standard normal units; default by the
+        length of rounds.
+      prior_rounds: Rounds' worth of doubt, before any evidence; default by the length
+        of rounds.
 
     Returns:
       A rule that takes one objective.
@@ -391,14 +398,8 @@ def confident(
     """
     alpha = error_rate(confidence)
     for name, value in {"clip": clip, "prior_rounds": prior_rounds}.items():
-        if not 0 < value < float("inf"):
+        if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{name} must be above 0 and finite, got {value}.")
-
-    def add(tally, z):
-        return _add(tally, z, clip)
-
-    def z_of(tally):
-        return tally.total / jnp.sqrt(tally.weight + prior_rounds)
 
     def init(explorers: int) -> ConfidentMemory:
         def tally(*shape):
@@ -415,6 +416,15 @@ def confident(
         objective = single_objective(evidence)
         explorers = evidence.valid.shape[0] - 2
         critical = z_value(alpha / explorers)
+        most, doubt = _ONE_STEP if evidence.one_step else _LONGER
+        most = most if clip is None else clip
+        doubt = doubt if prior_rounds is None else prior_rounds
+
+        def add(tally, z):
+            return _add(tally, z, most)
+
+        def z_of(tally):
+            return tally.total / jnp.sqrt(tally.weight + doubt)
 
         def against(reference):
             return compare(evidence, objective, reference, memory.noise)

@@ -134,8 +134,7 @@ def ev3(
         that follows it, do not advance. Assessments are saved in the mode ``"unroll"``.
         Default: nobody rests.
       adapt: The rule, see :mod:`optax_ev3.adapt`; default
-        ``optax_ev3.adapt.confident()``, with ``clip=10, prior_rounds=1`` unless rounds
-        have one step.
+        ``optax_ev3.adapt.confident()``.
       guard: For a held-out set that is used again and again, see
         :func:`optax_ev3.evidence.ladder`. Not together with a greedy soup.
       assess_mode: How the C candidates are scored: ``"unroll"`` (C calls in one
@@ -221,10 +220,8 @@ def ev3(
             f"assess_mode must be one of {assess.MODES}, got {assess_mode!r}."
         )
     rule = adapt
-    if rule is None and plan.one_step:
+    if rule is None:
         rule = rules.confident()
-    elif rule is None:
-        rule = rules.confident(clip=10.0, prior_rounds=1.0)
     _check_judges(rule, guard, plan, assess_fn)
     for name in rule.objectives:
         explore.check_characters(name, "an objective")
@@ -292,7 +289,7 @@ def ev3(
         score = functools.partial(
             _score, assess_fn, extra_args, offered, assess_mode, resample_key
         )
-        judge = _Judge(rule, guard, rule_key, score, axis_name)
+        judge = _Judge(rule, guard, rule_key, score, axis_name, plan.one_step)
         walk = _one_step if plan.one_step else _trajectories
         with _about_flattened(params):
             update, state = walk(explorers, plan, state, params, call, judge, rests)
@@ -426,6 +423,7 @@ class _Judge(NamedTuple):
     key: jax.Array
     score: Callable[..., assess.Scores]
     axis_name: Any
+    one_step: bool
 
     def gather(self, scores: assess.Scores, valid: Any, uphill: Any) -> Any:
         """The evidence of the round."""
@@ -440,15 +438,17 @@ class _Judge(NamedTuple):
     def decide(self, seen: Any, state: record.EV3State) -> _Verdict:
         """What the rule decides, without candidates that are not valid."""
         guarded, valid = state.guarded, seen.valid
-        groups = record.groups(state)
-        seen = dataclasses.replace(
-            seen, past=state.record, credit=credit.estimate(state.record, groups)
-        )
+        known = {
+            "past": state.record,
+            "credit": credit.estimate(state.record, record.groups(state)),
+            "one_step": self.one_step,
+        }
+        seen = dataclasses.replace(seen, **known)
         if self.guard is not None:
             key = jax.random.fold_in(self.key, 1)
             seen, guarded = self.guard.release(seen, guarded, key)
-            # A guard may hide candidates; it makes none valid.
-            seen = dataclasses.replace(seen, valid=seen.valid & valid)
+            # A guard may hide scores and candidates; it makes none valid.
+            seen = dataclasses.replace(seen, valid=seen.valid & valid, **known)
         self.main(seen)  # What the rule cannot use is an error.
         decision, memory = self.rule.decide(seen, state.memory, self.key)
         decision, overruled = rules.overrule(decision, seen.valid, rules.fallback(seen))

@@ -79,7 +79,7 @@ class Resampled(NamedTuple):
         "past",
         "credit",
     ],
-    meta_fields=["binary"],
+    meta_fields=["binary", "one_step"],
 )
 @dataclasses.dataclass(frozen=True)
 class Evidence:
@@ -100,6 +100,7 @@ class Evidence:
       past: The record of past rounds, or None: ring buffers, see
         :func:`optax_ev3.history` for what they hold.
       credit: ``[K]``, see :func:`optax_ev3.credit`; None where nothing is known.
+      one_step: Whether all rounds have one step, which says little, static.
     """
 
     scores: Mapping[str, jax.Array]
@@ -110,6 +111,7 @@ class Evidence:
     seen: jax.Array | None = None
     past: Any = None
     credit: jax.Array | None = None
+    one_step: bool = True
 
 
 def gather(

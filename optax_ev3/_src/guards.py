@@ -3,6 +3,7 @@
 Dimensions: ``C`` candidates, ``N`` examples.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,11 +48,11 @@ def ladder(confidence: float | None = 0.95, step: float | None = None) -> Guard:
     r"""Tells what is better or worse than ``stable`` by more than a threshold, only.
 
     All others look like ``stable``; a rule such as :func:`optax_ev3.adapt.greedy` then
-    takes one of the explorers by lot. So little is said of the held-out set that little
-    of it can be learnt by heart, and the score released of ``stable``, the one that
-    :func:`optax_ev3.summary` reports, stays near to what new data would give. The
-    Ladder of Blum and Hardt, which besides tells of harm, so that harmful explorers are
-    not taken for good ones.
+    takes one of the explorers, by what was told of them before, or by lot. So little is
+    said of the held-out set that little of it can be learnt by heart, and the score
+    released of ``stable``, the one that :func:`optax_ev3.summary` reports, stays near
+    to what new data would give. The Ladder of Blum and Hardt, which besides tells of
+    harm, so that harmful explorers are not taken for good ones.
 
     The threshold for a candidate with paired standard error :math:`e`:
 
@@ -221,4 +222,10 @@ def thresholdout(
 def _released(evidence: Evidence, objective: str, figures: jax.Array) -> Evidence:
     """Evidence of exact figures in the place of scores."""
     figures = jnp.where(evidence.valid, figures, 0).astype(jnp.float32)
-    return Evidence({objective: figures}, evidence.valid, evidence.uphill)
+    return dataclasses.replace(
+        evidence,
+        scores={objective: figures},
+        resamples={},
+        binary=frozenset(),
+        seen=None,
+    )
