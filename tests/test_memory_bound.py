@@ -2,9 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+from helpers import STRATEGIES, always
+from jax.experimental import io_callback
 
+import optax_ev3
 from optax_ev3._src.memory_bound import is_memory_bound
 
 
@@ -60,3 +64,51 @@ def test_what_is_not_needed_does_not_count():
 
     assert is_memory_bound(fn, jnp.ones([2, 2]))
     assert not is_memory_bound(lambda x: fn(x) + jnp.sin(x @ x), jnp.ones([2, 2]))
+
+
+# Callbacks of inner optimizers.
+
+
+def counted(kind, seen):
+    """An optimizer that calls back in each update, and keeps a state."""
+
+    def call(count):
+        seen.append(int(count))
+        return np.int32(count)
+
+    def update(updates, count, params=None):
+        del params
+        if kind == "debug":
+            jax.debug.callback(call, count)
+        elif kind == "print":
+            jax.debug.print("{x}", x=count)
+        else:
+            shape = jax.ShapeDtypeStruct((), jnp.int32)
+            count = io_callback(call, shape, count)
+        return jax.tree.map(lambda g: -0.1 * g, updates), count + 1
+
+    return optax.GradientTransformation(lambda _: jnp.zeros([], jnp.int32), update)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", ["debug", "print", "io"])
+def test_callbacks_run_once_a_step(kind, strategy, capfd):
+    seen = []
+    tx = optax_ev3.ev3(
+        {"counted": counted(kind, seen), "sgd": optax.sgd(1e-3)},
+        lambda w: -(w**2).sum(),
+        loss_fn=lambda w: (w**2).sum(),
+        adapt=always(0),
+        **STRATEGIES[strategy],
+    )
+    w = jnp.ones([3])
+    state = tx.init(w)
+    step = jax.jit(tx.update)
+    length = STRATEGIES[strategy].get("trajectory_length", 1)
+    for _ in range(length):
+        updates, state = step(2 * w, state, w)
+        w = optax.apply_updates(w, updates)
+    jax.effects_barrier()
+    if kind == "print":
+        seen = [int(line) for line in capfd.readouterr().out.split()]
+    assert sorted(seen) == list(range(length))

@@ -1,4 +1,4 @@
-"""Which functions cost no more than a few passes over memory."""
+"""Which functions cost no more than a few passes over memory, and can run twice."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +22,8 @@ _CALLS = frozenset(["jit", "pjit", "custom_jvp_call"])
 def is_memory_bound(fn: Callable[..., Any], *args: Any) -> bool:
     """Whether ``fn`` has no products of matrices, loops, random numbers, or the like.
 
+    What has effects, such as callbacks, runs once only.
+
     Args:
       fn: A function of trees of arrays that JAX can trace.
       args: Arguments with the shapes of interest.
@@ -29,7 +31,8 @@ def is_memory_bound(fn: Callable[..., Any], *args: Any) -> bool:
     Returns:
       True where computing ``fn`` again is a few more passes over its arguments.
     """
-    return _is_light(jax.make_jaxpr(fn)(*args).jaxpr)
+    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+    return not jaxpr.effects and _is_light(jaxpr)
 
 
 def _is_light(jaxpr: Any) -> bool:
@@ -46,11 +49,11 @@ def _is_light(jaxpr: Any) -> bool:
 
 
 def _needed(jaxpr: Any) -> list[Any]:
-    """The equations that outputs or effects need: a compiler drops the others."""
+    """The equations that outputs need: a compiler drops the others."""
     live = set(map(id, jaxpr.outvars))
     needed = []
     for equation in reversed(jaxpr.eqns):
-        if equation.effects or live.intersection(map(id, equation.outvars)):
+        if live.intersection(map(id, equation.outvars)):
             live.update(map(id, equation.invars))
             needed.append(equation)
     return needed
