@@ -101,7 +101,8 @@ def first_state(one: Explorer, name: str, params: optax.Params) -> Any:
                 break
         return state
 
-    return one.each(init)
+    state = one.each(init)
+    return state if one.size is None else trees.unlike_params(state)
 
 
 def _owned(leaf):

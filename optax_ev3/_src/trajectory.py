@@ -468,7 +468,8 @@ def _spread(tree, size):
     """The tree, or as many copies of it stacked."""
     if size is None:
         return tree
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (size, *jnp.shape(x))), tree)
+    stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (size, *jnp.shape(x))), tree)
+    return trees.unlike_params(stacked)
 
 
 def _select(mask, new, old):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 from jax.experimental import layout
 from jax.lax import platform_dependent
@@ -430,6 +431,30 @@ def own(leaf: Any) -> jax.Array:
         data = own(raw(leaf))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     return jnp.array(leaf, dtype=jnp.result_type(leaf))
+
+
+@functools.cache
+def _placeholder() -> type:
+    """What ``optax.tree.map_params`` initializes with, in the place of parameters."""
+    given: list[Any] = []
+    optax.tree.map_params(lambda params: given.append(params) or (), lambda x: x, ())
+    return type(given[0])
+
+
+def unlike_params(tree: Any) -> Any:
+    """The tree, in which nothing counts as like the parameters any more.
+
+    So it is where copies are stacked: a sharding of one parameter does not fit them.
+    ``optax.tree.map_params`` takes a leaf for something else, with all below it.
+    """
+
+    def is_placeholder(node):
+        return isinstance(node, _placeholder())
+
+    def one(node):
+        return jnp.zeros([]) if is_placeholder(node) else node
+
+    return jax.tree.map(one, tree, is_leaf=is_placeholder)
 
 
 # Typed PRNG keys of inner states are kept as raw data: flax.serialization cannot save
