@@ -17,6 +17,9 @@ sweeps: compile seconds and the compiler's peak memory of a sweep over 64 learni
   rates, over those of 2.
 bookkeeping: a whole round on a model of one parameter, whose scores are given, over a
   step of the MLP: 16 explorers, 4 objectives with weights that move, a history of 256.
+convolutions: CPU time of a step of two Adams on three convolutions, averaged over a
+  round, over that of a step of one Adam: every strategy, without a race, in a race in
+  which no explorer is paused, and with one of the two paused ("paused": how many were).
 
 Programs that are compared run in turn within every repeat, in changing order, and each
 ratio is taken within a repeat: load from outside hits both sides of it alike. Tables
@@ -43,9 +46,18 @@ from absl import app, flags
 from jax import lax
 
 import optax_ev3
-from optax_ev3 import metrics
+from optax_ev3 import adapt as rules
+from optax_ev3 import combine, metrics
 
-PARTS = ("steps", "updates", "rounds", "trajectories", "sweeps", "bookkeeping")
+PARTS = (
+    "steps",
+    "updates",
+    "rounds",
+    "trajectories",
+    "sweeps",
+    "bookkeeping",
+    "convolutions",
+)
 MODES = ("unroll", "vmap", "map")
 BY_HAND, TUNED = "by hand", "by hand, tuned"
 TARGETS = {"steps": 1.05, "updates": 1.25}
@@ -69,6 +81,7 @@ class Settings(NamedTuple):
     trajectory: int = 20
     swept: tuple[int, int] = (2, 64)
     booked: tuple[int, int, int] = (16, 4, 256)  # explorers, objectives, history
+    convolved: tuple[int, int, int] = (50, 8, 3)  # batch, channels, convolutions
 
 
 QUICK = Settings(
@@ -84,6 +97,7 @@ QUICK = Settings(
     trajectory=3,
     swept=(2, 4),
     booked=(2, 2, 8),
+    convolved=(4, 2, 1),
 )
 
 
@@ -109,20 +123,24 @@ def mlp_problem(settings: Settings) -> Problem:
     )
 
 
-def conv_problem(settings: Settings) -> Problem:
+def conv_problem(settings: Settings, stride: int = 2) -> Problem:
     rng = np.random.default_rng(0)
     sizes = [settings.image[2], *settings.channels]
     kernels = [
         jnp.asarray(rng.normal(0, (2 / (9 * a)) ** 0.5, (3, 3, a, b)), jnp.float32)
         for a, b in itertools.pairwise(sizes)
     ]
-    side = math.ceil(settings.image[0] / 2 ** len(kernels))
+    side = math.ceil(settings.image[0] / stride ** len(kernels))
     params = {"conv": kernels, "dense": mlp_params((side * side * sizes[-1], 10))}
 
     def logits(params, x):
         for kernel in params["conv"]:
             x = lax.conv_general_dilated(
-                x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+                x,
+                kernel,
+                (stride, stride),
+                "SAME",
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
             x = jax.nn.relu(x)
         return mlp(params["dense"], x.reshape(x.shape[0], -1))
@@ -333,26 +351,28 @@ def compile_step(step, donated: tuple[int, ...], *args) -> Compiled:
 
 
 def race(
-    runners: dict[str, Callable[[], Any]], settings: Settings
+    runners: dict[str, Callable[[], Any]],
+    settings: Settings,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, np.ndarray]:
     """Seconds a call of each runner in each repeat: all in turn, in changing order."""
     single = {}
     for name, run in runners.items():
         jax.block_until_ready(run())
-        start = time.perf_counter()
+        start = clock()
         jax.block_until_ready(run())
-        single[name] = time.perf_counter() - start
+        single[name] = clock() - start
     calls = max(2, math.ceil(settings.sample_seconds / min(single.values())))
     seconds = {name: np.empty(settings.repeats) for name in runners}
     order = list(runners)
     for repeat in range(settings.repeats):
         for name in order if repeat % 2 else reversed(order):
             run = runners[name]
-            start = time.perf_counter()
+            start = clock()
             for _ in range(calls):
                 out = run()
             jax.block_until_ready(out)
-            seconds[name][repeat] = (time.perf_counter() - start) / calls
+            seconds[name][repeat] = (clock() - start) / calls
         if repeat % 2:  # Both directions first, then another one leads.
             order = [*order[1:], order[0]]
     return seconds
@@ -743,6 +763,97 @@ def measure_bookkeeping(problem: Problem, settings: Settings):
     ]
 
 
+def measure_convolutions(settings: Settings):
+    """Rounds with and without a race; who is paused is the same in all repeats."""
+    batch, channels, depth = settings.convolved
+    settings = settings._replace(batch=batch, channels=(channels,) * depth)
+    problem = conv_problem(settings, stride=1)
+    runners = {"adam": rounds_runner(problem, optax.adam(1e-3), settings, 1)}
+    paused = {"adam": 0.0}
+    contests = {
+        "no race": {},
+        "none paused": {"race": 2, "history_length": 8, "adapt": wins_in_turn(2)},
+        "one paused": {"race": 2, "history_length": 8, "adapt": wins_in_turn(1)},
+    }
+    for name, kwargs in convolution_strategies(problem, settings).items():
+        for label, more in contests.items():
+            if more and kwargs.get("gradients") == "turns":
+                continue  # Each branch has its calls.
+            tx = optax_ev3.ev3(assess_fn=problem.score_fn, **{**kwargs, **more})
+            warm = 5 * kwargs.get("trajectory_length", 1)
+            run = rounds_runner(problem, tx, settings, warm)
+            runners[f"{name}, {label}"] = run
+            rounds = math.ceil(settings.trajectory / (warm // 5))
+            means = optax_ev3.history(run()[1])["mean"][-rounds:, :2]
+            paused[f"{name}, {label}"] = float(np.isnan(means).sum(axis=1).mean())
+    seconds = race(runners, settings._replace(sample_seconds=0.0), time.process_time)
+    rows = []
+    for name in runners:
+        row = ratio_row(seconds[name] / settings.trajectory, seconds["adam"])
+        for key in ("ratio", "ratio_25", "ratio_75"):
+            row[key] *= settings.trajectory
+        rows.append({"program": name, "paused": paused[name], **row})
+    return rows
+
+
+def convolution_strategies(problem: Problem, settings: Settings) -> dict[str, Any]:
+    """By name, the arguments of EV3 with two Adams."""
+    adams = [optax.adam(1e-3), optax.adam(2e-3)]
+    own = [optax_ev3.explorer(tx, problem.loss_fn) for tx in adams]
+    branches = {"trajectory_length": settings.trajectory}
+    return {
+        "one step": {"inner": adams},
+        "shared gradients": {"inner": adams, **branches},
+        "turns": {"inner": adams, **branches, "gradients": "turns"},
+        "own gradients": {"inner": adams, **branches, "loss_fn": problem.loss_fn},
+        "losses of their own": {"inner": own, **branches},
+        "recommended": {
+            "inner": own,
+            **branches,
+            "restart": "never",
+            "restart_state": "copy",
+            "combine": [combine.trajectory_average(), combine.branch_average()],
+            "adapt": rules.greedy(),
+        },
+    }
+
+
+def wins_in_turn(count: int) -> rules.Rule:
+    """A rule that adopts the first explorers, one after the other."""
+
+    def decide(evidence, rounds, key):
+        del evidence, key
+        return rules.Decision(rounds % count, jnp.asarray(False)), rounds + 1
+
+    return rules.Rule(lambda explorers: jnp.zeros([], jnp.int32), decide)
+
+
+def rounds_runner(problem: Problem, tx, settings: Settings, warm: int):
+    """Runs the same steps again and again, those after the first ``warm`` ones."""
+    takes_extra = isinstance(tx, optax.GradientTransformationExtraArgs)
+
+    def step(params, state, batch):
+        grads = jax.grad(problem.loss_fn)(params, batch)
+        extra = {"batch": batch} if takes_extra else {}
+        updates, state = tx.update(grads, state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    batches = problem.batches
+    args = problem.params, tx.init(problem.params), batches[0]
+    call = compile_step(step, (), *args).call
+    carry = args[:2]
+    for i in range(warm):
+        carry = call(*carry, batches[i % len(batches)])
+
+    def run():
+        now = carry
+        for i in range(settings.trajectory):
+            now = call(*now, batches[i % len(batches)])
+        return now
+
+    return run
+
+
 def machine() -> dict[str, Any]:
     return {
         "platform": platform.platform(),
@@ -809,6 +920,10 @@ def measure(settings: Settings, parts: Sequence[str] = PARTS) -> dict[str, Any]:
         print_table(
             rows, "{} explorers, {} objectives, {} rounds".format(*settings.booked)
         )
+    if "convolutions" in parts:
+        figures["convolutions"] = measure_convolutions(settings)
+        title = "CPU time of a step with convolutions, two Adams, over a step of Adam"
+        print_table(figures["convolutions"], title)
     return figures
 
 

@@ -73,6 +73,7 @@ def test_quick_run_prints_tables_and_writes_all_figures(tmp_path):
         "Milliseconds a round",
         "A step of a trajectory",
         "Sweeps",
+        "CPU time of a step with convolutions",
     ):
         assert title in out
     figures = json.loads(path.read_text())
