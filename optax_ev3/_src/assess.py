@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_ev3._src import bounds, checks, evidence, figures, named, trees, xla
+from optax_ev3._src import (
+    bounds,
+    checks,
+    control,
+    evidence,
+    figures,
+    named,
+    trees,
+    xla,
+)
 
 MODES = ("unroll", "vmap", "map")
 
@@ -280,7 +289,7 @@ def score_in_chunks(
 
     zero = jnp.zeros([], jnp.int32)
     start = zero, empty, zero - 1, zero, jnp.asarray(False)
-    count, values, *_ = lax.while_loop(goes_on, look, start)
+    count, values, *_ = control.while_loop(goes_on, look, start)
     return Scores(values, binary[0], jnp.arange(n) < count * size)
 
 
@@ -313,7 +322,7 @@ def _score(assess, candidates, mode, axis_name):
         for batch in candidates
     ]
     stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *stacks)
-    return jax.vmap(one)(stacked) if mode == "vmap" else lax.map(one, stacked)
+    return jax.vmap(one)(stacked) if mode == "vmap" else control.each_row(one, stacked)
 
 
 def _score_batch(one, batch, axis_name):
@@ -324,7 +333,7 @@ def _score_batch(one, batch, axis_name):
     def score():
         if batch.size is None:
             return jax.tree.map(lambda x: x[None], one(batch.tree))
-        return lax.map(one, batch.tree)
+        return control.each_row(one, batch.tree)
 
     if batch.rests is None:
         return score()
@@ -334,7 +343,7 @@ def _score_batch(one, batch, axis_name):
 
     kinds = jax.eval_shape(score)
     zeros = jax.tree.map(lambda x: jnp.full(x.shape, nothing, x.dtype), kinds)
-    return lax.cond(batch.rests, lambda: zeros, of_its_own)
+    return control.cond(batch.rests, lambda: zeros, of_its_own)
 
 
 def _objectives(output: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from jax import lax
 from jax.scipy import special
 from jax.scipy.stats import norm
 
+from optax_ev3._src import control
 from optax_ev3._src import evidence as ev
 from optax_ev3._src.evidence import Evidence
 
@@ -661,4 +662,4 @@ def _root(fn, low, high):
         above = fn(middle) > 0
         return jnp.where(above, low, middle), jnp.where(above, middle, high)
 
-    return lax.fori_loop(0, 40, halve, (low, high))[0]
+    return control.fori_loop(0, 40, halve, (low, high))[0]

@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
-from optax_ev3._src import trees
+from optax_ev3._src import control, trees
 
 
 class TrajectoryAverage(NamedTuple):
@@ -284,5 +283,5 @@ def soup(size: int, ends: Any, means: jax.Array, score: Any) -> tuple[Any, jax.A
         return mix, count + better.astype(count.dtype), best_score
 
     start = wide(best), jnp.ones([], jnp.int32), means[order[0]]
-    mix, _, _ = lax.fori_loop(1, size, add, start)
+    mix, _, _ = control.fori_loop(1, size, add, start)
     return like(mix, best), jnp.isfinite(means[order[0]])

@@ -16,6 +16,7 @@ from optax_ev3._src import adapt as rules
 from optax_ev3._src import (
     arguments,
     assess,
+    control,
     credit,
     evidence,
     evolve,
@@ -529,6 +530,8 @@ def _trajectories(explorers, plan, state, params, call, judge, rests):
     turns = walked.alive.shape[0] if plan.gradients == "turns" else 1
     done = walked.step >= turns * walked.length
     broken = ~jnp.stack([flag.all() for flag in finite.values()]).all()
+    if not control.is_traced(done) and state.ev3_calls == 0:
+        jax.eval_shape(finish, state)  # Errors come in the first call, eager or not.
     # One loop around both: on GPUs the host waits once in a step.
     state = trees.once(
         done | broken,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_ev3._src import named
+from optax_ev3._src import control, named
 
 # What parts of names consist of.
 _PART = re.compile(r"[\w.\- ]+")
@@ -76,7 +76,10 @@ class Explorer(NamedTuple):
             return fn(factory(**own), numbers, *args)
 
         grid = {k: jnp.asarray(v) for k, v in self.grid.items()}
-        return jax.vmap(one)(hyperparams or grid, *args)
+        rows = hyperparams or grid, *args
+        if control.is_traced(rows):
+            return jax.vmap(one)(*rows)
+        return control.stacked(one, *rows)
 
 
 def explorer(

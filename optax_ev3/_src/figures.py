@@ -11,9 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from optax_ev3._src import bounds, checks, named, trees
+from optax_ev3._src import bounds, checks, control, named, trees
 from optax_ev3._src.evidence import Resampled
 
 
@@ -182,7 +181,7 @@ def compute(
         def one(mine):
             return jax.vmap(lambda w: figure.metric_fn(mine, w))(weights)
 
-        values = lax.map(one, outputs).astype(jnp.float32)
+        values = control.each_row(one, outputs).astype(jnp.float32)
         values = jnp.where(jax.vmap(_broken)(outputs)[:, None], jnp.nan, values)
     if figure.lower_is_better:
         values = -values

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jax.tree_util import keystr, tree_map_with_path
 
-from optax_ev3._src import checks, named
+from optax_ev3._src import checks, control, named
 from optax_ev3._src.assess import part
 
 # More examples could not be walked through in 32-bit numbers, see _split.
@@ -172,7 +172,7 @@ def _walk(key, round, batch_size, size, axis_name):
         both = jnp.concatenate([order(epoch), order(epoch + 1)])
         return lax.dynamic_slice(both, [start], [batch_size])
 
-    return lax.cond(start + batch_size > size, across, within)
+    return control.cond(start + batch_size > size, across, within)
 
 
 def _split(count, step, size):

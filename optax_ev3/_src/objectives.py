@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optax_ev3._src import control
 from optax_ev3._src.adapt import Decision, Rule, confident, first_of, overrule, untied
 from optax_ev3._src.bounds import Bound, checked_bound
 from optax_ev3._src.checks import error_rate, real
@@ -561,7 +562,7 @@ def _pass_cases(evidence, names, epsilon, key):
         number, left = carry
         return (number < cases.shape[1]) & (left.sum() > 1)
 
-    return jax.lax.while_loop(goes_on, one, (0, evidence.valid))[1]
+    return control.while_loop(goes_on, one, (0, evidence.valid))[1]
 
 
 def _forgetting(rule: Rule) -> Callable[[Any, jax.Array], Any] | None:

@@ -12,7 +12,7 @@ import optax
 from jax import lax
 from jax.tree_util import keystr, tree_map_with_path
 
-from optax_ev3._src import checks, memory_bound, named, trees, xla
+from optax_ev3._src import checks, control, memory_bound, named, trees, xla
 from optax_ev3._src.explore import Explorer
 
 # What optax's optimizers ask for beyond the gradient; all follow from a loss.
@@ -198,7 +198,7 @@ def propose(
 
         state = opt_states[name]
         if name in rests:
-            steps[name] = lax.cond(rests[name], idle, go, state)
+            steps[name] = control.cond(rests[name], idle, go, state)
         else:
             steps[name] = go(state)
     return steps

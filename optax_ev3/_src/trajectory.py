@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
-from optax_ev3._src import adapt, combine, evidence, record, steps, trees
+from optax_ev3._src import adapt, combine, control, evidence, record, steps, trees
 from optax_ev3._src.explore import Explorer
 
 GRADIENTS = ("own", "shared", "turns")
@@ -270,7 +269,7 @@ def _go(tx, one, name, branch, loss, walk):
             combine.move(mean, end, one.weight(walk.step, age))
             for mean, one in zip(means, walk.plan.averages, strict=True)
         )
-        uphill = lax.cond(walk.last, climbs, lambda _: branch.uphill, end)
+        uphill = control.cond(walk.last, climbs, lambda _: branch.uphill, end)
         return opt_state, end, means, uphill, age + 1
 
     def climbs(end):
@@ -330,7 +329,10 @@ def _gradients(one, name, loss, params, leads, walk):
         same = jax.tree.map(lambda o, g: jnp.asarray(o, g.dtype), grads, given)
         return same, None if one.merge_fn is None else own_aux
 
-    return lax.cond(leads, lambda: (given, None if one.merge_fn is None else aux), own)
+    def of_caller():
+        return given, None if one.merge_fn is None else aux
+
+    return control.cond(leads, of_caller, own)
 
 
 def restart(

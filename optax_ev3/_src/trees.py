@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 from jax.experimental import layout
-from jax.lax import platform_dependent
 from jax.tree_util import keystr
+
+from optax_ev3._src import control
 
 # Numbers in a leaf that a kernel of its own would not keep busy.
 _SMALL = 2**16
@@ -78,9 +79,9 @@ def pick(index: Any, batches: Sequence[Batch]) -> Any:
             picked = where(number == i, tree, picked)
         return picked
 
-    return platform_dependent(
+    return control.platform_dependent(
         which[index],
-        cpu=lambda number: lax.switch(number, branches),
+        cpu=lambda number: control.switch(number, branches),
         default=choose_all,
     )
 
@@ -105,6 +106,8 @@ def once(condition: Any, fn: Callable[[Any], Any], tree: Any) -> Any:
 
     ``lax.cond`` would copy the whole tree in either case; a loop carries it.
     """
+    if not control.is_traced(condition):
+        return fn(tree) if condition else tree
 
     def body(carry):
         return jnp.zeros_like(carry[0]), row_major(fn(row_major(carry[1])))
@@ -119,7 +122,7 @@ def gate(condition: Any, fn: Callable[[Any], Any], tree: Any) -> Any:
     On CPUs like :func:`once`. On GPUs both are computed, so that the host need not wait
     for the condition: for a cheap ``fn``, or conditions that nearly always hold.
     """
-    return platform_dependent(
+    return control.platform_dependent(
         condition,
         tree,
         cpu=lambda condition, tree: once(condition, fn, tree),
@@ -132,7 +135,7 @@ def after(earlier: Any, leaf: jax.Array) -> jax.Array:
 
     They would compute both at once otherwise, and need the memory for both.
     """
-    return platform_dependent(
+    return control.platform_dependent(
         earlier,
         leaf,
         cpu=lambda _, leaf: leaf,
@@ -169,7 +172,7 @@ def row_major(tree: Any) -> Any:
             for leaf in leaves
         ]
 
-    constrained = platform_dependent(
+    constrained = control.platform_dependent(
         [leaves[i] for i in deep],
         cuda=constrain,
         rocm=constrain,
@@ -214,7 +217,7 @@ def finite(tree: Any, size: int | None = None) -> jax.Array:
     def by_sum(leaves):
         found = jnp.asarray(each(add)(leaves))
         # Sums are quick, and finite only if all their terms are; but they may overflow.
-        return lax.cond(
+        return control.cond(
             jnp.isfinite(found).all(),
             lambda: jnp.ones(found.shape, bool),
             lambda: each(check)(leaves),
@@ -224,7 +227,7 @@ def finite(tree: Any, size: int | None = None) -> jax.Array:
         flags = _joined([jnp.isfinite(x) for x in leaves])
         return jnp.stack([x.all() for x in flags]).all()
 
-    return platform_dependent(leaves, cpu=by_sum, default=each(at_once))
+    return control.platform_dependent(leaves, cpu=by_sum, default=each(at_once))
 
 
 def finite_after(params: Any, update: Any, known: Any = None) -> jax.Array:
@@ -251,7 +254,7 @@ def finite_after(params: Any, update: Any, known: Any = None) -> jax.Array:
     def by_sum(pairs):
         # Where twice each of two numbers is finite, so is their sum.
         start = total(twice(p).sum() for p, _ in pairs)
-        return lax.cond(
+        return control.cond(
             jnp.isfinite(start) & jnp.isfinite(known),
             lambda: jnp.asarray(True),
             lambda: check(pairs),
@@ -261,7 +264,7 @@ def finite_after(params: Any, update: Any, known: Any = None) -> jax.Array:
         return jnp.stack([x.all() for x in _joined(flags(pairs))]).all()
 
     on_cpu = check if known is None else by_sum
-    return platform_dependent(pairs, cpu=on_cpu, default=at_once)
+    return control.platform_dependent(pairs, cpu=on_cpu, default=at_once)
 
 
 def twice(tree: Any) -> Any:

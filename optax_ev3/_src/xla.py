@@ -6,7 +6,8 @@ from typing import Any
 import jax
 from jax import lax
 from jax.extend import core
-from jax.lax import platform_dependent
+
+from optax_ev3._src import control
 
 
 def quick_convolutions(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,12 +29,14 @@ def quick_convolutions(fn: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def quick(*args):
+        if not control.is_traced(args):
+            return fn(*args)  # Outside of any conditional.
         traced, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
         leaves, structure = jax.tree.leaves(args), jax.tree.structure(shapes)
         plain, changed = core.jaxpr_as_fun(traced), _changed(traced)
         if changed is None:
             return jax.tree.unflatten(structure, plain(*leaves))
-        results = platform_dependent(
+        results = control.platform_dependent(
             *leaves, cpu=core.jaxpr_as_fun(changed), default=plain
         )
         return jax.tree.unflatten(structure, results)

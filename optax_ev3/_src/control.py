@@ -1,0 +1,74 @@
+"""Conditionals and loops, which are Python's where nothing is traced.
+
+Outside of ``jit``, JAX compiles the body of each conditional and each loop anew when it
+is another function than before, and keeps the program. Ours are made in every call: an
+eager call would take a second, and never give its memory back. As Python's, an eager
+call is what it is in optax: one operation after the other, all of them compiled before.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import core, lax
+
+
+def is_traced(*trees: Any) -> bool:
+    """Whether a leaf is not a number yet, as under ``jit`` or ``vmap``."""
+    return any(isinstance(leaf, core.Tracer) for leaf in jax.tree.leaves(trees))
+
+
+def cond(condition: Any, then: Callable[..., Any], other: Callable[..., Any], *args):
+    """``lax.cond``."""
+    if is_traced(condition):
+        return lax.cond(condition, then, other, *args)
+    return then(*args) if condition else other(*args)
+
+
+def switch(index: Any, branches: Sequence[Callable[[], Any]]) -> Any:
+    """``lax.switch`` of an index that is in range."""
+    return lax.switch(index, branches) if is_traced(index) else branches[int(index)]()
+
+
+def while_loop(
+    goes_on: Callable[[Any], Any], body: Callable[[Any], Any], carry: Any
+) -> Any:
+    """``lax.while_loop``."""
+    if is_traced(carry):
+        return lax.while_loop(goes_on, body, carry)
+    while goes_on(carry):
+        carry = body(carry)
+    return carry
+
+
+def fori_loop(low: int, high: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """``lax.fori_loop``."""
+    if is_traced(carry):
+        return lax.fori_loop(low, high, body, carry)
+    for number in range(low, high):
+        carry = body(number, carry)
+    return carry
+
+
+def each_row(fn: Callable[[Any], Any], rows: Any) -> Any:
+    """``lax.map``."""
+    if is_traced(rows):
+        return lax.map(fn, rows)
+    return stacked(fn, rows)
+
+
+def stacked(fn: Callable[..., Any], *rows: Any) -> Any:
+    """What ``jax.vmap(fn)(*rows)`` returns, by one call after the other."""
+    count = len(jax.tree.leaves(rows)[0])
+    results = [fn(*jax.tree.map(lambda x, i=i: x[i], rows)) for i in range(count)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+
+def platform_dependent(
+    *args: Any, default: Callable[..., Any], **variants: Callable[..., Any]
+) -> Any:
+    """``lax.platform_dependent``."""
+    if is_traced(args):
+        return lax.platform_dependent(*args, default=default, **variants)
+    return variants.get(jax.default_backend(), default)(*args)
