@@ -11,7 +11,7 @@ from helpers import assert_close, assert_identical
 
 import optax_ev3
 from optax_ev3 import adapt, combine
-from optax_ev3._src import trees
+from optax_ev3._src import control, trees
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(16, 3)), jnp.float32)
 Y = jnp.tanh(X @ jnp.array([1.0, -2.0, 0.5]))
@@ -72,7 +72,7 @@ def elsewhere(monkeypatch):
             del others
             return (cuda or default)(*args)
 
-        monkeypatch.setattr(trees, "platform_dependent", choose)
+        monkeypatch.setattr(control, "platform_dependent", choose)
 
     return on
 
