@@ -47,7 +47,7 @@ from jax import lax
 
 import optax_ev3
 from optax_ev3 import adapt as rules
-from optax_ev3 import combine, metrics
+from optax_ev3 import combine, explore, metrics
 
 PARTS = (
     "steps",
@@ -772,8 +772,8 @@ def measure_convolutions(settings: Settings):
     paused = {"adam": 0.0}
     contests = {
         "no race": {},
-        "none paused": {"race": 2, "history_length": 8, "adapt": wins_in_turn(2)},
-        "one paused": {"race": 2, "history_length": 8, "adapt": wins_in_turn(1)},
+        "none paused": {"race": explore.Racing(2, 8), "adapt": wins_in_turn(2)},
+        "one paused": {"race": explore.Racing(2, 8), "adapt": wins_in_turn(1)},
     }
     for name, kwargs in convolution_strategies(problem, settings).items():
         for label, more in contests.items():

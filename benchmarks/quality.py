@@ -49,7 +49,7 @@ from absl import app, flags, logging
 from optax import contrib
 
 import optax_ev3
-from optax_ev3 import adapt, combine
+from optax_ev3 import adapt, combine, explore
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import _quality_report as report
@@ -89,8 +89,7 @@ RECOMMENDED = {
     "gradients": "own",
     "restart": "never",
     "restart_state": "copy",
-    "race": 2,
-    "history_length": 8,
+    "race": explore.Racing(2, 8),
     "combine": [combine.trajectory_average(), combine.branch_average()],
     "adapt": adapt.greedy(),
 }

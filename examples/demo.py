@@ -27,7 +27,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentF
 from tqdm import tqdm
 
 import optax_ev3
-from optax_ev3 import adapt, combine
+from optax_ev3 import adapt, combine, explore
 
 SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each method.", lower_bound=2)
 GRADIENTS = flags.DEFINE_integer(
@@ -82,8 +82,7 @@ def recommended():
         trajectory_length=BLOCK,
         restart="never",
         restart_state="copy",
-        race=2,
-        history_length=8,
+        race=explore.Racing(2, 8),
         combine=[combine.trajectory_average(), combine.branch_average()],
         adapt=adapt.greedy(),
     )

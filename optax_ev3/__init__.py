@@ -1,6 +1,14 @@
 """EV3 (explore, assess, adapt) as one optax gradient transformation."""
 
-from optax_ev3 import adapt, combine, distillation, evidence, growth, metrics
+from optax_ev3 import (
+    adapt,
+    combine,
+    distillation,
+    evidence,
+    explore,
+    growth,
+    metrics,
+)
 from optax_ev3._src.assess import in_chunks
 from optax_ev3._src.composer import ev3
 from optax_ev3._src.evolve import evolve, found_schedule, log_uniform, uniform
@@ -31,6 +39,7 @@ __all__ = [
     "ev3",
     "evidence",
     "evolve",
+    "explore",
     "explorer",
     "found_schedule",
     "growth",

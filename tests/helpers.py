@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import optax_ev3
-from optax_ev3 import adapt, combine
+from optax_ev3 import adapt, combine, explore
 
 RULES = {
     "greedy": adapt.greedy,
@@ -27,7 +27,7 @@ STRATEGIES = {
     "shared": {"trajectory_length": 2, "gradients": "shared"},
     "turns": {"trajectory_length": 2, "gradients": "turns"},
     "new": {"trajectory_length": 2, "restart_state": "new"},
-    "never": {"trajectory_length": 2, "restart": "never", "race": 2},
+    "never": {"trajectory_length": 2, "restart": "never", "race": explore.Racing(2)},
     "behind": {
         "trajectory_length": 2,
         "restart": "behind",

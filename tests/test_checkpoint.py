@@ -22,7 +22,7 @@ from helpers import (
 )
 
 import optax_ev3
-from optax_ev3 import adapt, combine
+from optax_ev3 import adapt, combine, explore
 
 # Orbax and its dependencies warn of their own deprecations.
 pytestmark = [
@@ -229,7 +229,7 @@ STRATEGIES = {
     "shared": {"trajectory_length": 3, "gradients": "shared"},
     "turns": {"trajectory_length": 2, "gradients": "turns"},
     "never": {"trajectory_length": 3, "restart": "never"},
-    "race": {"restart": "never", "race": 1, "history_length": 4},
+    "race": {"restart": "never", "race": explore.Racing(1, 4)},
 }
 
 

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 import optax_ev3
-from optax_ev3 import adapt, combine
+from optax_ev3 import adapt, combine, explore
 from optax_ev3._src import xla
 
 LAST, FIRST = ("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")
@@ -203,7 +203,7 @@ def loss(params, x, y):
 
 
 def racing(**kwargs):
-    return {"trajectory_length": 2, "race": 1, "history_length": 4, **kwargs}
+    return {"trajectory_length": 2, "race": explore.Racing(1, 4), **kwargs}
 
 
 ADAMS = [optax.adam(0.1), optax.adam(0.2)]
@@ -211,7 +211,7 @@ OWN = [optax_ev3.explorer(tx, loss) for tx in ADAMS]
 SWEEP = optax_ev3.sweep(optax.adam, learning_rate=[0.1, 0.2])
 SETTINGS = {
     "one step": {},
-    "one step, own losses, a race": {"inner": OWN, "race": 1},
+    "one step, own losses, a race": {"inner": OWN, "race": explore.Racing(1)},
     "assessed in a loop": {"assess_mode": "map"},
     "assessed at once": {"assess_mode": "vmap"},
     "assessed in chunks": {"assess_fn": optax_ev3.in_chunks(score, 2, ["x", "y"])},

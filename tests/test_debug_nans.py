@@ -10,7 +10,7 @@ import pytest
 from helpers import RULES, assert_finite, transformation, weights
 
 import optax_ev3
-from optax_ev3 import adapt, combine, evidence
+from optax_ev3 import adapt, combine, evidence, explore
 
 STRATEGIES = {
     "one_step": {},
@@ -19,8 +19,8 @@ STRATEGIES = {
     "turns": {"trajectory_length": 2, "gradients": "turns"},
     "never": {"trajectory_length": 2, "restart": "never", "restart_state": "copy"},
     "behind": {"trajectory_length": 2, "restart": "behind", "restart_state": "new"},
-    "race": {"race": 1, "history_length": 4},
-    "apart": {"restart": "never", "race": 1, "history_length": 4},
+    "race": {"race": explore.Racing(1, 4)},
+    "apart": {"restart": "never", "race": explore.Racing(1, 4)},
     "averages": {
         "trajectory_length": 2,
         "combine": [

@@ -17,17 +17,17 @@ from helpers import (
 )
 
 import optax_ev3
-from optax_ev3 import adapt, combine
+from optax_ev3 import adapt, combine, explore
 from optax_ev3._src import control
 
 OWN = [optax_ev3.explorer(tx, loss) for tx in explorers().values()]
 SWEEP = optax_ev3.sweep(optax.adam, learning_rate=[0.1, 0.2])
-RACE = {"race": 1, "history_length": 3, "trajectory_length": 2}
+RACE = {"race": explore.Racing(1, 3), "trajectory_length": 2}
 SETTINGS = {
     "one step": {},
     "one step, a sweep, a race": {
         "inner": [SWEEP],
-        "race": 1,
+        "race": explore.Racing(1),
         "assess_mode": "map",
     },
     "assessed in chunks": {"assess_fn": optax_ev3.in_chunks(score, 2, ["batch"])},

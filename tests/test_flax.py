@@ -15,6 +15,7 @@ from helpers import always, assert_close, assert_same_types, lenient
 
 import optax_ev3
 import optax_ev3.flax
+from optax_ev3 import explore
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -240,7 +241,7 @@ STRATEGIES = {
     "shared": {"trajectory_length": 2, "gradients": "shared"},
     "turns": {"trajectory_length": 2, "gradients": "turns"},
     "never": {"trajectory_length": 2, "restart": "never"},
-    "race": {"restart": "never", "race": 1, "history_length": 4},
+    "race": {"restart": "never", "race": explore.Racing(1, 4)},
 }
 
 

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from optax import contrib
 
 import optax_ev3
-from optax_ev3 import adapt, combine, evidence
+from optax_ev3 import adapt, combine, evidence, explore
 from optax_ev3.growth import Growth, grow, transplant
 
 # optax warns of changes to come in some of its own defaults.
@@ -339,7 +339,7 @@ TRANSFORMATIONS = {
     ),
     "turns": lambda: _long(gradients="turns"),
     "never": lambda: _long(restart="never"),
-    "guard": lambda: ev3(guard=evidence.ladder(), race=2),
+    "guard": lambda: ev3(guard=evidence.ladder(), race=explore.Racing(2)),
     "multi_steps": lambda: optax.MultiSteps(optax.adam(0.02), 2),
 }
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import optax_ev3
-from optax_ev3 import combine
+from optax_ev3 import combine, explore
 
 PARAMS = {"w": jnp.ones([3, 4]), "b": jnp.ones([4])}
 STRATEGIES = {
@@ -15,7 +15,7 @@ STRATEGIES = {
     "own": {"trajectory_length": 2},
     "shared": {"trajectory_length": 2, "gradients": "shared"},
     "turns": {"trajectory_length": 2, "gradients": "turns"},
-    "never": {"restart": "never", "race": 1, "history_length": 4},
+    "never": {"restart": "never", "race": explore.Racing(1, 4)},
     "averages": {
         "trajectory_length": 2,
         "combine": [

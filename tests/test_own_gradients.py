@@ -9,12 +9,12 @@ import pytest
 from helpers import assert_close, assert_identical, says
 
 import optax_ev3
-from optax_ev3 import adapt, combine
+from optax_ev3 import adapt, combine, explore
 
 AVERAGES = [combine.trajectory_average(), combine.branch_average()]
 STRATEGIES = {
     "one step": {},
-    "one step, racing": {"race": 1, "history_length": 3},
+    "one step, racing": {"race": explore.Racing(1, 3)},
     "own": {"trajectory_length": 3},
     "shared": {"trajectory_length": 3, "gradients": "shared"},
     "turns": {"trajectory_length": 2, "gradients": "turns"},
@@ -24,8 +24,7 @@ STRATEGIES = {
         "trajectory_length": 3,
         "restart": "never",
         "restart_state": "copy",
-        "race": 1,
-        "history_length": 4,
+        "race": explore.Racing(1, 4),
         "combine": AVERAGES,
         "adapt": adapt.greedy(),
     },

@@ -10,7 +10,7 @@ import pytest
 from helpers import assert_close, assert_identical
 
 import optax_ev3
-from optax_ev3 import adapt, combine
+from optax_ev3 import adapt, combine, explore
 from optax_ev3._src import control, trees
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(16, 3)), jnp.float32)
@@ -56,8 +56,7 @@ PLANS = {
     "race": {
         "trajectory_length": 2,
         "restart": "never",
-        "race": 2,
-        "history_length": 12,
+        "race": explore.Racing(2, 12),
         "adapt": adapt.greedy(),
     },
 }

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close, says
+from helpers import assert_close, assert_identical, says
 from scipy import stats
 
 import optax_ev3
-from optax_ev3 import adapt
-from optax_ev3._src import credit as credits
-from optax_ev3._src import record
+from optax_ev3 import adapt, explore
+from optax_ev3._src import racing, record
 
 X = jnp.linspace(-1.0, 1.0, 16)
 
@@ -68,7 +67,7 @@ class TestCredit:
     def test_equals_python(self, length):
         tx = optax_ev3.ev3(THREE, score, history_length=length)
         state = run(tx, 8)[-1]
-        past = optax_ev3.history(state)
+        past = optax_ev3.history(run(optax_ev3.ev3(THREE, score), 8)[-1])
         totals, weights = collections.Counter(), collections.Counter()
         for age, mean in enumerate(past["mean"][::-1, :3]):
             ahead = (mean - np.nanmean(mean)) / np.nanstd(mean)
@@ -149,7 +148,7 @@ class TestRace:
             {"a": optax.sgd(0.1), "b": optax.sgd(0.2), "c": optax.sgd(0.3)},
             score,
             adapt=scripted(script),
-            race=race,
+            race=explore.Racing(race, history),
             history_length=history,
         )
         rounds = []  # of the adopted one, and who took part
@@ -177,7 +176,7 @@ class TestRace:
 
         for took in itertools.product([0, 1], repeat=8):
             own = past(took)._replace(adopted=jnp.ones([8], jnp.int32))
-            rests = credits.resting(own, [[0], [1]], 3)
+            rests = racing.resting(own, [[0], [1]], 3)
             assert bool(rests[0]) == (sum(took) >= 3)
 
     @pytest.mark.parametrize("errors", [0.0, 0.3])
@@ -188,7 +187,7 @@ class TestRace:
 
         @jax.jit
         def resting(past):
-            return credits.resting(past, [[0], [1], [2]], 2, apart=True)
+            return racing.resting(past, [[0], [1], [2]], 2, apart=True)
 
         for _ in range(1000):
             kept, rounds = 6, int(rng.integers(1, 50))
@@ -254,10 +253,9 @@ class TestRace:
             restart="never",
             combine=[combine.trajectory_average(), combine.branch_average()],
             adapt=adapt.greedy(),
-            race=2,
-            history_length=8,
+            race=explore.Racing(2, 8),
         )
-        mean = optax_ev3.history(run_down(tx, 26)[-1])["mean"]
+        mean = optax_ev3.history(run_down(tx, 26)[-1])["mean"][-8:]
         took = ~np.isnan(mean[:, 1])
         # The last eight of thirteen rounds: one near the end, after more of rest.
         np.testing.assert_array_equal(took, [False] * 6 + [True, False])
@@ -290,8 +288,7 @@ class TestRace:
             inner,
             assess,
             adapt=adapt.greedy(),
-            race=2,
-            history_length=8,
+            race=explore.Racing(2, 8),
             trajectory_length=length,
         )
         states = run(tx, 8 * length)
@@ -317,7 +314,7 @@ class TestRace:
             return w + noise * (1 + 0.1 * jnp.cos(w))
 
         inner = {"early": moves(1.0, 0.1), "late": moves(0.5, 1.0)}
-        tx = optax_ev3.ev3(inner, assess, race=4, history_length=16, key=1)
+        tx = optax_ev3.ev3(inner, assess, race=explore.Racing(4, 16), key=1)
         noise = np.random.default_rng(0).normal(size=(200, 64)).astype(np.float32)
         stage = (np.arange(200) >= 60).astype(np.int32)
 
@@ -343,7 +340,7 @@ class TestRace:
             return optax.GradientTransformation(lambda p: jnp.int32(0), update)
 
         inner = {"fails": fails_late(), "slow": optax.sgd(0.05)}
-        tx = optax_ev3.ev3(inner, score, adapt=adapt.greedy(), race=3)
+        tx = optax_ev3.ev3(inner, score, adapt=adapt.greedy(), race=explore.Racing(3))
         past = optax_ev3.history(run(tx, 40)[-1])
         assert (past["adopted"][-10:] == 1).all()
 
@@ -354,7 +351,11 @@ class TestRace:
         mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("i",))
         spec = jax.sharding.PartitionSpec
         inner = {"good": optax.sgd(0.1), "bad": optax.sgd(-0.1)}
-        kwargs = {"adapt": adapt.greedy(), "race": 2, "trajectory_length": length}
+        kwargs = {
+            "adapt": adapt.greedy(),
+            "race": explore.Racing(2),
+            "trajectory_length": length,
+        }
 
         def assess(w, x):
             return -jnp.square(w * x - 3 * x)
@@ -386,9 +387,9 @@ class TestRace:
         kwargs = {"adapt": scripted([0, 1] * 6), "assess_mode": mode}
         inner = [optax.sgd(0.1), optax.adam(0.1)]
         plain = run(optax_ev3.ev3(inner, score, **kwargs), 12)
-        raced = run(optax_ev3.ev3(inner, score, race=2, **kwargs), 12)
+        raced = run(optax_ev3.ev3(inner, score, race=explore.Racing(2), **kwargs), 12)
         # Another program rounds otherwise.
-        assert_close(plain[-1], raced[-1], 1e-3, 1e-4)
+        assert_close(plain[-1], raced[-1]._replace(racing=()), 1e-3, 1e-4)
 
     def test_averages_win_for_their_branch(self):
         average = optax_ev3.combine.trajectory_average()
@@ -398,7 +399,7 @@ class TestRace:
             adapt=scripted([2] * 8),
             combine=[average],
             trajectory_length=2,
-            race=2,
+            race=explore.Racing(2),
         )
         mean = optax_ev3.history(run(tx, 16)[-1])["mean"]
         assert not np.isnan(mean[:, [0, 2]]).any()
@@ -407,11 +408,14 @@ class TestRace:
     @pytest.mark.parametrize(
         ("kwargs", "error", "parts"),
         [
-            ({"race": 0}, ValueError, ["race", "0"]),
-            ({"race": 64}, ValueError, ["race", "history_length, 64", "64"]),
-            ({"race": "a"}, TypeError, ["race", "'a'"]),
+            ({"race": 3}, TypeError, ["race", "explore.Racing(patience=3)", "int"]),
+            ({"race": "a"}, TypeError, ["race", "explore.Racing", "'a'"]),
             (
-                {"race": 2, "gradients": "turns", "trajectory_length": 2},
+                {
+                    "race": explore.Racing(2),
+                    "gradients": "turns",
+                    "trajectory_length": 2,
+                },
                 ValueError,
                 ["turns"],
             ),
@@ -420,6 +424,86 @@ class TestRace:
     def test_bad_input(self, kwargs, error, parts):
         with says(error, *parts):
             optax_ev3.ev3([optax.sgd(0.1)], score, **kwargs)
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "parts"),
+        [
+            ((0,), ValueError, ["patience", "1", "0"]),
+            ((8,), ValueError, ["patience", "window, 8", "8"]),
+            ((1, 1), ValueError, ["window", "2", "1"]),
+            ((2.0,), TypeError, ["patience", "2.0"]),
+            ((2, True), TypeError, ["window", "True"]),
+        ],
+    )
+    def test_racing_is_checked(self, arguments, error, parts):
+        with says(error, *parts):
+            explore.Racing(*arguments)
+
+
+def tied(w, batch):
+    """Scores that often tie."""
+    return jnp.round(-jnp.square(w - batch))
+
+
+# Where the past plays a part in training.
+REMEMBERING = {
+    "ties": {"assess_fn": tied},
+    "race": {"race": explore.Racing(2, 6)},
+    "apart": {"race": explore.Racing(2, 6), "restart": "never", "trajectory_length": 2},
+    "averages": {
+        "race": explore.Racing(1, 5),
+        "restart": "never",
+        "trajectory_length": 2,
+        "combine": [optax_ev3.combine.branch_average()],
+        "assess_fn": tied,
+    },
+    "evolve": {
+        "race": explore.Racing(3, 6),
+        "inner": {
+            "group": optax_ev3.evolve(
+                optax.sgd, {"learning_rate": optax_ev3.log_uniform(1e-3, 1.0)}, 3
+            ),
+            "sgd": optax.sgd(0.05),
+            "slow": optax.sgd(1e-3),
+        },
+        "assess_fn": tied,
+    },
+}
+
+
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_training_does_not_depend_on_the_length_of_the_history(name):
+    def trained(history_length):
+        kwargs = {
+            "inner": [optax.sgd(0.3), optax.sgd(0.01), optax.sgd(-0.1)],
+            "assess_fn": lambda w, batch: -jnp.square(w - batch),
+            "adapt": adapt.greedy(),
+            **REMEMBERING[name],
+        }
+        tx = optax_ev3.ev3(
+            loss_fn=lambda w, batch: jnp.square(w - batch).mean(),
+            history_length=history_length,
+            **kwargs,
+        )
+
+        def step(carry, batch):
+            w, state = carry
+            grads = 2 * (w - batch.mean())
+            updates, state = tx.update(grads, state, w, batch=batch)
+            return (w + updates, state), (w, state.record.adoptions)
+
+        rng = np.random.default_rng(3)
+        batches = jnp.asarray(rng.normal(2, 1, [60, 4]), jnp.float32)
+        w = jnp.zeros([])
+        (w, state), path = jax.lax.scan(step, (w, tx.init(w)), batches)
+        return path, state._replace(record=state.record.credit), state.record
+
+    *expected, full = jax.jit(trained, static_argnums=0)(64)
+    assert name == "race" or (full.adoptions > 0).sum() > 1
+    assert name == "ties" or (full.valid < 0).any()  # Some were paused.
+    for length in (4, 8):
+        *found, _ = jax.jit(trained, static_argnums=0)(length)
+        assert_identical(found, expected)
 
 
 class TestStalled:
@@ -524,5 +608,5 @@ def test_who_is_seldom_adopted_after_many_rounds(length, rounds, more):
     )
     stretch = rounds // length
     assert stretch & (stretch - 1)  # It is not the time to come back.
-    rests = credits.resting(past, [[0], [own]], 2, apart=True)
+    rests = racing.resting(past, [[0], [own]], 2, apart=True)
     assert rests.tolist() == [False, seldom]

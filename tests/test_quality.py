@@ -312,13 +312,14 @@ def test_the_suite_runs_and_goes_on_where_it_stopped(tmp_path):
 
 RECOUNT = """
 import jax, numpy as np, optax, optax_ev3
+from optax_ev3 import explore
 from absl import flags
 import quality
 
 flags.FLAGS(["quality"])
 quality.LENGTH = 5  # So that 40 of the 50 held-out examples are drawn.
 task, budget = quality.made("wine"), 400
-method = quality.ev3(trajectory_length=5, race=2, history_length=8)
+method = quality.ev3(trajectory_length=5, race=explore.Racing(2, 8))
 found = quality.ev3_trainer(task, method, budget, range(2))()
 parts = jax.tree.map(jax.numpy.asarray, task.parts(1))
 tx, params = method.make(task, parts.held_out, 1), task.init(jax.random.key(1))

@@ -18,6 +18,7 @@ from optax_ev3 import (
     combine,
     credit,
     ev3,
+    explore,
     history,
     stable_params,
     stalled,
@@ -355,7 +356,7 @@ def test_an_inner_optimizer_with_a_state_that_answers_no_question(length):
 
 def test_summary_of_a_paused_explorer_has_its_last_score():
     inner = {"good": optax.sgd(0.1), "bad": optax.sgd(-0.1)}
-    tx = ev3(inner, lambda w: -(w**2), adapt=adapt.greedy(), race=1, history_length=4)
+    tx = ev3(inner, lambda w: -(w**2), adapt=adapt.greedy(), race=explore.Racing(1, 4))
     w, shown = jnp.float32(1), []
     state = tx.init(w)
     update = jax.jit(tx.update)

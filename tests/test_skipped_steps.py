@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import optax_ev3
-from optax_ev3 import adapt
+from optax_ev3 import adapt, explore
 
 # By call, whether the caller's gradients and loss are finite, and those of "apart".
 FINITE = np.array([1, 0, 1, 1, 0, 0, 1, 1, 1, 0], bool)
@@ -88,8 +88,7 @@ def test_paused_explorers_skip_nothing(length, restart):
         adapt=adapt.greedy(),
         trajectory_length=length,
         restart=restart,
-        race=1,
-        history_length=4,
+        race=explore.Racing(1, 4),
     )
     _, found = counts(tx, [(True, False)] * 5 * length)
     most = length * (2 if restart == "never" else 1)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import optax_ev3
-from optax_ev3 import adapt
+from optax_ev3 import adapt, explore
 
 STRATEGIES = {
     "one_step": {},
@@ -15,7 +15,7 @@ STRATEGIES = {
     "shared": {"trajectory_length": 2, "gradients": "shared"},
     "turns": {"trajectory_length": 2, "gradients": "turns"},
     "never": {"trajectory_length": 2, "restart": "never"},
-    "race": {"restart": "never", "race": 1, "history_length": 4},
+    "race": {"restart": "never", "race": explore.Racing(1, 4)},
 }
 STABLE = 3  # The candidate, behind two explorers and current.
 
@@ -45,7 +45,7 @@ def transformation(strategy, rule):
 
 
 def round_of(tx, strategy):
-    calls = {"one_step": 1, "race": 1, "turns": 4}.get(strategy, 2)
+    calls = {"one_step": 1, "race": explore.Racing(1), "turns": 4}.get(strategy, 2)
 
     @jax.jit
     def step(w, state):

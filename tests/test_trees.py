@@ -11,7 +11,7 @@ import pytest
 from helpers import TREES, always, assert_close, assert_same_types, says, types
 
 import optax_ev3
-from optax_ev3 import adapt, combine, evidence, metrics
+from optax_ev3 import adapt, combine, evidence, explore, metrics
 
 
 @functools.partial(
@@ -88,7 +88,7 @@ def _evolving():
 # What one-step rounds and trajectories can be, as arguments of ev3.
 STRATEGIES = {
     "one step": {},
-    "one step, race": {"race": 1},
+    "one step, race": {"race": explore.Racing(1)},
     "own": {"loss_fn": loss, "trajectory_length": 2},
     "shared": {"trajectory_length": 2, "restart_state": "new"},
     "turns": {"trajectory_length": 2, "gradients": "turns"},
@@ -96,7 +96,7 @@ STRATEGIES = {
         "loss_fn": loss,
         "trajectory_length": 2,
         "restart": "never",
-        "race": 1,
+        "race": explore.Racing(1),
         "combine": [combine.branch_average(), combine.exponential_average()],
     },
     "significant": {
@@ -109,7 +109,7 @@ STRATEGIES = {
         "trajectory_length": 2,
         "restart": "behind",
         "restart_state": "new",
-        "race": 1,
+        "race": explore.Racing(1),
     },
     "sweep": {"inner": _sweep()},
     "sweep, copy": {

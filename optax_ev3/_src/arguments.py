@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_ev3._src import checks, combine, trajectory, trees
+from optax_ev3._src import checks, combine, racing, trajectory, trees
 
 # Trajectories without a bound on their growth stop growing here, in calls.
 _LONGEST = 2**24
@@ -65,21 +65,21 @@ def plan(
     )
 
 
-def check_race(race: Any, history_length: int, plan: trajectory.Plan) -> int | None:
-    """How many rounds without a win let an explorer rest; None for never."""
+def check_race(race: Any, plan: trajectory.Plan) -> None:
+    """Raises unless ``race`` is one that goes with the plan, or None."""
     if race is None:
-        return None
-    race = checks.integer(race, "race", 1, f"a Python integer or None. {_STATIC}")
-    if race >= history_length:
-        raise ValueError(
-            f"race must be below history_length, {history_length}, got {race}."
+        return
+    if not isinstance(race, racing.Racing):
+        patience = race if isinstance(race, int) else 2
+        raise TypeError(
+            f"race must be None or optax_ev3.explore.Racing(patience={patience}), got "
+            f"{race!r} of type {type(race).__name__}."
         )
     if plan.gradients == "turns":
         raise ValueError(
             'race cannot be used with gradients="turns", where each branch has its '
             "calls."
         )
-    return race
 
 
 def typed_key(key: Any) -> jax.Array:

@@ -23,6 +23,7 @@ from optax_ev3._src import (
     explore,
     guards,
     named,
+    racing,
     record,
     steps,
     trajectory,
@@ -48,7 +49,7 @@ def ev3(
     restart: str = "always",
     restart_state: str = "keep",
     combine: Sequence[combinations.Combination] = (),
-    race: int | None = None,
+    race: racing.Racing | None = None,
     adapt: rules.Rule | None = None,
     guard: guards.Guard | None = None,
     assess_mode: str = "unroll",
@@ -121,19 +122,9 @@ def ev3(
         parameters that are not its own: ``"keep"`` (as the paper), ``"new"``, or
         ``"copy"`` (the winner's, where its structure is the same, else kept).
       combine: More candidates at no gradient cost, see :mod:`optax_ev3.combine`.
-      race: An explorer rests, and costs nothing, while the history shows it in at
-        least this many rounds and adopted in none of them: it takes part in at most
-        ``race`` of any ``history_length`` rounds, until it wins one. Where branches go
-        on apart (any other ``restart`` than ``"always"``), those go on as well that
-        catch up, by half or more of what they were behind the best of a round, from
-        the first to the last of their rounds in the history, and before the history is
-        full all have twice as many rounds; two are enough where the own score falls, by
-        two standard errors, and one where it is not finite. Who rests begins again from
-        the adopted parameters, rests again after one round if it is not adopted, and,
-        as long as it seldom is, ever longer. A sweep or a group that evolves races as
-        one. The inner state of a paused explorer waits: its step count, and a schedule
-        that follows it, do not advance. Assessments are saved in the mode ``"unroll"``.
-        Default: nobody rests.
+      race: Explorers that do not win are paused, and cost nothing, see
+        :class:`optax_ev3.explore.Racing`. Assessments are saved in the mode
+        ``"unroll"``. Default: nobody is paused.
       adapt: The rule, see :mod:`optax_ev3.adapt`; default
         ``optax_ev3.adapt.confident()``.
       guard: For a held-out set that is used again and again, see
@@ -228,7 +219,7 @@ def ev3(
         explore.check_characters(name, "an objective")
     _check_signs(assess_fn, loss_fn, explorers)
     history_length = arguments.static_int(history_length, "history_length")
-    race = arguments.check_race(race, history_length, plan)
+    arguments.check_race(race, plan)
     key_impl = arguments.check_key(key)
 
     def init_fn(params: optax.Params) -> record.EV3State:
@@ -265,6 +256,9 @@ def ev3(
                 rule.objectives,
                 _hyperparams(states),
             ),
+            racing=()
+            if race is None
+            else racing.empty(race.window, len(names) + len(more) + 2),
         )
 
     def update_fn(
@@ -337,7 +331,7 @@ def _resting(explorers, plan, state, race):
         [kind * total + i for kind in range(plan.kinds) for i in p]
         for p in places.values()
     ]
-    rests = credit.resting(state.record, own, race, plan.apart)
+    rests = racing.resting(state.racing, own, race.patience, plan.apart)
     # All are called where nothing was valid in the last round.
     rests &= state.record.ended == state.ev3_round
     if not plan.one_step:
@@ -441,7 +435,7 @@ class _Judge(NamedTuple):
         guarded, valid = state.guarded, seen.valid
         known = {
             "past": state.record,
-            "credit": credit.estimate(state.record, record.groups(state)),
+            "credit": credit.estimate(state.record.credit, record.groups(state)),
             "one_step": self.one_step,
         }
         seen = dataclasses.replace(seen, **known)
@@ -674,6 +668,9 @@ def _adapt(judge, seen, state, lasted):
         overruled,
     )
     appended = record.append(state.record, decision, past)
+    raced = state.racing
+    if raced != ():
+        raced = racing.append(raced, appended)
     decision = decision._replace(
         adopted=jnp.where(explored, decision.adopted, rules.fallback(seen)),
         significant=explored & decision.significant,
@@ -690,6 +687,7 @@ def _adapt(judge, seen, state, lasted):
         memory=trees.where(explored, memory, state.memory),
         guarded=trees.where(explored, guarded, state.guarded),
         record=trees.where(explored, appended, state.record),
+        racing=trees.where(explored, raced, state.racing),
     )
     return decision, state, past
 

@@ -38,7 +38,7 @@ def credit(state: Any) -> dict[str, jax.Array]:
       {'bad': -1.0, 'good': 1.0}
     """
     state = record.find(state)
-    found = credits.estimate(state.record, record.groups(state))
+    found = credits.estimate(state.record.credit, record.groups(state))
     places = record.positions(state)
     return {k: found[i] for k, i in places.items() if k not in record.ALWAYS}
 

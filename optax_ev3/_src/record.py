@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jax import core
 
+from optax_ev3._src import credit as credits
 from optax_ev3._src import explore
 from optax_ev3._src.adapt import Decision
 from optax_ev3._src.evidence import Estimate, Evidence, compare, estimate
@@ -51,6 +52,7 @@ class Record(NamedTuple):
         the rule does not weigh them.
       hyperparams: By evolving group and name ``[H, G]`` float32.
       adoptions: ``[C]`` int32, how often each candidate was adopted, over all rounds.
+      credit: How good each candidate has been lately.
       overruled: ``[]`` int32, rounds in which the rule decided on a candidate that was
         not valid.
     """
@@ -71,6 +73,7 @@ class Record(NamedTuple):
     priorities: dict[str, jax.Array]
     hyperparams: dict[str, dict[str, jax.Array]]
     adoptions: jax.Array
+    credit: credits.Credit
     overruled: jax.Array
 
 
@@ -106,6 +109,7 @@ class EV3State(NamedTuple):
       memory: What the rule remembers of past rounds.
       guarded: What the guard remembers; nothing without one.
       record: Past rounds, see :func:`optax_ev3.history`.
+      racing: What the race knows of the last rounds; nothing without one.
     """
 
     ev3_round: jax.Array
@@ -118,6 +122,7 @@ class EV3State(NamedTuple):
     memory: Any
     guarded: Any
     record: Record
+    racing: Any
 
 
 def empty(
@@ -151,6 +156,7 @@ def empty(
         priorities={name: rows(0.0) for name in objectives},
         hyperparams=jax.tree.map(rows, _dicts(hyperparams or {})),
         adoptions=jnp.zeros([candidates], jnp.int32),
+        credit=credits.nothing(candidates - 2),
         overruled=jnp.zeros([], jnp.int32),
     )
 
@@ -199,7 +205,9 @@ def append(record: Record, decision: Decision, last: Round) -> Record:
     def both(past, new):
         return Estimate(keep(past.mean, new.mean), clean(past.stderr, new.stderr))
 
-    main = both(Estimate(record.mean, record.stderr), estimate(seen, last.objective))
+    newest = estimate(seen, last.objective)
+    main = both(Estimate(record.mean, record.stderr), newest)
+    valid = jnp.where(last.rests, -1, seen.valid.astype(jnp.int32))
     others = {k: both(past, estimate(seen, k)) for k, past in record.others.items()}
     weights = decision.priorities
     if weights is not None and jnp.shape(weights) != (len(last.objectives),):
@@ -225,15 +233,14 @@ def append(record: Record, decision: Decision, last: Round) -> Record:
         stderr=main.stderr,
         z=clean(record.z, compare(seen, last.objective, current).z),
         others=others,
-        valid=put(
-            record.valid, jnp.where(last.rests, -1, seen.valid.astype(jnp.int32))
-        ),
+        valid=put(record.valid, valid),
         length=put(record.length, last.length),
         examples=put(record.examples, last.examples),
         priorities=priorities,
         hyperparams=hyperparams,
         # Together as many as rounds, which are counted up to the greatest int32.
         adoptions=record.adoptions.at[decision.adopted].add(rounds - record.rounds),
+        credit=credits.add(record.credit, valid, newest.mean),
         overruled=jnp.where(
             last.overruled, optax.safe_increment(record.overruled), record.overruled
         ),
