@@ -85,6 +85,17 @@ class TestCredit:
         found = optax_ev3.credit(tx.init(jnp.zeros([])))
         assert {float(value) for value in found.values()} == {0.0}
 
+    def test_ties_within_rounding_say_nothing(self):
+        tx = optax_ev3.ev3(
+            [optax.sgd(0.0), optax.sgd(1e-8)], lambda w: -(1.0 + w), key=1
+        )
+        state = tx.init(jnp.ones([]))
+        for _ in range(3):
+            _, state = tx.update(jnp.float32(20.0), state, jnp.ones([]))
+        values = [float(x) for x in optax_ev3.credit(state).values()]
+        assert values[0] != values[1]  # They do differ.
+        np.testing.assert_allclose(values, 0, atol=1e-6)
+
     def test_huge_scores(self):
         tx = optax_ev3.ev3(THREE, lambda w: 1e30 * score(w))
         found = optax_ev3.credit(run(tx, 3)[-1])

@@ -52,7 +52,8 @@ def add(past: Credit, valid: jax.Array, mean: jax.Array) -> Credit:
     mean = mean / jnp.where(scale > 0, scale, 1)
     ahead = jnp.where(finite, mean - mean.sum() / count, 0)
     spread = jnp.sqrt(jnp.square(ahead).sum() / count)
-    ahead = jnp.where(finite, ahead / jnp.where(spread > 0, spread, 1), _LOST)
+    apart = spread > 8 * jnp.finfo(spread.dtype).eps  # Else a tie within rounding.
+    ahead = jnp.where(finite, ahead / jnp.where(apart, spread, 1), _LOST)
     took = state >= 0
     return Credit(
         _LATELY * past.ahead + jnp.where(took, ahead, 0),
