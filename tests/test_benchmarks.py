@@ -337,3 +337,23 @@ def test_benchmark_of_distillation_runs(tmp_path):
     assert len(found) == 10
     apart = np.array(list(found.values()))
     assert apart.shape == (10, 2) and 0 < apart.max() < 1e-5
+
+
+@pytest.mark.slow
+def test_benchmark_of_batchnorm_runs(tmp_path):
+    path = tmp_path / "figures.json"
+    out = run(SCRIPT.with_name("batchnorm.py"), "--quick", "--json", path)
+    rows = json.loads(path.read_text())
+    assert [(row["rounds"], row["statistics"]) for row in rows] == [
+        (rounds, statistics)
+        for rounds in ("one step", "25 steps")
+        for statistics in ("loop", "own")
+    ]
+    for row in rows:
+        assert f"{row['rounds']:20}      0.9  {row['statistics']}" in out
+        # Of ten classes; a decision agrees or does not.
+        assert 0 < np.mean(row["exact"]) < 0.9
+        assert all(0 <= agreed <= 1 for agreed in row["agreed"])
+    # In the only round of 25 steps no branch but the first is scored by its own.
+    one_round = [row["agreed"] for row in rows[2:]]
+    assert set(np.ravel(one_round)) <= {0.0, 1.0}
