@@ -18,7 +18,7 @@ with exact ones.
 
     python benchmarks/batchnorm.py [--quick] [--seeds 10] [--steps 500] [--json PATH]
 
-It takes about ten minutes on two cores.
+It takes about a quarter of an hour on two cores.
 """
 
 import dataclasses
