@@ -341,7 +341,7 @@ def test_name(options, name):
     loss = distillation.loss(student, teacher, **options)
     assert loss.__name__ == name
     grid = optax_ev3.product({"sgd": optax.sgd(0.1)}, [loss])
-    assert grid[0].name == f"sgd({name})"
+    assert grid[0].name == f"sgd/{name}"
 
 
 # Teachers.
@@ -607,7 +607,7 @@ def test_students_learn_from_a_grid_of_teachers(names):
     losses = {name: losses[name] for name in names}
     optimizers = {"adam": optax.adam(0.01), "sgd": optax.sgd(0.1)}
     grid = optax_ev3.product(optimizers, losses)
-    assert [e.name for e in grid[1::2]] == [f"sgd({name})" for name in names]
+    assert [e.name for e in grid[1::2]] == [f"sgd/{name}" for name in names]
     tx = optax_ev3.ev3(grid, likelihood)
 
     @jax.jit
@@ -642,7 +642,7 @@ def test_auxiliary_outputs_of_all_losses_are_merged():
     losses = [distillation.loss(make, t, hard=0.5) for t in teachers]
     extras = [{"x": X, "labels": Y, "t": T}, {"x": X, "labels": Y}]
     grid = optax_ev3.product([optax.sgd(0.1)], losses)
-    assert [e.name for e in grid] == ["explorer_0(loss_0)", "explorer_0(loss_1)"]
+    assert [e.name for e in grid] == ["explorer_0/loss_0", "explorer_0/loss_1"]
     inner = [optax_ev3.explorer(e, merge_fn=lambda p, aux: {**p, **aux}) for e in grid]
     for chosen, (loss, extra) in enumerate(zip(losses, extras, strict=True)):
         tx = optax_ev3.ev3(inner, lambda p: -p["w"].sum(), adapt=always(chosen))

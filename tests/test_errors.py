@@ -710,15 +710,24 @@ def test_round_of_bad_gradients_changes_nothing(rule, where, bad):
     good = weights(seed=7)
     updates, skipped = update(gradients(w, bad), state, w, batch=good)
     assert_identical(updates, jax.tree.map(jnp.zeros_like, w))
-    counters = {"ev3_round": state.ev3_round, "ev3_calls": state.ev3_calls}
+    explorers = {
+        name: one._replace(skipped=state.explorers[name].skipped)
+        for name, one in skipped.explorers.items()
+    }
+    counters = {
+        "ev3_round": state.ev3_round,
+        "ev3_calls": state.ev3_calls,
+        "explorers": explorers,
+    }
     assert_identical(skipped._replace(**counters), state)
     figures, before = optax_ev3.summary(skipped), optax_ev3.summary(state)
     assert int(figures.pop("ev3/skipped")) == 1
     assert int(before.pop("ev3/skipped")) == 0
-    for name in ("ev3/round", "ev3/calls"):
+    steps = [f"ev3/skipped_steps/{name}" for name in state.explorers]
+    for name in ("ev3/round", "ev3/calls", *steps):
         assert int(figures.pop(name)) == int(before.pop(name)) + 1
     assert_identical(figures, before)
-    # Training goes on as if the round had not been, apart from the counter.
+    # Training goes on as if the round had not been, apart from the counters.
     after, after_state = update(
         gradients(w), skipped._replace(**counters), w, batch=good
     )
@@ -827,6 +836,6 @@ def test_losses_and_arguments_to_cut_may_be_generated():
         return jnp.sum(w * x)
 
     grid = optax_ev3.product([SGD], (fn for fn in [loss]))
-    assert [one.name for one in grid] == ["explorer_0(loss)"]
+    assert [one.name for one in grid] == ["explorer_0/loss"]
     cut = optax_ev3.in_chunks(lambda w, x: x, 2, (name for name in ["x"]))
     assert cut.slice_args == ("x",)
