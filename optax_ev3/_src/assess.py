@@ -76,6 +76,10 @@ def score(
       TypeError, ValueError: Before anything is computed, if ``assess`` cannot be
         traced or does not return scores.
     """
+    # No gradient is taken through it, not even where that of an update is.
+    candidates = [
+        batch._replace(tree=lax.stop_gradient(batch.tree)) for batch in candidates
+    ]
     try:
         single = next(batch.tree for batch in candidates if batch.size is None)
         kinds = jax.eval_shape(lambda params: _objectives(assess(params)), single)
@@ -312,7 +316,7 @@ def _is_clear(found, plan):
 def _score(assess, candidates, mode, axis_name):
     @xla.quick_convolutions
     def one(candidate):
-        return _as_scores(assess(candidate))
+        return lax.stop_gradient(_as_scores(assess(candidate)))
 
     if mode == "unroll":
         each = [_score_batch(one, batch, axis_name) for batch in candidates]

@@ -75,6 +75,10 @@ def ev3(
     all the same, it goes on from the visible ones with a new inner state, and is no
     candidate in this round. :func:`optax_ev3.summary` counts such steps by explorer.
 
+    An update of a one-step round has derivatives, in reverse mode too, for what learns
+    rates or weights of examples; they are those of the candidate that is adopted, and
+    none enters an assessment. Longer rounds have them in forward mode.
+
     Callbacks get, of the extra arguments of ``update``, just those that their
     signatures name, or all of them where they take ``**kwargs``. What
     ``functools.partial`` has bound stays bound; a default does not bind, the caller's
@@ -473,8 +477,7 @@ def _one_step(explorers, plan, state, params, call, judge, rests):
     uphill = _flags([step.uphill for step in proposed.values()], False)
     scores = judge.score(candidates, judge.preview(state, valid, uphill))
     seen = judge.gather(scores, valid, uphill)
-    moves.append(trees.Batch(trees.Lazy(lambda: trees.no_update(params))))
-    moves.append(trees.Batch(trees.Lazy(lambda: _towards(state.stable, params))))
+    moves += _stay_or_back(params, state.stable)
     lasted = _Lasted(explorers, plan, rests, jnp.ones([], jnp.int32))
     skipped = {
         name: ~step.finite & ~rests.get(name, jnp.asarray(False))
@@ -488,13 +491,32 @@ def _one_step(explorers, plan, state, params, call, judge, rests):
     everybody = jnp.ones(explore.spread(explorers, rests).shape, bool)
     state = _evolved(judge, state, lasted, decision.adopted, past, everybody)
     update = trees.pick(decision.adopted, moves)
+    sizes = [one.size for one in explorers.values()]
+    updates = [step.update for step in proposed.values()]
 
-    def promote(_):
-        return trees.plus(params, trees.pick(decision.promoted, moves))
+    def promote(stable, operands):
+        params, updates, index = operands
+        pairs = zip(updates, sizes, strict=True)
+        moves = [trees.Batch(update, size) for update, size in pairs]
+        moves += _stay_or_back(params, stable)
+        return trees.plus(params, trees.pick(index, moves))
 
     return update, state._replace(
-        stable=trees.once(decision.significant, promote, state.stable),
+        stable=trees.once_with(
+            decision.significant,
+            promote,
+            state.stable,
+            (params, updates, decision.promoted),
+        ),
     )
+
+
+def _stay_or_back(params, stable):
+    """The moves to ``current`` and to ``stable``."""
+    return [
+        trees.Batch(trees.Lazy(lambda: trees.no_update(params))),
+        trees.Batch(trees.Lazy(lambda: _towards(stable, params))),
+    ]
 
 
 def _trajectories(explorers, plan, state, params, call, judge, rests):

@@ -116,6 +116,45 @@ def once(condition: Any, fn: Callable[[Any], Any], tree: Any) -> Any:
     return lax.while_loop(lambda carry: carry[0], body, carry)[1]
 
 
+def once_with(
+    condition: Any, fn: Callable[[Any, Any], Any], tree: Any, operands: Any
+) -> Any:
+    """Like :func:`once`, for ``fn(tree, operands)``, and with derivatives.
+
+    A loop has none in reverse mode. ``fn`` must take all that depends on traced arrays
+    as operands.
+    """
+
+    @jax.custom_jvp
+    def apply(condition, tree, operands):
+        return once(condition, lambda tree: fn(tree, operands), tree)
+
+    @apply.defjvp
+    def _(primals, tangents):
+        condition, *arguments = primals
+        _, *changes = tangents
+
+        def of_fn():
+            return jax.jvp(fn, arguments, changes)[1]
+
+        def of_tree():
+            return changes[0]
+
+        # What has no derivatives does not go through the conditional.
+        def inexact(changes):
+            return [x for x in jax.tree.leaves(changes) if x.dtype != jax.dtypes.float0]
+
+        found = iter(
+            lax.cond(condition, lambda: inexact(of_fn()), lambda: inexact(of_tree()))
+        )
+        change = jax.tree.map(
+            lambda x: x if x.dtype == jax.dtypes.float0 else next(found), of_tree()
+        )
+        return apply(*primals), change
+
+    return apply(jnp.asarray(condition), tree, operands)
+
+
 def gate(condition: Any, fn: Callable[[Any], Any], tree: Any) -> Any:
     """``fn(tree)`` where the condition holds, else ``tree``.
 
