@@ -447,7 +447,8 @@ def train_teacher(setting, data, folder, seed, progress=lambda done: None):
 def transformation(setting, model, teachers, decide, seed):
     """EV3 with every loss by every teacher and every learning rate as explorers."""
     losses = {}
-    for name, teacher in teachers.items():
+    # In the order that jit gives to the keys of its arguments: the state has one, too.
+    for name, teacher in sorted(teachers.items()):
         kinds = setting.losses if name == TEACHER else setting.losses[:1]
         for kind in kinds:
             loss_fn = distillation.loss(training(model), teacher, **kind._asdict())

@@ -159,6 +159,17 @@ def stepper(tx):
     return step
 
 
+def traced(fn):
+    """``jax.jit(fn)``, and a list that gets an item whenever it is traced."""
+    times = []
+
+    def tracing(*args):
+        times.append(len(times))
+        return fn(*args)
+
+    return jax.jit(tracing), times
+
+
 # Comparisons.
 
 

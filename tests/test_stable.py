@@ -45,7 +45,7 @@ def transformation(strategy, rule):
 
 
 def round_of(tx, strategy):
-    calls = {"one_step": 1, "race": explore.Racing(1), "turns": 4}.get(strategy, 2)
+    calls = {"one_step": 1, "race": 1, "turns": 4}.get(strategy, 2)
 
     @jax.jit
     def step(w, state):

@@ -130,7 +130,7 @@ def ev3(
         :class:`optax_ev3.explore.Racing`. Assessments are saved in the mode
         ``"unroll"``. Default: nobody is paused.
       adapt: The rule, see :mod:`optax_ev3.adapt`; default
-        ``optax_ev3.adapt.confident()``.
+        :func:`optax_ev3.adapt.confident`.
       guard: For a held-out set that is used again and again, see
         :func:`optax_ev3.evidence.ladder`. Not together with a greedy soup.
       assess_mode: How the C candidates are scored: ``"unroll"`` (C calls in one

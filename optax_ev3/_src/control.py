@@ -35,11 +35,14 @@ def while_loop(
     goes_on: Callable[[Any], Any], body: Callable[[Any], Any], carry: Any
 ) -> Any:
     """``lax.while_loop``."""
-    if is_traced(carry):
-        return lax.while_loop(goes_on, body, carry)
-    while goes_on(carry):
+    while True:
+        going = goes_on(carry)
+        # The functions may hold what is traced, though what they begin with is not.
+        if is_traced(carry, going):
+            return lax.while_loop(goes_on, body, carry)
+        if not going:
+            return carry
         carry = body(carry)
-    return carry
 
 
 def fori_loop(low: int, high: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:

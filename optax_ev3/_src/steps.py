@@ -175,6 +175,10 @@ def propose(
     Explorers that rest propose nothing, and are not finite.
     """
     steps = {}
+    # Once for all explorers.
+    start = trees.total(
+        x.sum() for x in jax.tree.leaves(trees.twice(params)) if trees.is_inexact(x)
+    )
     for name, one in explorers.items():
 
         def step(tx, hyperparams, state, one=one, name=name):
@@ -184,7 +188,11 @@ def propose(
             else:
                 given, aux = given_to(name, call)
             merge = merge_of(one, name, aux)
-            return _checked(tx, one, name, given, state, params, merge, loss, call)
+
+            def take(grads):
+                return advance(tx, one, name, grads, state, params, merge, loss, call)
+
+            return _checked(take, given, state, params, start)
 
         numbers = call.hyperparams.get(name)
 
@@ -240,18 +248,17 @@ def advance(
     return update, _like_state(new, opt_state, name)
 
 
-def _checked(tx, one, name, grads, opt_state, params, merge, loss, call):
-    """One step of one inner optimizer, whose state is held if it is not finite."""
+def _checked(take, grads, opt_state, params, start):
+    """One step of one inner optimizer, whose state is held if it is not finite.
 
-    def step(grads):
-        return advance(tx, one, name, grads, opt_state, params, merge, loss, call)
-
-    update, new = step(grads)
-    ok, uphill = _examine(update, grads, params)
-    if memory_bound.is_memory_bound(step, grads):
+    ``start`` is a sum to which twice every parameter contributes.
+    """
+    update, new = take(grads)
+    ok, uphill = _examine(update, grads, params, start)
+    if memory_bound.is_memory_bound(take, grads):
         # Kept until the check is done, the new state would need memory of its own;
         # computed again, it is written in the place of the old one.
-        new = step(trees.where(ok, grads, jax.tree.map(jnp.zeros_like, grads)))[1]
+        new = take(trees.where(ok, grads, jax.tree.map(jnp.zeros_like, grads)))[1]
     return Step(update, trees.where(ok, new, opt_state), ok, uphill)
 
 
@@ -305,14 +312,14 @@ def _merged(update, params, merge):
 
 
 def _examine(
-    update: optax.Updates, grads: optax.Updates, params: optax.Params
+    update: optax.Updates, grads: optax.Updates, params: optax.Params, start: Any
 ) -> tuple[Any, Any]:
     """Whether a step is finite, and whether it raises the loss to first order."""
     # A sum is finite only where all its terms are: mostly one pass answers both.
     total = slope(trees.twice(update), grads)
     if total is None:
         return trees.finite_after(params, update), jnp.asarray(False)
-    return trees.finite_after(params, update, total), total > 0
+    return trees.finite_after(params, update, trees.total([start, total])), total > 0
 
 
 def slope(update: optax.Updates, grads: optax.Updates) -> jax.Array | None:

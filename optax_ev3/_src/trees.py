@@ -275,8 +275,8 @@ def finite_after(params: Any, update: Any, known: Any = None) -> jax.Array:
     Args:
       params: Where the update starts.
       update: The update.
-      known: ``[]``, a sum to which twice every number of the update contributes, if
-        there is one already.
+      known: ``[]``, a sum to which twice every number of both contributes, if there is
+        one already: where twice each of two numbers is finite, so is their sum.
     """
     pairs = zip(*map(jax.tree.leaves, (params, update)), strict=True)
     pairs = [pair for pair in pairs if is_inexact(pair[0])]
@@ -291,12 +291,8 @@ def finite_after(params: Any, update: Any, known: Any = None) -> jax.Array:
         return jnp.stack([x.all() for x in flags(pairs)]).all()
 
     def by_sum(pairs):
-        # Where twice each of two numbers is finite, so is their sum.
-        start = total(twice(p).sum() for p, _ in pairs)
         return control.cond(
-            jnp.isfinite(start) & jnp.isfinite(known),
-            lambda: jnp.asarray(True),
-            lambda: check(pairs),
+            jnp.isfinite(known), lambda: jnp.asarray(True), lambda: check(pairs)
         )
 
     def at_once(pairs):
