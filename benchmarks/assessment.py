@@ -227,7 +227,7 @@ def weighted_loss(logits, labels, weight=1.0, gamma=0.0):
 LOSSES = {
     "cross-entropy": {},
     "weighted 9": {"weight": 9.0},
-    "focal, 2": {"gamma": 2.0},
+    "focal 2": {"gamma": 2.0},
 }
 AVERAGES = [combine.trajectory_average()]
 EV3S = {
