@@ -82,6 +82,7 @@ class Settings(NamedTuple):
     swept: tuple[int, int] = (2, 64)
     booked: tuple[int, int, int] = (16, 4, 256)  # explorers, objectives, history
     convolved: tuple[int, int, int] = (50, 8, 3)  # batch, channels, convolutions
+    strategies: str = ""  # which of them with convolutions, as a pattern
 
 
 QUICK = Settings(
@@ -98,6 +99,7 @@ QUICK = Settings(
     swept=(2, 4),
     booked=(2, 2, 8),
     convolved=(4, 2, 1),
+    strategies="^recommended",
 )
 
 
@@ -776,6 +778,8 @@ def measure_convolutions(settings: Settings):
         "one paused": {"race": explore.Racing(2, 8), "adapt": wins_in_turn(1)},
     }
     for name, kwargs in convolution_strategies(problem, settings).items():
+        if not re.search(settings.strategies, name):
+            continue
         for label, more in contests.items():
             if more and kwargs.get("gradients") == "turns":
                 continue  # Each branch has its calls.

@@ -601,7 +601,7 @@ def _maker(inner, setting, **kwargs):
     return make
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", ["one_step", "own"])
 @pytest.mark.parametrize("name", LOOPS)
 def test_one_explorer_that_is_always_adopted_is_plain_optax(name, setting):
     make = _maker({"adam": optax.adam(RATE)}, setting, adapt=always(0))
@@ -611,10 +611,9 @@ def test_one_explorer_that_is_always_adopted_is_plain_optax(name, setting):
     assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("name", LOOPS)
-def test_learns_beside_a_harmful_explorer(name, setting):
-    trained = LOOPS[name](_maker(HARMFUL, setting))
+def test_learns_beside_a_harmful_explorer(name):
+    trained = LOOPS[name](_maker(HARMFUL, "shared"))
     alone = _alone(name)
     gain, expected = trained.before - trained.after, alone.before - alone.after
     assert expected > 0 and gain > 0.5 * expected

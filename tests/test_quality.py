@@ -331,6 +331,7 @@ def step(params, state, number):
     updates, state = tx.update(none, state, params, batch=batch)
     return optax.apply_updates(params, updates), state
 
+tested = jax.jit(task.test)
 state, calls, gradients, assessed, within = tx.init(params), 0, 0, 0, {}
 while gradients < budget:
     params, state = step(params, state, calls)
@@ -343,7 +344,7 @@ while gradients < budget:
     assert past["examples"][-1] == 40
     assessed += 40 * took.sum()
     work = gradients + assessed / (3 * task.batch)
-    test = float(task.test(params, parts.test))
+    test = float(tested(params, parts.test))
     within |= {1.0: test} if gradients <= budget else {}
     within |= {"work": test} if work <= budget else {}
 assert gradients < 8 * calls  # Somebody rested.

@@ -51,11 +51,9 @@ BOLD = {"clip": 10.0, "prior_rounds": 1.0}
     ("kwargs", "same", "other"),
     [
         ({}, PATIENT, BOLD),
-        ({"trajectory_length": 2}, BOLD, PATIENT),
         ({"trajectory_length": 2, "restart": "never"}, BOLD, PATIENT),
-        ({"trajectory_length": 2, "gradients": "shared"}, BOLD, PATIENT),
     ],
-    ids=["one_step", "own", "never", "shared"],
+    ids=["one_step", "never"],
 )
 @pytest.mark.parametrize("within", WITHIN)
 def test_rules_within_know_the_kind_of_rounds(within, kwargs, same, other):

@@ -433,8 +433,10 @@ def test_donated_buffers():
     assert_identical(donated, kept)
 
 
-@pytest.mark.parametrize("gradients", ["own", "shared", "turns"])
-@pytest.mark.parametrize("mode", ["unroll", "vmap", "map"])
+@pytest.mark.parametrize(
+    ("gradients", "mode"),
+    [("own", "unroll"), ("shared", "vmap"), ("turns", "map"), ("own", "map")],
+)
 def test_types_are_stable_under_scan_and_vmap(gradients, mode):
     tx = optax_ev3.ev3(
         {**inner(), "swept": optax_ev3.sweep(optax.adam, learning_rate=[0.1, 0.2])},

@@ -479,7 +479,7 @@ def test_a_merged_key_is_an_error_that_says_what_to_do():
 @pytest.mark.parametrize("length", [1, 2])
 def test_integers_that_are_not_frozen_change_as_in_optax(length):
     # optax adds floats to integers, and rounds the sum towards zero.
-    inner = optax.chain(optax.add_decayed_weights(7.3), optax.scale(-0.1))
+    inner = optax.chain(optax.add_decayed_weights(7.36), optax.scale(-0.1))
     w = {"n": jnp.array([5, -5, 100], jnp.int32), "w": jnp.ones([2])}
     tx = optax_ev3.ev3(
         [inner], lambda p: p["w"], adapt=always(0), trajectory_length=length

@@ -264,7 +264,7 @@ def stable_params(state: Any) -> Any:
       are not finite. To go back in full, put it in the place of the parameters.
       From the ``opt_state`` of an ``nnx.Optimizer`` it is an ``nnx.State`` of Flax's
       ``OptVariable``: ``nnx.update(model, stable)`` brings it into the model, and
-      ``nnx.as_pure(stable)`` gives its arrays, as ``assess_fn`` sees them.
+      ``nnx.to_pure_dict(stable)`` gives its arrays.
 
     Raises:
       ValueError: If ``state`` holds no state of ev3, or more than one.

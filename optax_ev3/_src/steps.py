@@ -477,7 +477,7 @@ def _misses_argument(error):
     """Whether an optimizer says that it was not given what follows from a loss."""
     says = str(error)
     return any(re.search(rf"\b{name}\b", says) for name in _FROM_LOSS) and any(
-        word in says for word in ("missing", "provide", "require")
+        word in says for word in ("missing", "provide", "require", "need to pass")
     )
 
 
