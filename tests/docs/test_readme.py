@@ -9,7 +9,7 @@ import pytest
 
 import optax_ev3
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def shown_in(file):

@@ -1,30 +1,13 @@
 """The examples and the demo, run as a user runs them, on a small budget."""
 
-import os
-import pathlib
 import re
 import statistics
-import subprocess
-import sys
 
 import pytest
+from helpers.examples import run
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 # Each in ten classes has about a tenth of the test set: a constant gets 0.1.
 LEARNED = 0.75
-
-
-def run(name, *args, cwd):
-    """Runs an example elsewhere than in the source tree, with the installed package."""
-    return subprocess.run(
-        [sys.executable, "-W", "error", str(EXAMPLES / name), *args],
-        cwd=cwd,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=300,
-    )
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import optax
 import pytest
 
 pytest.importorskip("sklearn")
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import always, assert_close, assert_identical
-from test_trajectory import alone, data, loss, run, score, start
+from helpers.trajectories import alone, data, loss, run, score, start
 
 import optax_ev3
 from optax_ev3 import adapt, combine

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close, assert_identical, says
-from test_cifar import write_archive
-from test_examples import EXAMPLES
-from test_examples import run as run_example
+from helpers.cifar import write_archive
+from helpers.examples import EXAMPLES
+from helpers.examples import run as run_example
 
 pytest.importorskip("sklearn")
 TINY = {

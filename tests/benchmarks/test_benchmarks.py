@@ -18,7 +18,7 @@ import pytest
 
 import optax_ev3
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "overhead.py"
+SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "overhead.py"
 # Compiled without optimization: these runs show that scripts work, not how fast.
 QUICKLY = {
     **os.environ,
