@@ -26,7 +26,7 @@ from absl import app, flags, logging
 
 import optax_ev3
 from optax_ev3 import adapt
-from optax_ev3._src import evidence
+from optax_ev3._src.base import evidence
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from _digits import EIGHT, METRICS, load, train

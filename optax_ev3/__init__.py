@@ -9,22 +9,22 @@ from optax_ev3 import (
     growth,
     metrics,
 )
-from optax_ev3._src.assess import in_chunks
-from optax_ev3._src.composer import ev3
-from optax_ev3._src.evolve import evolve, found_schedule, log_uniform, uniform
-from optax_ev3._src.explore import Explorer, explorer, product, sweep
-from optax_ev3._src.figures import host_metric
-from optax_ev3._src.held_out import held_out
-from optax_ev3._src.keep_params import keep_params
-from optax_ev3._src.minimize import minimize
-from optax_ev3._src.progress import credit, should_grow, stalled
-from optax_ev3._src.record import (
+from optax_ev3._src.assess.aggregate import host_metric
+from optax_ev3._src.assess.held_out import held_out
+from optax_ev3._src.assess.minimize import minimize
+from optax_ev3._src.assess.scores import in_chunks
+from optax_ev3._src.ev3 import ev3
+from optax_ev3._src.explore.evolve import evolve, found_schedule, log_uniform, uniform
+from optax_ev3._src.explore.explorers import Explorer, explorer, product, sweep
+from optax_ev3._src.history.progress import credit, should_grow, stalled
+from optax_ev3._src.history.record import (
     EV3State,
     ExplorerState,
     history,
     stable_params,
     summary,
 )
+from optax_ev3._src.keep_params import keep_params
 
 __version__ = "0.1.0"
 

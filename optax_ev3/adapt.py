@@ -1,19 +1,19 @@
 """Rules: which candidate becomes visible, and which one stable."""
 
-from optax_ev3._src.adapt import (
+from optax_ev3._src.adapt.objectives import (
+    constrained,
+    lexicase,
+    lexicographic,
+    pareto,
+    weighted,
+)
+from optax_ev3._src.adapt.rules import (
     Decision,
     Rule,
     choose_and_confirm,
     confident,
     greedy,
     lower_bound,
-)
-from optax_ev3._src.objectives import (
-    constrained,
-    lexicase,
-    lexicographic,
-    pareto,
-    weighted,
 )
 
 __all__ = [

@@ -1,6 +1,6 @@
 """Combined candidates: averages of parameters, at no gradient cost."""
 
-from optax_ev3._src.combine import (
+from optax_ev3._src.explore.averages import (
     branch_average,
     exponential_average,
     greedy_soup,

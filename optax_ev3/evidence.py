@@ -1,6 +1,6 @@
 """Evidence: what scores say and how surely, for rules of one's own."""
 
-from optax_ev3._src.bounds import (
+from optax_ev3._src.adapt.bounds import (
     Bound,
     Process,
     betting,
@@ -18,7 +18,8 @@ from optax_ev3._src.bounds import (
     standard,
     unpaired_normal,
 )
-from optax_ev3._src.evidence import (
+from optax_ev3._src.adapt.guards import Guard, ladder, thresholdout
+from optax_ev3._src.base.evidence import (
     Comparison,
     Differences,
     Estimate,
@@ -31,7 +32,6 @@ from optax_ev3._src.evidence import (
     single_objective,
     take,
 )
-from optax_ev3._src.guards import Guard, ladder, thresholdout
 
 __all__ = [
     "Bound",

@@ -1,5 +1,5 @@
 """Explore: how explorers are tried."""
 
-from optax_ev3._src.racing import Racing
+from optax_ev3._src.explore.racing import Racing
 
 __all__ = ["Racing"]

@@ -13,9 +13,9 @@ except ImportError as error:
         'optax_ev3.flax needs Flax: pip install "optax_ev3[flax]"'
     ) from error
 
-from optax_ev3._src import growth as _growth
-from optax_ev3._src import placement
-from optax_ev3._src.placement import Growth
+from optax_ev3._src.applications import growth as _growth
+from optax_ev3._src.applications import parameter_mapping as placement
+from optax_ev3._src.applications.parameter_mapping import Growth
 
 __all__ = ["TrainState", "grow_nnx"]
 

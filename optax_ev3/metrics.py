@@ -1,6 +1,11 @@
 """Metrics that are no mean of one score for each example."""
 
-from optax_ev3._src.figures import Figure
-from optax_ev3._src.metrics import expected_calibration_error, f1, macro_f1, roc_auc
+from optax_ev3._src.assess.aggregate import Figure
+from optax_ev3._src.assess.metrics import (
+    expected_calibration_error,
+    f1,
+    macro_f1,
+    roc_auc,
+)
 
 __all__ = ["Figure", "expected_calibration_error", "f1", "macro_f1", "roc_auc"]

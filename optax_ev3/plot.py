@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 import optax_ev3
-from optax_ev3._src import record
+from optax_ev3._src.history import record
 
 try:
     from matplotlib.axes import Axes

@@ -5,7 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_ev3._src import checks, combine, racing, trajectory, trees
+from optax_ev3._src.base import checks, trees
+from optax_ev3._src.explore import averages as combine
+from optax_ev3._src.explore import racing, trajectory
 
 # Trajectories without a bound on their growth stop growing here, in calls.
 _LONGEST = 2**24

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from optax_ev3._src import trees
+from optax_ev3._src.base import trees
 
 
 class KeptParams(NamedTuple):

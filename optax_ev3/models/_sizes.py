@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from optax_ev3._src import checks
-from optax_ev3._src.placement import Growth
+from optax_ev3._src.applications.parameter_mapping import Growth
+from optax_ev3._src.base import checks
 
 
 def deeper(blocks: Sequence[int], stage: int | None, count: int) -> tuple[int, ...]:

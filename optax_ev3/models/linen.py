@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import linen as nn
 
-from optax_ev3._src.placement import Growth
+from optax_ev3._src.applications.parameter_mapping import Growth
 from optax_ev3.models import _sizes
 
 __all__ = ["MLP", "ResNet"]

@@ -12,7 +12,7 @@ from scipy import integrate, stats
 
 from optax_ev3 import adapt
 from optax_ev3 import evidence as public
-from optax_ev3._src import evidence
+from optax_ev3._src.base import evidence
 
 KEY = jax.random.key(0)
 ALL_RULES = {

@@ -10,7 +10,8 @@ from helpers import assert_same_types, x64
 from scipy import optimize, stats
 
 from optax_ev3 import evidence as public
-from optax_ev3._src import bounds, evidence
+from optax_ev3._src.adapt import bounds
+from optax_ev3._src.base import evidence
 
 RANGE = 0.0, 1.0
 WIDTH = 2.0  # of the differences between two scores in that range

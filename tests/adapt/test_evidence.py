@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from optax_ev3 import evidence as public
-from optax_ev3._src import evidence
+from optax_ev3._src.base import evidence
 
 
 def gather(scores, finite=None, axis_name=None):

@@ -13,7 +13,7 @@ from scipy import stats
 import optax_ev3
 from optax_ev3 import adapt
 from optax_ev3 import evidence as public
-from optax_ev3._src import evidence
+from optax_ev3._src.base import evidence
 
 KEY = jax.random.key(0)
 N = 50

@@ -15,7 +15,7 @@ from scipy import stats
 
 import optax_ev3
 from optax_ev3 import adapt, metrics
-from optax_ev3._src import evidence
+from optax_ev3._src.base import evidence
 
 KEY = jax.random.key(0)
 COUNT = 5  # Candidates: three explorers, current, stable.

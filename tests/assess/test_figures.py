@@ -12,7 +12,8 @@ from sklearn.metrics import f1_score, roc_auc_score
 
 import optax_ev3
 from optax_ev3 import adapt, metrics
-from optax_ev3._src import evidence, figures
+from optax_ev3._src.assess import aggregate as figures
+from optax_ev3._src.base import evidence
 
 P = jax.sharding.PartitionSpec
 N, B = 64, 40

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import optax_ev3
 from optax_ev3 import held_out
-from optax_ev3._src.held_out import _split
+from optax_ev3._src.assess.held_out import _split
 
 SIZE, BATCH = 10, 4
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 import optax_ev3
 from optax_ev3 import adapt, combine, explore
-from optax_ev3._src import xla
+from optax_ev3._src.base import xla
 
 LAST, FIRST = ("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")
 # By name: dimension numbers, shapes of operand and kernel, more arguments.

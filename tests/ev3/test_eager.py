@@ -18,7 +18,7 @@ from helpers import (
 
 import optax_ev3
 from optax_ev3 import adapt, combine, explore
-from optax_ev3._src import control
+from optax_ev3._src.base import control
 
 OWN = [optax_ev3.explorer(tx, loss) for tx in explorers().values()]
 SWEEP = optax_ev3.sweep(optax.adam, learning_rate=[0.1, 0.2])

@@ -11,7 +11,7 @@ from helpers import assert_close, assert_identical
 
 import optax_ev3
 from optax_ev3 import adapt, combine, explore
-from optax_ev3._src import control, trees
+from optax_ev3._src.base import control, trees
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(16, 3)), jnp.float32)
 Y = jnp.tanh(X @ jnp.array([1.0, -2.0, 0.5]))

@@ -24,8 +24,8 @@ from optax_ev3 import (
     stalled,
     summary,
 )
-from optax_ev3._src import combine as combined
-from optax_ev3._src import record
+from optax_ev3._src.explore import averages as combined
+from optax_ev3._src.history import record
 
 # Names whose alphabetical order, that of transformed dictionaries, is another.
 RATES = {"fast": 0.5, "even": 0.25, "dull": 0.125}

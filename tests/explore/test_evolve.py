@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import optax_ev3
 from optax_ev3 import adapt, evolve, log_uniform, uniform
-from optax_ev3._src import evolve as evolution
+from optax_ev3._src.explore import evolve as evolution
 
 KEY = jax.random.key(0)
 X = jnp.linspace(-1.0, 1.0, 16)

@@ -9,7 +9,7 @@ from helpers import STRATEGIES, always
 from jax.experimental import io_callback
 
 import optax_ev3
-from optax_ev3._src.memory_bound import is_memory_bound
+from optax_ev3._src.base.memory_bound import is_memory_bound
 
 
 def light(tx):

@@ -13,7 +13,8 @@ from scipy import stats
 
 import optax_ev3
 from optax_ev3 import adapt, explore
-from optax_ev3._src import racing, record
+from optax_ev3._src.explore import racing
+from optax_ev3._src.history import record
 
 X = jnp.linspace(-1.0, 1.0, 16)
 

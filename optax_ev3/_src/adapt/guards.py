@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_ev3._src import bounds, checks
-from optax_ev3._src import evidence as ev
-from optax_ev3._src.evidence import Evidence
+from optax_ev3._src.adapt import bounds
+from optax_ev3._src.base import checks
+from optax_ev3._src.base import evidence as ev
+from optax_ev3._src.base.evidence import Evidence
 
 
 class Guard(NamedTuple):

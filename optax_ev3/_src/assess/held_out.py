@@ -9,8 +9,9 @@ import numpy as np
 from jax import lax
 from jax.tree_util import keystr, tree_map_with_path
 
-from optax_ev3._src import checks, control, named
-from optax_ev3._src.assess import part
+from optax_ev3._src.assess.scores import part
+from optax_ev3._src.base import callbacks as named
+from optax_ev3._src.base import checks, control
 
 # More examples could not be walked through in 32-bit numbers, see _split.
 _MOST_SHUFFLED = 2**26

@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import layout
 from jax.tree_util import keystr
 
-from optax_ev3._src import control
+from optax_ev3._src.base import control
 
 # Numbers in a leaf that a kernel of its own would not keep busy.
 _SMALL = 2**16

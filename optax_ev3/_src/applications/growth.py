@@ -12,9 +12,9 @@ import numpy as np
 from jax.tree_util import GetAttrKey, tree_map_with_path
 from jax.tree_util import tree_leaves_with_path as leaves_with_path
 
-from optax_ev3._src import placement
-from optax_ev3._src.placement import Growth, Place
-from optax_ev3._src.record import EV3State
+from optax_ev3._src.applications import parameter_mapping as placement
+from optax_ev3._src.applications.parameter_mapping import Growth, Place
+from optax_ev3._src.history.record import EV3State
 
 _log = logging.getLogger("optax_ev3")
 

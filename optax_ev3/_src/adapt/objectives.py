@@ -12,16 +12,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_ev3._src import control
-from optax_ev3._src.adapt import Decision, Rule, confident, first_of, overrule, untied
-from optax_ev3._src.bounds import Bound, checked_bound
-from optax_ev3._src.checks import error_rate, real
-from optax_ev3._src.evidence import (
-    Evidence,
-    compare,
-    estimate,
-    single_objective,
+from optax_ev3._src.adapt.bounds import Bound, checked_bound
+from optax_ev3._src.adapt.rules import (
+    Decision,
+    Rule,
+    confident,
+    first_of,
+    overrule,
+    untied,
 )
+from optax_ev3._src.base import control
+from optax_ev3._src.base.checks import error_rate, real
+from optax_ev3._src.base.evidence import Evidence, compare, estimate, single_objective
 
 
 class ConstrainedMemory(NamedTuple):

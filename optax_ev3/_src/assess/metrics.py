@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optax_ev3._src import checks
+from optax_ev3._src.base import checks
 
 Metric = Callable[[Any, Any], jax.Array]
 

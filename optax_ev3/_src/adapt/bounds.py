@@ -15,9 +15,9 @@ from jax import lax
 from jax.scipy import special
 from jax.scipy.stats import norm
 
-from optax_ev3._src import control
-from optax_ev3._src import evidence as ev
-from optax_ev3._src.evidence import Evidence
+from optax_ev3._src.base import control
+from optax_ev3._src.base import evidence as ev
+from optax_ev3._src.base.evidence import Evidence
 
 
 class Process(NamedTuple):

@@ -8,16 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_ev3._src import (
-    bounds,
-    checks,
-    control,
-    evidence,
-    figures,
-    named,
-    trees,
-    xla,
-)
+from optax_ev3._src.adapt import bounds
+from optax_ev3._src.assess import aggregate as figures
+from optax_ev3._src.base import callbacks as named
+from optax_ev3._src.base import checks, control, evidence, trees, xla
 
 MODES = ("unroll", "vmap", "map")
 

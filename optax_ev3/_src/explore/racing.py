@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_ev3._src import checks
+from optax_ev3._src.base import checks
 
 _FALLS = 2.0  # standard errors
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optax_ev3._src import trees
+from optax_ev3._src.base import trees
 
 # What one exact comparison counts for, in standard normal units: beyond any
 # critical value in use, and finite, so that sums and products of it are too.

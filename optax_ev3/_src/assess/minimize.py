@@ -7,7 +7,9 @@ from typing import Any, overload
 
 import jax.numpy as jnp
 
-from optax_ev3._src import assess, figures, named
+from optax_ev3._src.assess import aggregate as figures
+from optax_ev3._src.assess import scores as assess
+from optax_ev3._src.base import callbacks as named
 
 
 @overload

@@ -17,7 +17,7 @@ import numpy as np
 from jax.tree_util import GetAttrKey, keystr, tree_map_with_path
 from jax.tree_util import tree_leaves_with_path as leaves_with_path
 
-from optax_ev3._src import checks
+from optax_ev3._src.base import checks
 
 # Of Flax's kernels the last axis is of outputs, the others are of inputs.
 _KERNELS = "*kernel"

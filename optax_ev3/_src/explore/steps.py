@@ -12,8 +12,9 @@ import optax
 from jax import lax
 from jax.tree_util import keystr, tree_map_with_path
 
-from optax_ev3._src import checks, control, memory_bound, named, trees, xla
-from optax_ev3._src.explore import Explorer
+from optax_ev3._src.base import callbacks as named
+from optax_ev3._src.base import checks, control, memory_bound, trees, xla
+from optax_ev3._src.explore.explorers import Explorer
 
 # What optax's optimizers ask for beyond the gradient; all follow from a loss.
 _FROM_LOSS = ("value", "grad", "value_fn", "grad_fn", "obj_fn")

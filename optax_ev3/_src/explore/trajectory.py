@@ -10,8 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ev3._src import adapt, combine, control, evidence, record, steps, trees
-from optax_ev3._src.explore import Explorer
+from optax_ev3._src.adapt import rules as adapt
+from optax_ev3._src.base import control, evidence, trees
+from optax_ev3._src.explore import averages as combine
+from optax_ev3._src.explore import steps
+from optax_ev3._src.explore.explorers import Explorer
+from optax_ev3._src.history import record
 
 GRADIENTS = ("own", "shared", "turns")
 RESTARTS = ("always", "significant", "behind", "never")

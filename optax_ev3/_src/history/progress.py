@@ -5,8 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_ev3._src import bounds, checks, evidence, record
-from optax_ev3._src import credit as credits
+from optax_ev3._src.adapt import bounds
+from optax_ev3._src.base import checks, evidence
+from optax_ev3._src.history import credit as credits
+from optax_ev3._src.history import record
 
 
 def credit(state: Any) -> dict[str, jax.Array]:

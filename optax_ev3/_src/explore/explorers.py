@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_ev3._src import control, named
+from optax_ev3._src.base import callbacks as named
+from optax_ev3._src.base import control
 
 # What parts of names consist of.
 _PART = re.compile(r"[\w.\- ]+")

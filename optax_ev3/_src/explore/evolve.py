@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_ev3._src import checks, evidence, explore, record, trees
+from optax_ev3._src.base import checks, evidence, trees
+from optax_ev3._src.explore import explorers as explore
+from optax_ev3._src.history import record
 
 # Of a step, as a share of the range: at the start, at the least, at the most.
 _FIRST, _LEAST, _MOST = 0.15, 0.005, 0.25

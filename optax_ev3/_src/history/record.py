@@ -15,10 +15,10 @@ import numpy as np
 import optax
 from jax import core
 
-from optax_ev3._src import credit as credits
-from optax_ev3._src import explore
-from optax_ev3._src.adapt import Decision
-from optax_ev3._src.evidence import Estimate, Evidence, compare, estimate
+from optax_ev3._src.adapt.rules import Decision
+from optax_ev3._src.base.evidence import Estimate, Evidence, compare, estimate
+from optax_ev3._src.explore import explorers as explore
+from optax_ev3._src.history import credit as credits
 
 # Candidates that are no explorers.
 ALWAYS = (explore.CURRENT, explore.STABLE)

@@ -12,24 +12,15 @@ import optax
 from jax import lax
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from optax_ev3._src import adapt as rules
-from optax_ev3._src import (
-    arguments,
-    assess,
-    control,
-    credit,
-    evidence,
-    evolve,
-    explore,
-    guards,
-    named,
-    racing,
-    record,
-    steps,
-    trajectory,
-    trees,
-)
-from optax_ev3._src import combine as combinations
+from optax_ev3._src import arguments
+from optax_ev3._src.adapt import guards, rules
+from optax_ev3._src.assess import scores as assess
+from optax_ev3._src.base import callbacks as named
+from optax_ev3._src.base import control, evidence, trees
+from optax_ev3._src.explore import averages as combinations
+from optax_ev3._src.explore import evolve, racing, steps, trajectory
+from optax_ev3._src.explore import explorers as explore
+from optax_ev3._src.history import credit, record
 
 _RESTORE = (
     "To restore a checkpoint with its structure, give the library tx.init(params) as "

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_ev3._src import bounds, checks, control, named, trees
-from optax_ev3._src.evidence import Resampled
+from optax_ev3._src.adapt import bounds
+from optax_ev3._src.base import callbacks as named
+from optax_ev3._src.base import checks, control, trees
+from optax_ev3._src.base.evidence import Resampled
 
 
 @functools.partial(

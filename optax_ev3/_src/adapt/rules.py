@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.stats import norm
 
-from optax_ev3._src.bounds import (
+from optax_ev3._src.adapt.bounds import (
     CORRECTIONS,
     Bound,
     best_rho,
@@ -22,8 +22,8 @@ from optax_ev3._src.bounds import (
     spend,
     z_value,
 )
-from optax_ev3._src.checks import error_rate
-from optax_ev3._src.evidence import (
+from optax_ev3._src.base.checks import error_rate
+from optax_ev3._src.base.evidence import (
     CERTAIN,
     Evidence,
     compare,

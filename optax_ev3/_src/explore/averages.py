@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ev3._src import control, trees
+from optax_ev3._src.base import control, trees
 
 
 class TrajectoryAverage(NamedTuple):

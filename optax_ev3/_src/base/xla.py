@@ -7,7 +7,7 @@ import jax
 from jax import lax
 from jax.extend import core
 
-from optax_ev3._src import control
+from optax_ev3._src.base import control
 
 
 def quick_convolutions(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,7 +15,8 @@ import optax
 from jax import core, lax
 from jax.tree_util import Partial
 
-from optax_ev3._src import checks, named, trees
+from optax_ev3._src.base import callbacks as named
+from optax_ev3._src.base import checks, trees
 
 
 def soft_target_loss(

@@ -1,0 +1,1 @@
+"""Adapt: rules decide which candidate is adopted."""

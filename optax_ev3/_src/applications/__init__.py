@@ -1,0 +1,1 @@
+"""Applications, which use the core: growth and distillation."""

@@ -1,0 +1,1 @@
+"""Assess: scores of all candidates."""

@@ -1,0 +1,1 @@
+"""Ground floor: types, trees of arrays, checks. It knows nothing of the stages."""

@@ -1,0 +1,1 @@
+"""Explore: explorers propose parameters."""
