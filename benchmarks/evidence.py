@@ -103,8 +103,8 @@ def draw_better(key: jax.Array, examples: int) -> jax.Array:
 def gather(kind: str, scores: jax.Array) -> ev.Evidence:
     names = frozenset([SCORE] if kind == "0/1" else [])
     count = scores.shape[0]
-    valid, uphill = jnp.ones([count], bool), jnp.zeros([count], bool)
-    return ev.gather({SCORE: scores}, valid, uphill, binary=names)
+    valid, is_ascent = jnp.ones([count], bool), jnp.zeros([count], bool)
+    return ev.gather({SCORE: scores}, valid, is_ascent, binary=names)
 
 
 # Methods.

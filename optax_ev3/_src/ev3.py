@@ -415,10 +415,10 @@ class _Judge(NamedTuple):
     axis_name: Any
     one_step: bool
 
-    def gather(self, scores: assess.Scores, valid: Any, uphill: Any) -> Any:
+    def gather(self, scores: assess.Scores, valid: Any, is_ascent: Any) -> Any:
         """The evidence of the round."""
         return evidence.gather(
-            scores.values, valid, uphill, self.axis_name, scores.binary, scores.seen
+            scores.values, valid, is_ascent, self.axis_name, scores.binary, scores.seen
         )
 
     def main(self, seen: Any) -> str:
@@ -444,11 +444,11 @@ class _Judge(NamedTuple):
         decision, overruled = rules.overrule(decision, seen.valid, rules.fallback(seen))
         return _Verdict(decision, overruled, seen, memory, guarded)
 
-    def preview(self, state: record.EV3State, valid: Any, uphill: Any) -> Any:
+    def preview(self, state: record.EV3State, valid: Any, is_ascent: Any) -> Any:
         """Maps scores to the candidate that they would adopt, and their evidence."""
 
         def judge(scores):
-            seen = self.gather(scores, valid, uphill)
+            seen = self.gather(scores, valid, is_ascent)
             return self.decide(seen, state).decision.adopted, seen
 
         return judge
@@ -465,9 +465,9 @@ def _one_step(explorers, plan, state, params, call, judge, rests):
     candidates = [m._replace(tree=_apply(params, m)) for m in moves]
     candidates += [trees.Batch(params), trees.Batch(state.stable)]
     valid = _flags([step.finite for step in proposed.values()], True)
-    uphill = _flags([step.uphill for step in proposed.values()], False)
-    scores = judge.score(candidates, judge.preview(state, valid, uphill))
-    seen = judge.gather(scores, valid, uphill)
+    is_ascent = _flags([step.is_ascent for step in proposed.values()], False)
+    scores = judge.score(candidates, judge.preview(state, valid, is_ascent))
+    seen = judge.gather(scores, valid, is_ascent)
     moves += _stay_or_back(params, state.stable)
     lasted = _Lasted(explorers, plan, rests, jnp.ones([], jnp.int32))
     skipped = {
@@ -553,11 +553,11 @@ def _finish(explorers, plan, state, params, judge, rests):
     """The end of a round: adopt a candidate, and start the next round."""
     walked = state.trajectory
     more = len(state.combined)
-    uphill = jnp.append(walked.uphill > 0, jnp.zeros([more + 2], bool))
+    is_ascent = jnp.append(walked.is_ascent > 0, jnp.zeros([more + 2], bool))
     candidates, scores, valid = _assess_round(
-        explorers, plan, state, params, judge, uphill, rests
+        explorers, plan, state, params, judge, is_ascent, rests
     )
-    seen = judge.gather(scores, valid, uphill)
+    seen = judge.gather(scores, valid, is_ascent)
     lasted = _Lasted(explorers, plan, rests, walked.length)
     decision, state, past = _adapt(judge, seen, state, lasted)
     adopted = decision.adopted
@@ -582,7 +582,7 @@ def _finish(explorers, plan, state, params, judge, rests):
     )
 
 
-def _assess_round(explorers, plan, state, params, judge, uphill, rests):
+def _assess_round(explorers, plan, state, params, judge, is_ascent, rests):
     """All candidates, their scores, and which of them are finite."""
     walked = state.trajectory
     alive = (walked.alive > 0) & ~explore.spread(explorers, rests)
@@ -604,7 +604,9 @@ def _assess_round(explorers, plan, state, params, judge, uphill, rests):
     fixed = [trees.Batch(walked.start), trees.Batch(state.stable)]
     valid += [jnp.ones([len(others)], bool)]
     flags = jnp.concatenate([*valid, jnp.ones([2], bool)])
-    scores = judge.score([*ends, *others, *fixed], judge.preview(state, flags, uphill))
+    scores = judge.score(
+        [*ends, *others, *fixed], judge.preview(state, flags, is_ascent)
+    )
     soups = [x for x in plan.combinations if isinstance(x, combinations.GreedySoup)]
     for one in soups:
         first = scores._replace(values=jax.tree.map(lambda x: x[:count], scores.values))

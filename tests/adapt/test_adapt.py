@@ -23,12 +23,13 @@ ALL_RULES = {
 }
 
 
-def gather(values, finite=None, uphill=None):
+def gather(values, finite=None, is_ascent=None):
     values = jnp.asarray(values, jnp.float32)
     count = len(values)
     finite = jnp.ones([count], bool) if finite is None else jnp.asarray(finite)
-    uphill = [*(uphill or [])] + [False] * (count - len(uphill or []))
-    return evidence.gather({"score": values}, finite, jnp.asarray(uphill))
+    is_ascent = [*(is_ascent or [])]
+    is_ascent += [False] * (count - len(is_ascent))
+    return evidence.gather({"score": values}, finite, jnp.asarray(is_ascent))
 
 
 @functools.cache
@@ -454,16 +455,16 @@ class TestConfident:
 
     def test_uphill_moves_need_proof(self):
         values = draws([0.0, 0.0, 0, 0])
-        assert choices(self.rule, values, uphill=[True, False])[0] == 0
+        assert choices(self.rule, values, is_ascent=[True, False])[0] == 0
         alone = np.delete(values, 1, axis=0)
-        assert choices(self.rule, alone, uphill=[True])[0] == 200
+        assert choices(self.rule, alone, is_ascent=[True])[0] == 200
 
     def test_proof_lets_uphill_moves_in(self):
         memory = None
         for seed in range(30):
             values = draws([0.05, 0.0, 0, 0], seed=seed)
-            _, _, memory = decide(self.rule, values, memory, uphill=[True, False])
-        adopted, _, _ = decide(self.rule, values, memory, uphill=[True, False])
+            _, _, memory = decide(self.rule, values, memory, is_ascent=[True, False])
+        adopted, _, _ = decide(self.rule, values, memory, is_ascent=[True, False])
         assert adopted == 0
 
     def test_exact_figures_count_at_once_without_a_past(self):

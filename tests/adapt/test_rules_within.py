@@ -69,7 +69,7 @@ def own_guard():
     def release(seen, memory, key):
         del key
         figures = {"score": seen.scores["score"].mean(axis=1)}
-        return evidence.Evidence(figures, seen.valid, seen.uphill), memory
+        return evidence.Evidence(figures, seen.valid, seen.is_ascent), memory
 
     return evidence.Guard(lambda key: (), release, lambda memory, *_: memory)
 

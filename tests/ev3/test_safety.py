@@ -175,7 +175,7 @@ def test_a_guard_makes_nothing_valid():
     def release(seen, memory, key):
         del key
         figures = {"score": jnp.arange(5.0)}
-        return evidence.Evidence(figures, jnp.ones([5], bool), seen.uphill), memory
+        return evidence.Evidence(figures, jnp.ones([5], bool), seen.is_ascent), memory
 
     guard = evidence.Guard(lambda key: (), release, lambda memory, *_: memory)
     tx = optax_ev3.ev3(inner(), score, adapt=second(1), guard=guard)

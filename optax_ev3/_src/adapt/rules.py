@@ -443,12 +443,12 @@ def confident(
         # Weak evidence gives way before the need of proof does: it comes last.
         alone = estimate(evidence, objective).stderr[explorers]
         proven = z_of(current) > critical
-        uphill = evidence.uphill[:explorers] & ~proven
+        is_ascent = evidence.is_ascent[:explorers] & ~proven
         # Where all change the scores that much, the one that does so least may pass.
         leap = to_current.stderr[:explorers]
-        least = jnp.min(leap, where=_narrow(valid, ~uphill), initial=jnp.inf)
+        least = jnp.min(leap, where=_narrow(valid, ~is_ascent), initial=jnp.inf)
         leaps = (leap > jnp.maximum(alone, least)) & ~proven
-        eligible = _narrow(_narrow(valid, ~uphill), ~leaps)
+        eligible = _narrow(_narrow(valid, ~is_ascent), ~leaps)
         eligible &= to_current.z[:explorers] >= -critical
         eligible = _narrow(eligible, z_of(current) >= -critical)
         merit = jnp.mean(z_of(pairs), axis=1, where=eligible[None, :])

@@ -73,7 +73,7 @@ class Resampled(NamedTuple):
     data_fields=[
         "scores",
         "valid",
-        "uphill",
+        "is_ascent",
         "resamples",
         "seen",
         "past",
@@ -90,7 +90,7 @@ class Evidence:
         or wider, higher is better. Rows of invalid candidates are zero.
       valid: ``[C]`` bool, false where the update or a score is not finite, or scores
         are too large to be added up.
-      uphill: ``[C]`` bool, true where the update raises the explorer's loss to first
+      is_ascent: ``[C]`` bool, true where the update raises the explorer's loss to first
         order.
       resamples: For objectives that are a figure of all examples together ``[C, B]``:
         that figure on B bootstrap samples. Other figures are exact.
@@ -105,7 +105,7 @@ class Evidence:
 
     scores: Mapping[str, jax.Array]
     valid: jax.Array
-    uphill: jax.Array
+    is_ascent: jax.Array
     resamples: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
     binary: frozenset[str] = frozenset()
     seen: jax.Array | None = None
@@ -117,7 +117,7 @@ class Evidence:
 def gather(
     scores: Mapping[str, jax.Array | Resampled],
     finite: jax.Array,
-    uphill: jax.Array,
+    is_ascent: jax.Array,
     axis_name: Any = None,
     binary: frozenset[str] = frozenset(),
     seen: jax.Array | None = None,
@@ -127,7 +127,7 @@ def gather(
     Args:
       scores: For each objective ``[C, n]``, ``[C]``, or a figure with its resamples.
       finite: ``[C]`` bool, whether each candidate's update is finite.
-      uphill: ``[C]`` bool, see :class:`Evidence`.
+      is_ascent: ``[C]`` bool, see :class:`Evidence`.
       axis_name: Mapped axis over whose D devices examples are spread, so that N = nD,
         or None. All devices get the same evidence: the scores of all, in their order.
         A candidate is valid where it is so on all.
@@ -167,7 +167,7 @@ def gather(
     resamples = {k: jnp.where(valid[:, None], v, 0) for k, v in resamples.items()}
     if seen is not None and axis_name is not None:
         seen = trees.unite(seen, axis_name, axis=0)
-    return Evidence(plain, valid, uphill, resamples, frozenset(binary), seen)
+    return Evidence(plain, valid, is_ascent, resamples, frozenset(binary), seen)
 
 
 def estimate(evidence: Evidence, objective: str) -> Estimate:

@@ -50,13 +50,13 @@ class Step(NamedTuple):
       update: A tree like params, which may hold what is not finite.
       opt_state: The inner state; the old one where the step is not finite.
       finite: ``[]`` bool, whether the update and the parameters after it are finite.
-      uphill: ``[]`` bool, whether the update raises the loss to first order.
+      is_ascent: ``[]`` bool, whether the update raises the loss to first order.
     """
 
     update: optax.Updates
     opt_state: Any
     finite: jax.Array
-    uphill: jax.Array
+    is_ascent: jax.Array
 
 
 class Loss(NamedTuple):
@@ -255,12 +255,12 @@ def _checked(take, grads, opt_state, params, start):
     ``start`` is a sum to which twice every parameter contributes.
     """
     update, new = take(grads)
-    ok, uphill = _examine(update, grads, params, start)
+    ok, is_ascent = _examine(update, grads, params, start)
     if memory_bound.is_memory_bound(take, grads):
         # Kept until the check is done, the new state would need memory of its own;
         # computed again, it is written in the place of the old one.
         new = take(trees.where(ok, grads, jax.tree.map(jnp.zeros_like, grads)))[1]
-    return Step(update, trees.where(ok, new, opt_state), ok, uphill)
+    return Step(update, trees.where(ok, new, opt_state), ok, is_ascent)
 
 
 def given_to(name: str, call: Call) -> tuple[optax.Updates, Any]:

@@ -79,8 +79,8 @@ class Trajectory(NamedTuple):
       start: The parameters at the round's start.
       ends: By name, the parameters of the branches, those of a sweep stacked.
       alive: ``[K]`` int32, 0 where a branch became non-finite in this round.
-      uphill: ``[K]`` int32, 1 where the way from the round's start raises the loss, to
-        first order at a branch's last step.
+      is_ascent: ``[K]`` int32, 1 where the way from the round's start raises the loss,
+        to first order at a branch's last step.
       age: ``[K]`` int32, steps of a branch since it last began elsewhere.
       means: By name, the averages of the branches.
       average: Exponential average of the visible parameters, or nothing.
@@ -92,7 +92,7 @@ class Trajectory(NamedTuple):
     start: optax.Params
     ends: dict[str, optax.Params]
     alive: jax.Array
-    uphill: jax.Array
+    is_ascent: jax.Array
     age: jax.Array
     means: dict[str, tuple[optax.Params, ...]]
     average: Any
@@ -110,7 +110,7 @@ def init(explorers: Mapping[str, Explorer], plan: Plan, params: Any) -> Trajecto
         start=params,
         ends=ends,
         alive=jnp.ones([total], jnp.int32),
-        uphill=jnp.zeros([total], jnp.int32),
+        is_ascent=jnp.zeros([total], jnp.int32),
         age=jnp.zeros([total], jnp.int32),
         means={k: _means(plan, v) for k, v in ends.items()},
         average=combine.wide(params) if combine.ExponentialAverage in kinds else (),
@@ -175,7 +175,7 @@ def advance(
         step=state.step + 1,
         ends={name: branch.end for name, branch in branches.items()},
         alive=jnp.where(_flat(finite.values()), state.alive, 0),
-        uphill=_flat(branch.uphill for branch in branches.values()),
+        is_ascent=_flat(branch.is_ascent for branch in branches.values()),
         age=_flat(branch.age for branch in branches.values()),
         means={name: branch.means for name, branch in branches.items()},
     )
@@ -234,7 +234,7 @@ class _Branch(NamedTuple):
     opt_state: Any
     end: optax.Params
     means: tuple[Any, ...]
-    uphill: jax.Array
+    is_ascent: jax.Array
     age: jax.Array
     number: jax.Array
     skipped: jax.Array
@@ -248,7 +248,7 @@ def _branch(state, opt_states, name, one, first):
         opt_states[name],
         state.ends[name],
         state.means[name],
-        state.uphill[rows],
+        state.is_ascent[rows],
         state.age[rows],
         number,
         jnp.zeros_like(number),
@@ -273,8 +273,8 @@ def _go(tx, one, name, branch, loss, walk):
             combine.move(mean, end, one.weight(walk.step, age))
             for mean, one in zip(means, walk.plan.averages, strict=True)
         )
-        uphill = control.cond(walk.last, climbs, lambda _: branch.uphill, end)
-        return opt_state, end, means, uphill, age + 1
+        is_ascent = control.cond(walk.last, climbs, lambda _: branch.is_ascent, end)
+        return opt_state, end, means, is_ascent, age + 1
 
     def climbs(end):
         slope = steps.slope(trees.minus(end, walk.start), grads)
@@ -285,10 +285,10 @@ def _go(tx, one, name, branch, loss, walk):
         due, take = leads, trees.once
     # On CPUs skipped as a whole, a step changes its inner state and its parameters in
     # place: a choice between old and new ones would have to keep both.
-    moving = branch.opt_state, end, branch.means, branch.uphill, branch.age
-    opt_state, end, means, uphill, age = take(due & finite, step, moving)
+    moving = branch.opt_state, end, branch.means, branch.is_ascent, branch.age
+    opt_state, end, means, is_ascent, age = take(due & finite, step, moving)
     skipped = (due & ~finite).astype(jnp.int32)
-    return _Branch(opt_state, end, means, uphill, age, branch.number, skipped)
+    return _Branch(opt_state, end, means, is_ascent, age, branch.number, skipped)
 
 
 def mend(
@@ -406,7 +406,7 @@ def restart(
         start=visible,
         ends=ends,
         alive=jnp.ones_like(state.alive),
-        uphill=jnp.zeros_like(state.uphill),
+        is_ascent=jnp.zeros_like(state.is_ascent),
         age=jnp.where(elsewhere, 0, state.age),
     )
     return states, state, moved
