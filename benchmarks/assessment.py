@@ -191,7 +191,6 @@ def chunks(settings: Settings) -> None:
     ways = {
         "at once": {},
         "in_chunks(8)": {"chunks": 8},
-        "in_chunks(8, patience=1)": {"chunks": 8, "patience": 1},
     }
     rows = {
         f"{task}, {way}": (*tasks[task], ways[way]) for task in tasks for way in ways

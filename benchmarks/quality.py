@@ -111,13 +111,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "EV3, the paper's rule": {"adapt": adapt.lower_bound()},
     "EV3, no averages": {"combine": []},
     "EV3, no branch averages": {"combine": [combine.trajectory_average()]},
-    "EV3, exponential average too": {
-        "combine": [*RECOMMENDED["combine"], combine.exponential_average()]
-    },
-    "EV3, soups, restart always, nobody rests": {
-        **TOGETHER,
-        "combine": [combine.trajectory_average(), combine.greedy_soup(4)],
-    },
     "EV3, length 50": {"trajectory_length": 50},
     "EV3, length 10 growing to 80": {
         "trajectory_length": 10,

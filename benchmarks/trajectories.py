@@ -30,7 +30,7 @@ STEPS = flags.DEFINE_multi_integer("steps", [300, 1000], "Training steps.")
 FILTER = flags.DEFINE_string("filter", "", "Only EV3 rows that match.")
 JSON = flags.DEFINE_string("json", None, "Where to write the figures, too.")
 
-AVERAGES = [combine.trajectory_average(), combine.greedy_soup(4)]
+AVERAGES = [combine.trajectory_average()]
 
 
 def variants():
@@ -49,8 +49,6 @@ def variants():
     yield "own 20, averages", {**own_20, "combine": AVERAGES}
     never = {**own_20, "restart": "never"}
     yield "own 20, restart never, averages", {**never, "combine": AVERAGES}
-    ema = [combine.exponential_average()]
-    yield "own 20, exponential average", {**own_20, "combine": ema}
     grows = {"trajectory_growth": 1.5, "max_trajectory_length": 80}
     yield "own 10, growing to 80", {**own, "trajectory_length": 10, **grows}
     # A coarse score, full of ties, and what the first place in the list is worth.

@@ -10,9 +10,9 @@ from optax_ev3 import (
     metrics,
 )
 from optax_ev3._src.assess.aggregate import host_metric
+from optax_ev3._src.assess.chunks import in_chunks
 from optax_ev3._src.assess.held_out import held_out
 from optax_ev3._src.assess.minimize import minimize
-from optax_ev3._src.assess.scores import in_chunks
 from optax_ev3._src.ev3 import ev3
 from optax_ev3._src.explore.evolve import evolve, found_schedule, log_uniform, uniform
 from optax_ev3._src.explore.explorers import Explorer, explorer, product, sweep

@@ -21,7 +21,7 @@ def plan(
     gradients: Any,
     restart: Any,
     restart_state: Any,
-    combinations: tuple[combine.Combination, ...],
+    averages: tuple[combine.Average, ...],
     needs_loss: bool,
 ) -> trajectory.Plan:
     """Checks the arguments of ``ev3`` that say how trajectories go on.
@@ -63,7 +63,7 @@ def plan(
         gradients=gradients,
         restart=restart,
         restart_state=restart_state,
-        combinations=combinations,
+        averages=averages,
     )
 
 

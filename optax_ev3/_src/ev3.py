@@ -14,7 +14,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from optax_ev3._src import arguments
 from optax_ev3._src.adapt import guards, rules
-from optax_ev3._src.assess import scores as assess
+from optax_ev3._src.assess import stage as assess
 from optax_ev3._src.base import callbacks as named
 from optax_ev3._src.base import control, evidence, trees
 from optax_ev3._src.explore import averages as combinations
@@ -30,7 +30,7 @@ _RESTORE = (
 
 def ev3(
     inner: Sequence[Any] | Mapping[str, Any],
-    assess_fn: Callable[..., Any] | assess.InChunks,
+    assess_fn: assess.AssessFn,
     *,
     loss_fn: Callable[..., Any] | None = None,
     trajectory_length: int = 1,
@@ -39,7 +39,7 @@ def ev3(
     gradients: str | None = None,
     restart: str = "always",
     restart_state: str = "keep",
-    combine: Sequence[combinations.Combination] = (),
+    combine: Sequence[combinations.Average] = (),
     race: racing.Racing | None = None,
     adapt: rules.Rule | None = None,
     guard: guards.Guard | None = None,
@@ -123,7 +123,7 @@ def ev3(
       adapt: The rule, see :mod:`optax_ev3.adapt`; default
         :func:`optax_ev3.adapt.confident`.
       guard: For a held-out set that is used again and again, see
-        :func:`optax_ev3.evidence.ladder`. Not together with a greedy soup.
+        :func:`optax_ev3.evidence.ladder`.
       assess_mode: How the C candidates are scored: ``"unroll"`` (C calls in one
         program), ``"vmap"`` (one call on stacked parameters) or ``"map"`` (a compiled
         loop, the quickest to compile).
@@ -183,8 +183,8 @@ def ev3(
     """
     explorers = explore.collect(inner)
     names = [m for name, one in explorers.items() for m in one.members(name)]
-    if not isinstance(assess_fn, assess.InChunks):
-        named.check_callback(assess_fn, "assess_fn")
+    losses = [loss_fn, *(one.loss_fn for one in explorers.values())]
+    assess.check(assess_fn, losses)
     if loss_fn is not None:
         named.check_callback(loss_fn, "loss_fn")
     explore.check_spaces(explorers)
@@ -197,10 +197,10 @@ def ev3(
         gradients,
         restart,
         restart_state,
-        combinations.check(combine, len(names)),
+        combinations.check(combine),
         loss_fn is None and any(one.loss_fn is None for one in explorers.values()),
     )
-    more = combinations.names(plan.combinations, names)
+    more = combinations.names(plan.averages, names)
     explore.check_names([*names, *more])
     if assess_mode not in assess.MODES:
         raise ValueError(
@@ -209,10 +209,9 @@ def ev3(
     rule = adapt
     if rule is None:
         rule = rules.confident()
-    _check_judges(rule, guard, plan, assess_fn)
+    _check_judges(rule, guard)
     for name in rule.objectives:
         explore.check_characters(name, "an objective")
-    _check_signs(assess_fn, loss_fn, explorers)
     history_length = arguments.static_int(history_length, "history_length")
     arguments.check_race(race, plan)
     key_impl = arguments.check_key(key)
@@ -273,11 +272,16 @@ def ev3(
             "key": keys.assess,
             "round": state.ev3_round,
             "run_key": keys.run,
-            "axis_name": axis_name,
         }
         rule_key, resample_key = jax.random.split(keys.rule)
         score = functools.partial(
-            _score, assess_fn, extra_args, offered, assess_mode, resample_key
+            assess.score,
+            assess_fn,
+            mode=assess_mode,
+            key=resample_key,
+            extra_args=extra_args,
+            offered=offered,
+            axis_name=axis_name,
         )
         judge = _Judge(rule, guard, rule_key, score, axis_name, plan.one_step)
         walk = _one_step if plan.one_step else _trajectories
@@ -336,20 +340,8 @@ def _resting(explorers, plan, state, race):
     return dict(zip(explorers, rests, strict=True))
 
 
-def _score(assess_fn, extra_args, offered, mode, key, candidates, judge):
-    """Scores of all candidates; what they would adopt may say when it is enough."""
-
-    def one(chunk=None):
-        bound = assess.bind(assess_fn, extra_args, offered, chunk)
-        return assess.score(bound, candidates, mode, key, offered["axis_name"])
-
-    if not isinstance(assess_fn, assess.InChunks):
-        return one()
-    return assess.score_in_chunks(assess_fn, one, judge, offered["axis_name"])
-
-
-def _check_judges(rule, guard, plan, assess_fn):
-    """Raises unless rule and guard are such, and go with what is assessed."""
+def _check_judges(rule, guard):
+    """Raises unless rule and guard are such."""
     if not isinstance(rule, rules.Rule):
         raise TypeError(
             "adapt must be a rule, such as optax_ev3.adapt.confident(), got "
@@ -359,18 +351,6 @@ def _check_judges(rule, guard, plan, assess_fn):
         raise TypeError(
             "guard must be a guard, such as optax_ev3.evidence.ladder(), got "
             f"{guard!r} of type {type(guard).__name__}."
-        )
-    if not any(isinstance(x, combinations.GreedySoup) for x in plan.combinations):
-        return
-    if guard is not None:
-        raise ValueError(
-            "combine.greedy_soup chooses by scores that no guard has seen: it and a "
-            "guard don't go together."
-        )
-    if isinstance(assess_fn, assess.InChunks):
-        raise ValueError(
-            "combine.greedy_soup() scores one mixture after the other, on all "
-            "examples: it cannot be used with in_chunks."
         )
 
 
@@ -392,19 +372,6 @@ class _Verdict(NamedTuple):
     guarded: Any
 
 
-def _check_signs(assess_fn, loss_fn, explorers):
-    """Raises where one function is to be high and low."""
-    if isinstance(assess_fn, assess.InChunks):
-        assess_fn = assess_fn.assess_fn
-    metric_fn = getattr(assess_fn, "ev3_metric_fn", assess_fn)  # Of held_out.
-    for loss in [loss_fn, *(one.loss_fn for one in explorers.values())]:
-        if loss is not None and named.same(metric_fn, loss):
-            raise ValueError(
-                "the same function assesses and is a loss. Of scores higher is better: "
-                "pass optax_ev3.minimize(loss) as assess_fn, or to held_out."
-            )
-
-
 class _Judge(NamedTuple):
     """Assess and adapt: how scores are made and what decides."""
 
@@ -418,7 +385,12 @@ class _Judge(NamedTuple):
     def gather(self, scores: assess.Scores, valid: Any, is_ascent: Any) -> Any:
         """The evidence of the round."""
         return evidence.gather(
-            scores.values, valid, is_ascent, self.axis_name, scores.binary, scores.seen
+            scores.values,
+            valid,
+            is_ascent,
+            self.axis_name,
+            scores.binary,
+            scores.example_mask,
         )
 
     def main(self, seen: Any) -> str:
@@ -444,15 +416,6 @@ class _Judge(NamedTuple):
         decision, overruled = rules.overrule(decision, seen.valid, rules.fallback(seen))
         return _Verdict(decision, overruled, seen, memory, guarded)
 
-    def preview(self, state: record.EV3State, valid: Any, is_ascent: Any) -> Any:
-        """Maps scores to the candidate that they would adopt, and their evidence."""
-
-        def judge(scores):
-            seen = self.gather(scores, valid, is_ascent)
-            return self.decide(seen, state).decision.adopted, seen
-
-        return judge
-
 
 def _one_step(explorers, plan, state, params, call, judge, rests):
     """A round of one step of all explorers from the same parameters."""
@@ -466,7 +429,7 @@ def _one_step(explorers, plan, state, params, call, judge, rests):
     candidates += [trees.Batch(params), trees.Batch(state.stable)]
     valid = _flags([step.finite for step in proposed.values()], True)
     is_ascent = _flags([step.is_ascent for step in proposed.values()], False)
-    scores = judge.score(candidates, judge.preview(state, valid, is_ascent))
+    scores = judge.score(candidates, valid)
     seen = judge.gather(scores, valid, is_ascent)
     moves += _stay_or_back(params, state.stable)
     lasted = _Lasted(explorers, plan, rests, jnp.ones([], jnp.int32))
@@ -519,7 +482,6 @@ def _trajectories(explorers, plan, state, params, call, judge, rests):
         _opt_states(state),
         params,
         call,
-        state.ev3_calls,
         rests,
     )
     state = state._replace(trajectory=walked, explorers=_with(state, opt_states))
@@ -554,9 +516,7 @@ def _finish(explorers, plan, state, params, judge, rests):
     walked = state.trajectory
     more = len(state.combined)
     is_ascent = jnp.append(walked.is_ascent > 0, jnp.zeros([more + 2], bool))
-    candidates, scores, valid = _assess_round(
-        explorers, plan, state, params, judge, is_ascent, rests
-    )
+    candidates, scores, valid = _assess_round(explorers, plan, state, judge, rests)
     seen = judge.gather(scores, valid, is_ascent)
     lasted = _Lasted(explorers, plan, rests, walked.length)
     decision, state, past = _adapt(judge, seen, state, lasted)
@@ -582,7 +542,7 @@ def _finish(explorers, plan, state, params, judge, rests):
     )
 
 
-def _assess_round(explorers, plan, state, params, judge, is_ascent, rests):
+def _assess_round(explorers, plan, state, judge, rests):
     """All candidates, their scores, and which of them are finite."""
     walked = state.trajectory
     alive = (walked.alive > 0) & ~explore.spread(explorers, rests)
@@ -595,55 +555,10 @@ def _assess_round(explorers, plan, state, params, judge, is_ascent, rests):
         for number in range(len(plan.averages))
         for k, end in zip(explorers, ends, strict=True)
     ]
-    valid = [alive] * plan.kinds
-    count = sum(map(trees.count, ends))
-    others = []
-    for one in plan.combinations:
-        if isinstance(one, combinations.ExponentialAverage):
-            others.append(trees.Batch(combinations.like(walked.average, params)))
     fixed = [trees.Batch(walked.start), trees.Batch(state.stable)]
-    valid += [jnp.ones([len(others)], bool)]
-    flags = jnp.concatenate([*valid, jnp.ones([2], bool)])
-    scores = judge.score(
-        [*ends, *others, *fixed], judge.preview(state, flags, is_ascent)
-    )
-    soups = [x for x in plan.combinations if isinstance(x, combinations.GreedySoup)]
-    for one in soups:
-        first = scores._replace(values=jax.tree.map(lambda x: x[:count], scores.values))
-        flags = jnp.concatenate(valid)[:count]
-        seen = judge.gather(first, flags, jnp.zeros([count], bool))
-        mix, ok, mixed = _soup(one, ends, seen, judge)
-        at = count + len(others)
-        values = jax.tree.map(
-            lambda x, new, at=at: jnp.concatenate([x[:at], new, x[at:]]),
-            scores.values,
-            mixed.values,
-        )
-        scores = scores._replace(values=values)
-        others.append(trees.Batch(mix))
-        valid.append(ok[None])
-    valid.append(jnp.ones([2], bool))
-    return [*ends, *others, *fixed], scores, jnp.concatenate(valid)
-
-
-def _soup(one, ends, seen, judge):
-    """The greedy soup of the ends, whether there is one, and its scores."""
-    objective = judge.main(seen)
-    means = jnp.where(seen.valid, evidence.estimate(seen, objective).mean, -jnp.inf)
-
-    def scores_of(params):
-        return judge.score([trees.Batch(params)], None)
-
-    def score(params):
-        true = jnp.ones([1], bool)
-        alone = judge.gather(scores_of(params), true, ~true)
-        mean = evidence.estimate(alone, objective).mean
-        return jnp.where(alone.valid, mean, -jnp.inf)[0]
-
-    mix, ok = combinations.soup(
-        one.size, lambda index: trees.pick(index, ends), means, score
-    )
-    return mix, ok, scores_of(mix)
+    valid = jnp.concatenate([*[alive] * plan.kinds, jnp.ones([2], bool)])
+    candidates = [*ends, *fixed]
+    return candidates, judge.score(candidates, valid), valid
 
 
 class _Lasted(NamedTuple):

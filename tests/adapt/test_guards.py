@@ -455,11 +455,6 @@ BAD = {
         "'fit' and a held-out one",
         "['test', 'train']",
     ),
-    "a soup": (
-        lambda: make("ladder", combine=[optax_ev3.combine.greedy_soup(2)]),
-        "greedy_soup",
-        "don't go together",
-    ),
 }
 
 

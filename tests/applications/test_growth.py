@@ -333,8 +333,6 @@ TRANSFORMATIONS = {
         combine=[
             combine.trajectory_average(),
             combine.branch_average(0.9),
-            combine.exponential_average(0.9),
-            combine.greedy_soup(2),
         ]
     ),
     "turns": lambda: _long(gradients="turns"),

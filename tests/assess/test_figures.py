@@ -439,19 +439,6 @@ def test_trajectories_ask_at_the_end_of_a_round_only():
     assert many == [0, 0, 4, 4, 4, 8]
 
 
-def test_a_soup_is_scored_on_the_same_resamples():
-    kwargs = {"trajectory_length": 2, "combine": [optax_ev3.combine.greedy_soup(2)]}
-    found = []
-    for assess in (figure_of, on_host):
-        tx = make(assess("roc_auc", 8), **kwargs)
-        state = tx.init(W)
-        for _ in range(2):
-            _, state = jax.jit(tx.update)(GRADS, state, W, x=X, y=Y)
-        past = optax_ev3.history(state)
-        found.append((past["mean"], past["stderr"]))
-    assert_close(*found, rtol=1e-4)
-
-
 def test_what_a_host_metric_raises_is_told():
     def metric(outputs):
         raise RuntimeError("no such luck")

@@ -29,7 +29,6 @@ LEVELS = [
 UNPLACED = {"arguments", "keep_params"}
 UPWARDS = {
     "assess.aggregate imports adapt.bounds",
-    "assess.scores imports adapt.bounds",
     "explore.evolve imports history.record",
     "explore.trajectory imports adapt.rules",
     "explore.trajectory imports history.record",

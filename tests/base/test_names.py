@@ -48,8 +48,6 @@ def every_kind():
         combine=[
             combine.trajectory_average(),
             combine.branch_average(),
-            combine.exponential_average(),
-            combine.greedy_soup(2),
         ],
     )
 
@@ -75,8 +73,6 @@ def test_loggers_take_the_names_of_every_kind():
         *explorers,
         *(f"average/{name}" for name in explorers),
         *(f"branch_average/{name}" for name in explorers),
-        "exponential_average",
-        "greedy_soup",
         "current",
         "stable",
     ]

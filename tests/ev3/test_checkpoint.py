@@ -247,7 +247,6 @@ def _pairs():
     averages = [
         combine.trajectory_average(),
         combine.branch_average(),
-        combine.exponential_average(),
     ]
     yield (
         "combined",

@@ -222,7 +222,6 @@ SETTINGS = {
     "turns": {"gradients": "turns", "trajectory_length": 2},
     "a sweep": {"inner": [SWEEP]},
     "a sweep, own losses, a race": racing(inner=[optax_ev3.explorer(SWEEP, loss)]),
-    "soup": {"trajectory_length": 2, "combine": [combine.greedy_soup(2)]},
     "recommended": racing(
         inner=OWN,
         restart="never",

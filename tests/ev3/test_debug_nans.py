@@ -26,8 +26,6 @@ STRATEGIES = {
         "combine": [
             combine.trajectory_average(),
             combine.branch_average(),
-            combine.exponential_average(),
-            combine.greedy_soup(2),
         ],
     },
     "guard": {"guard": evidence.ladder()},

@@ -36,7 +36,6 @@ SETTINGS = {
     "shared gradients": {"gradients": "shared", "trajectory_length": 2},
     "turns": {"gradients": "turns", "trajectory_length": 1, "restart_state": "new"},
     "a sweep, own losses, a race": {"inner": [optax_ev3.explorer(SWEEP, loss)], **RACE},
-    "soup": {"trajectory_length": 2, "combine": [combine.greedy_soup(2)]},
     "recommended": {
         "inner": OWN,
         **RACE,

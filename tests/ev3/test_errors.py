@@ -144,10 +144,6 @@ BAD_ARGUMENTS = {
         lambda: ev3([SGD], metric, trajectory_length=5, max_trajectory_length=4),
         (ValueError, "max_trajectory_length", "at least trajectory_length, 5", "4"),
     ),
-    "soup of too many": (
-        lambda: ev3([SGD], metric, combine=[optax_ev3.combine.greedy_soup(2)]),
-        (ValueError, "greedy_soup(size=2)", "more ends than the 1"),
-    ),
     "combine no sequence": (
         lambda: ev3([SGD], metric, combine=optax_ev3.combine.trajectory_average()),
         (TypeError, "combine must be a sequence"),
@@ -162,17 +158,13 @@ BAD_ARGUMENTS = {
         ),
         (ValueError, "more than one TrajectoryAverage"),
     ),
-    "decay": (
-        lambda: optax_ev3.combine.exponential_average(1.0),
-        (ValueError, "decay", "between 0 and 1", "1.0"),
-    ),
     "decay of branches": (
         lambda: optax_ev3.combine.branch_average(0.0),
         (ValueError, "decay", "between 0 and 1", "0.0"),
     ),
-    "soup of one": (
-        lambda: optax_ev3.combine.greedy_soup(1),
-        (ValueError, "size", "at least 2", "1"),
+    "decay of one": (
+        lambda: optax_ev3.combine.branch_average(1.0),
+        (ValueError, "decay", "between 0 and 1", "1.0"),
     ),
     "sweep of structures": (
         lambda: optax_ev3.sweep(

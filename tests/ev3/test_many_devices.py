@@ -154,7 +154,7 @@ def test_many_devices_walk_like_one(gradients):
         "loss_fn": loss,
         "trajectory_length": 2,
         "gradients": gradients,
-        "combine": [optax_ev3.combine.greedy_soup(2)],
+        "combine": [optax_ev3.combine.trajectory_average()],
     }
     one = transformation("greedy", **kwargs)
     many = transformation("greedy", axis_name="i", **kwargs)

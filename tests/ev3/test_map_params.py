@@ -21,7 +21,6 @@ STRATEGIES = {
         "combine": [
             combine.trajectory_average(),
             combine.branch_average(),
-            combine.exponential_average(),
         ],
     },
 }

@@ -48,11 +48,9 @@ PLANS = {
         "combine": [
             combine.trajectory_average(),
             combine.branch_average(0.7),
-            combine.exponential_average(),
         ],
         "adapt": adapt.greedy(),
     },
-    "soup": {"trajectory_length": 3, "combine": [combine.greedy_soup(2)]},
     "race": {
         "trajectory_length": 2,
         "restart": "never",

@@ -192,9 +192,7 @@ def test_rules_within_are_overruled(kind):
     if kind == "in_chunks":
         rule, assess_fn = (
             bad,
-            optax_ev3.in_chunks(
-                lambda w, chunk: score(w) * jnp.ones([4]), 2, patience=2
-            ),
+            optax_ev3.in_chunks(lambda w, chunk: score(w) * jnp.ones([4]), 2),
         )
     else:
         rule = adapt.constrained("score", {"other": 1.0}, rule=bad)
@@ -340,13 +338,11 @@ def test_member_of_a_sweep_that_overflows_is_invalid_alone():
 
 
 @every_dtype
-@pytest.mark.parametrize("index", range(1, 5))
+@pytest.mark.parametrize("index", range(1, 3))
 def test_averages_do_not_overflow(index, dtype):
     averages = [
         combine.trajectory_average(),
         combine.branch_average(),
-        combine.exponential_average(),
-        combine.greedy_soup(2),
     ]
     tx = optax_ev3.ev3(
         [adds(0.0, -0.9, -0.9)],

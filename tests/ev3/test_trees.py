@@ -105,13 +105,13 @@ STRATEGIES = {
         "trajectory_length": 2,
         "restart": "never",
         "race": explore.Racing(1),
-        "combine": [combine.branch_average(), combine.exponential_average()],
+        "combine": [combine.branch_average()],
     },
     "significant": {
         "trajectory_length": 2,
         "restart": "significant",
         "restart_state": "copy",
-        "combine": [combine.trajectory_average(), combine.greedy_soup(2)],
+        "combine": [combine.trajectory_average()],
     },
     "behind": {
         "trajectory_length": 2,

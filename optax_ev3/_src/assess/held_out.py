@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jax.tree_util import keystr, tree_map_with_path
 
-from optax_ev3._src.assess.scores import part
+from optax_ev3._src.assess.chunks import part
 from optax_ev3._src.base import callbacks as named
 from optax_ev3._src.base import checks, control
 

@@ -8,14 +8,12 @@ from typing import Any, overload
 import jax.numpy as jnp
 
 from optax_ev3._src.assess import aggregate as figures
-from optax_ev3._src.assess import scores as assess
+from optax_ev3._src.assess.chunks import InChunks
 from optax_ev3._src.base import callbacks as named
 
 
 @overload
-def minimize(
-    assess_fn: assess.InChunks, names: Sequence[str] | None = None
-) -> assess.InChunks: ...
+def minimize(assess_fn: InChunks, names: Sequence[str] | None = None) -> InChunks: ...
 
 
 @overload
@@ -25,8 +23,8 @@ def minimize(
 
 
 def minimize(
-    assess_fn: Callable[..., Any] | assess.InChunks, names: Sequence[str] | None = None
-) -> Callable[..., Any] | assess.InChunks:
+    assess_fn: Callable[..., Any] | InChunks, names: Sequence[str] | None = None
+) -> Callable[..., Any] | InChunks:
     """Turns a loss or an error into scores, of which higher is better.
 
     EV3 adopts the candidate with the *highest* score. A loss as ``assess_fn`` would
@@ -67,7 +65,7 @@ def minimize(
       ...     return {"loss": loss(w, x), "above": w > x}
       >>> assess_fn = optax_ev3.minimize(assess_fn, names=["loss"])
     """
-    if isinstance(assess_fn, assess.InChunks):
+    if isinstance(assess_fn, InChunks):
         inside = minimize(assess_fn.assess_fn, names)
         return assess_fn._replace(assess_fn=inside)
     named.check_callback(assess_fn, "assess_fn")

@@ -34,24 +34,19 @@ class Plan(NamedTuple):
     gradients: str
     restart: str
     restart_state: str
-    combinations: tuple[combine.Combination, ...]
+    averages: tuple[combine.Average, ...]
 
     @property
     def one_step(self) -> bool:
         """Whether every round is one step of all explorers from the same place."""
         longer = self.length > 1 or (self.growth > 1 and self.longest > 1)
         elsewhere = self.restart != "always" or self.restart_state != "keep"
-        return not (longer or elsewhere or self.combinations)
+        return not (longer or elsewhere or self.averages)
 
     @property
     def apart(self) -> bool:
         """Whether branches may go on from where they were in the last round."""
         return self.restart != "always"
-
-    @property
-    def averages(self) -> tuple[combine.Average, ...]:
-        """Which averages of the branches are candidates: K of the first, and so on."""
-        return tuple(x for x in self.combinations if isinstance(x, combine.Average))
 
     @property
     def kinds(self) -> int:
@@ -83,7 +78,6 @@ class Trajectory(NamedTuple):
         to first order at a branch's last step.
       age: ``[K]`` int32, steps of a branch since it last began elsewhere.
       means: By name, the averages of the branches.
-      average: Exponential average of the visible parameters, or nothing.
     """
 
     step: jax.Array
@@ -95,13 +89,11 @@ class Trajectory(NamedTuple):
     is_ascent: jax.Array
     age: jax.Array
     means: dict[str, tuple[optax.Params, ...]]
-    average: Any
 
 
 def init(explorers: Mapping[str, Explorer], plan: Plan, params: Any) -> Trajectory:
     """All branches at ``params``."""
     total = sum(one.size or 1 for one in explorers.values())
-    kinds = [type(one) for one in plan.combinations]
     ends = {name: _spread(params, one.size) for name, one in explorers.items()}
     state = Trajectory(
         step=jnp.zeros([], jnp.int32),
@@ -113,7 +105,6 @@ def init(explorers: Mapping[str, Explorer], plan: Plan, params: Any) -> Trajecto
         is_ascent=jnp.zeros([total], jnp.int32),
         age=jnp.zeros([total], jnp.int32),
         means={k: _means(plan, v) for k, v in ends.items()},
-        average=combine.wide(params) if combine.ExponentialAverage in kinds else (),
     )
     # Buffers of their own, so that all can be donated.
     return jax.tree.map(trees.own, state)
@@ -126,7 +117,6 @@ def advance(
     opt_states: Mapping[str, Any],
     params: optax.Params,
     call: steps.Call,
-    calls: jax.Array,
     rests: Mapping[str, jax.Array],
 ) -> tuple[dict[str, Any], Trajectory, dict[str, jax.Array], dict[str, jax.Array]]:
     """One call: every branch, or the one whose turn it is, takes a step.
@@ -138,7 +128,6 @@ def advance(
       opt_states: The inner states, by name.
       params: The visible parameters: those of the lead branch.
       call: What the caller gave.
-      calls: ``[]`` int32, calls of ``update`` before this one.
       rests: By name ``[]`` bool, explorers that take no step; none for all.
 
     Returns:
@@ -179,12 +168,6 @@ def advance(
         age=_flat(branch.age for branch in branches.values()),
         means={name: branch.means for name, branch in branches.items()},
     )
-    for one in plan.combinations:
-        if isinstance(one, combine.ExponentialAverage):
-            weight = combine.exponential_weight(one.decay, calls)
-            visible = visible_params(explorers, plan, walked, params)
-            average = combine.move(state.average, visible, weight)
-            walked = walked._replace(average=average)
     states = {name: branch.opt_state for name, branch in branches.items()}
     return states, walked, finite, skipped
 

@@ -1,0 +1,69 @@
+"""Assess: the scores of all candidates of a round."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from optax_ev3._src.assess import chunks, scores
+from optax_ev3._src.assess.scores import MODES, Scores
+from optax_ev3._src.base import callbacks as named
+from optax_ev3._src.base import trees
+
+__all__ = ["MODES", "AssessFn", "Scores", "check", "score"]
+
+AssessFn = Callable[..., Any] | chunks.InChunks
+
+
+def check(assess_fn: AssessFn, loss_fns: Iterable[Callable[..., Any] | None]) -> None:
+    """Raises unless ``assess_fn`` can assess, and is none of the losses."""
+    if isinstance(assess_fn, chunks.InChunks):
+        assess_fn = assess_fn.assess_fn
+    named.check_callback(assess_fn, "assess_fn")
+    metric_fn = getattr(assess_fn, "ev3_metric_fn", assess_fn)  # Of held_out.
+    if any(loss is not None and named.same(metric_fn, loss) for loss in loss_fns):
+        raise ValueError(
+            "the same function assesses and is a loss. Of scores higher is better: "
+            "pass optax_ev3.minimize(loss) as assess_fn, or to held_out."
+        )
+
+
+def score(
+    assess_fn: AssessFn,
+    candidates: Sequence[trees.Batch],
+    valid: jax.Array,
+    *,
+    mode: str,
+    key: jax.Array,
+    extra_args: Mapping[str, Any],
+    offered: Mapping[str, Any],
+    axis_name: Any = None,
+) -> Scores:
+    """Scores of all candidates, on all examples or on as many chunks as it takes.
+
+    Args:
+      assess_fn: The user's, see :func:`optax_ev3.ev3`.
+      candidates: C trees of parameters, some of them stacked.
+      valid: ``[C]`` bool, which of them can be adopted: the others do not matter for
+        how many chunks it takes.
+      mode: One of :data:`MODES`.
+      key: PRNG key of resamples, the same on all devices.
+      extra_args: What the caller gave to ``update``.
+      offered: What ``assess_fn`` may name, and the caller did not give.
+      axis_name: Mapped axis over which examples are spread, or None.
+
+    Returns:
+      The scores.
+    """
+    offered = {**offered, "axis_name": axis_name}
+
+    def score_all(bound: Callable[[Any], Any]) -> Scores:
+        return scores.score(bound, candidates, mode, key, axis_name)
+
+    if not isinstance(assess_fn, chunks.InChunks):
+        return score_all(named.bind(assess_fn, "assess_fn", extra_args, offered))
+
+    def score_chunk(chunk: Any) -> Scores:
+        return score_all(chunks.bind(assess_fn, extra_args, offered, chunk))
+
+    return chunks.score(assess_fn, score_chunk, valid, axis_name)
