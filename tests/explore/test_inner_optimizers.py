@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -536,16 +537,23 @@ def test_private_and_other_optimizers_do_not_mix():
 
 # States whose types the caller or the optimizer changes.
 
-LENGTHS = pytest.mark.parametrize(
-    "length, loss_fn", [(1, None), (2, None), (2, jnp.sum)], ids=["one", "two", "own"]
-)
+LENGTHS = {"one": (1, None), "two": (2, None), "own": (2, jnp.sum)}
+RATES = [0.25, 1, np.float32(0.25), jnp.float32(0.25)]
+DTYPES = ["float16", "bfloat16", "float32", "float64"]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("rate", [0.25, 1, np.float32(0.25), jnp.float32(0.25)])
-@LENGTHS
-def test_learning_rate_set_in_mid_run(length, loss_fn, rate, dtype):
+def diagonally(rows, columns, third):
+    """Every pair of a row and a column, and of each with one of the third kind."""
+    pairs = itertools.product(enumerate(rows), enumerate(columns))
+    return [
+        (row, column, third[(i + j) % len(third)]) for (i, row), (j, column) in pairs
+    ]
+
+
+@pytest.mark.parametrize("rate, dtype, length", diagonally(RATES, DTYPES, [*LENGTHS]))
+def test_learning_rate_set_in_mid_run(rate, dtype, length):
     tx = optax.inject_hyperparams(optax.sgd)(learning_rate=0.5)
+    length, loss_fn = LENGTHS[length]
     ours = optax_ev3.ev3(
         [tx], lambda w: -w, adapt=always(0), trajectory_length=length, loss_fn=loss_fn
     )
@@ -581,9 +589,9 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("count", COUNTS)
-@LENGTHS
-def test_inner_state_that_turns_from_integer_to_float(length, loss_fn, count):
-    start, step = COUNTS[count]
+@pytest.mark.parametrize("length", LENGTHS)
+def test_inner_state_that_turns_from_integer_to_float(length, count):
+    (start, step), (length, loss_fn) = COUNTS[count], LENGTHS[length]
     tx, w = counting(start, step), jnp.array([1.0])
     ours = optax_ev3.ev3(
         [tx], lambda w: -w, adapt=always(0), trajectory_length=length, loss_fn=loss_fn
@@ -655,16 +663,22 @@ def bowl(w):
     return jnp.sum(jnp.array([1.0, 3.0]) * w**2)
 
 
-def bowl_alone(tx, steps):
+@functools.cache
+def bowl_alone(name, steps=4):
     """Plain optax, each step with its own value and gradient."""
-    w = jnp.array([1.0, -0.5])
-    state = tx.init(w)
-    for _ in range(steps):
+    tx = NEEDY[name]()
+
+    @jax.jit
+    def step(w, state):
         value, grad = jax.value_and_grad(bowl)(w)
-        updates, state = tx.update(
-            grad, state, w, value=value, grad=grad, value_fn=bowl
-        )
-        w = optax.apply_updates(w, updates)
+        extras = {"value": value, "grad": grad, "value_fn": bowl}
+        updates, state = tx.update(grad, state, w, **extras)
+        return optax.apply_updates(w, updates), state
+
+    w = jnp.array([1.0, -0.5])
+    state = _strong(tx.init(w))
+    for _ in range(steps):
+        w, state = step(w, state)
     return w
 
 
@@ -693,15 +707,16 @@ def bowl_with(tx, first, steps, share=1.0, **kwargs):
     return w, state
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["leads", "elsewhere"])
-@pytest.mark.parametrize("restart", ["always", "never"])
-@pytest.mark.parametrize("name", NEEDY)
+@pytest.mark.parametrize(
+    "name, restart, first",
+    diagonally(NEEDY, ["always", "never"], [True, False]),
+)
 def test_value_of_the_caller_is_not_for_branches_elsewhere(name, restart, first):
     with lenient():
         _, state = bowl_with(
             NEEDY[name](), first, 4, trajectory_length=5, restart=restart
         )
-        expected = bowl_alone(NEEDY[name](), 4)
+        expected = bowl_alone(name)
     np.testing.assert_allclose(state.trajectory.ends["needy"], expected, rtol=1e-4)
 
 
@@ -711,7 +726,7 @@ def test_in_turns_the_value_is_that_of_the_branch(name):
         _, state = bowl_with(
             NEEDY[name](), True, 4, trajectory_length=5, gradients="turns"
         )
-        expected = bowl_alone(NEEDY[name](), 4)
+        expected = bowl_alone(name)
     np.testing.assert_allclose(state.trajectory.ends["needy"], expected, rtol=1e-4)
 
 
