@@ -67,6 +67,17 @@ def _alone_step(tx):
     return step
 
 
+def run_alone(tx, steps):
+    """The step on one device, and its updates and states."""
+    w, step, seen = params(), jax.jit(_alone_step(tx)), []
+    state = tx.init(w)
+    for seed in range(steps):
+        updates, state = step(w, state, weights(32, seed))
+        w = optax.apply_updates(w, updates)
+        seen.append((updates, state))
+    return step, seen
+
+
 MANY_EXPLORERS = {
     "shared": explorers,
     "own_loss": lambda: [
@@ -110,29 +121,19 @@ MANY_EXPLORERS = {
         pytest.param("shard_map", "greedy", score, "zoom", marks=pytest.mark.slow),
         pytest.param("shard_map", "greedy", score, "sam", marks=pytest.mark.slow),
         pytest.param("pmap", "greedy", score, "backtracking", marks=pytest.mark.slow),
-        pytest.param("pmap", "greedy", score, "zoom", marks=pytest.mark.slow),
-        pytest.param("pmap", "greedy", score, "sam", marks=pytest.mark.slow),
     ],
 )
 def test_many_devices_decide_like_one(how, rule, scores, inner):
-    kwargs = {
-        "inner": MANY_EXPLORERS[inner](),
-        "assess_fn": scores,
-        "loss_fn": loss,
-    }
-    one = transformation(rule, **kwargs)
-    many = transformation(rule, axis_name="i", **kwargs)
-    w, w_many = params(), params()
-    state, state_many = one.init(w), many.init(w)
-    alone = jax.jit(_alone_step(one))
+    many = transformation(rule, axis_name="i", **_many(scores, inner))
+    w_many = params()
+    state_many = many.init(w_many)
     if how == "shard_map":
         specs = (P(), P(), P("i")), (P(), P())
         mapped = jax.jit(_shard_map(_mapped_step(many), *specs))
     else:
         mapped = jax.pmap(_mapped_step(many), "i", in_axes=(None, None, 0))
-    for seed in range(2):
+    for seed, (updates, state) in enumerate(_decided_alone(rule, scores, inner)):
         batch = weights(32, seed)
-        updates, state = alone(w, state, batch)
         if how == "pmap":
             batch = batch.reshape(8, 4)
         updates_many, state_many = mapped(w_many, state_many, batch)
@@ -144,8 +145,16 @@ def test_many_devices_decide_like_one(how, rule, scores, inner):
         assert_close(updates_many, updates, rtol=1e-4, atol=1e-5)
         assert_close(state_many.record, state.record, rtol=1e-4, atol=1e-5)
         assert_same_types(state_many, state)
-        w = optax.apply_updates(w, updates)
         w_many = optax.apply_updates(w_many, updates_many)
+
+
+def _many(scores, inner):
+    return {"inner": MANY_EXPLORERS[inner](), "assess_fn": scores, "loss_fn": loss}
+
+
+@functools.cache
+def _decided_alone(rule, scores, inner):
+    return run_alone(transformation(rule, **_many(scores, inner)), 2)[1]
 
 
 @pytest.mark.parametrize("gradients", ["own", "shared", "turns"])
@@ -158,18 +167,14 @@ def test_many_devices_walk_like_one(gradients):
     }
     one = transformation("greedy", **kwargs)
     many = transformation("greedy", axis_name="i", **kwargs)
-    w, w_many = params(), params()
-    state, state_many = one.init(w), many.init(w)
-    alone = jax.jit(_alone_step(one))
+    w_many = params()
+    state_many = many.init(w_many)
     specs = (P(), P(), P("i")), (P(), P())
     mapped = jax.jit(_shard_map(_mapped_step(many), *specs))
-    for seed in range(5):
-        batch = weights(32, seed)
-        updates, state = alone(w, state, batch)
-        updates_many, state_many = mapped(w_many, state_many, batch)
+    for seed, (updates, state) in enumerate(run_alone(one, 5)[1]):
+        updates_many, state_many = mapped(w_many, state_many, weights(32, seed))
         assert_close(updates_many, updates, rtol=1e-4, atol=1e-5)
         assert_close(state_many.record, state.record, rtol=1e-4, atol=1e-5)
-        w = optax.apply_updates(w, updates)
         w_many = optax.apply_updates(w_many, updates_many)
 
 
@@ -206,28 +211,30 @@ ASSESSMENTS = {
     ],
 )
 def test_every_assessment_decides_like_on_one(how, assessment):
-    kwargs = ASSESSMENTS[assessment]()
-    one = transformation(**kwargs)
-    alone = jax.jit(_alone_step(one))
+    alone, seen = _assessed_alone(assessment)
+    many = transformation(
+        axis_name="i" if how == "shard_map" else None, **ASSESSMENTS[assessment]()
+    )
     if how == "shard_map":
-        many = transformation(axis_name="i", **kwargs)
         specs = (P(), P(), P("i")), (P(), P())
         step = jax.jit(_shard_map(_mapped_step(many), *specs))
     else:
-        many, step = one, alone
-    w, w_many = params(), params()
-    state, state_many = one.init(w), many.init(w)
+        step = alone
+    w_many = params()
+    state_many = many.init(w_many)
     spread = jax.sharding.NamedSharding(_mesh(), P("i"))
-    for seed in range(3):
-        batch = weights(32, seed)
-        updates, state = alone(w, state, batch)
-        batch = jax.device_put(batch, spread)
+    for seed, (updates, state) in enumerate(seen):
+        batch = jax.device_put(weights(32, seed), spread)
         updates_many, state_many = step(w_many, state_many, batch)
         assert_close(updates_many, updates, rtol=1e-4, atol=1e-5)
         if (how, assessment) != ("shard_map", "chunks"):
             assert_close(state_many.record, state.record, rtol=1e-4, atol=1e-5)
-        w = optax.apply_updates(w, updates)
         w_many = optax.apply_updates(w_many, updates_many)
+
+
+@functools.cache
+def _assessed_alone(assessment):
+    return run_alone(transformation(**ASSESSMENTS[assessment]()), 3)
 
 
 @pytest.mark.skipif(
