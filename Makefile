@@ -11,7 +11,6 @@ SELECT :=
 PY := $(VENV)/bin/python
 PIP = $(PY) -m pip --disable-pip-version-check install -qq -c $(LOCK)
 SOURCES := $(shell find optax_ev3 -name __pycache__ -prune -o -print)
-BENCHMARKS := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 CODE := $(wildcard optax_ev3 tests examples benchmarks docs)
 
 # One installation at a time; no half-made target; no packages from elsewhere.
@@ -74,10 +73,8 @@ docs: $(VENV)/.has-docs $(VENV)/.package ## Build the documentation into docs/_b
 	@echo "Building docs/_build/index.html ..."
 	@$(PY) -P -m sphinx -q -W --keep-going -E -b html docs docs/_build
 
-benchmarks: $(VENV)/.has-examples $(VENV)/.package ## Run every benchmark (hours)
-	@test -n "$(BENCHMARKS)" || { echo "No benchmark found in benchmarks/." >&2; exit 1; }
-	@for file in $(BENCHMARKS); do \
-	    echo "Running $$file ..."; $(PY) $$file || exit 1; done
+benchmarks: $(VENV)/.has-benchmarks $(VENV)/.package ## Run every benchmark (hours)
+	@$(PY) -m benchmarks all
 
 # The same releases for all Pythons: those that are tested here.
 lock: $(VENV)/.has-dev ## Renew the pinned releases in requirements/

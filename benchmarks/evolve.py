@@ -59,7 +59,10 @@ from optax_ev3 import combine
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import _digits
-from _tasks import Parts, cnn, dense
+
+sys.path.append(str(pathlib.Path(__file__).parents[1]))
+from benchmarks.data import Parts
+from benchmarks.models import cnn, dense
 
 SEEDS = flags.DEFINE_integer("seeds", None, "Runs of each row.", lower_bound=2)
 STEPS = flags.DEFINE_integer("steps", None, "Training steps.", lower_bound=20)

@@ -1,48 +1,20 @@
-"""The quality suite: its tasks, its loop, and what its report makes of cells."""
-
-import functools
-import importlib
-import json
-import pathlib
-import re
-import subprocess
-import sys
+"""The quality suite: its tasks, its loop, and what its report makes of results."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pandas as pd
 import pytest
 
+import optax_ev3
+
 pytest.importorskip("sklearn")
-BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def modules():
-    """By name; they import each other by their names."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield {k: importlib.import_module(k) for k in ("_tasks", "_quality_report")}
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
-
-@pytest.fixture(autouse=True)
-def scripts_may_broadcast():
-    with jax.numpy_rank_promotion("allow"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def tasks(modules):
-    return modules["_tasks"]
-
-
-@pytest.fixture(scope="module")
-def report(modules):
-    return modules["_quality_report"]
-
+pytest.importorskip("statsmodels")
+from benchmarks import run
+from benchmarks.data import sample
+from benchmarks.quality import methods, report, tasks, training
+from benchmarks.results import Results, tidy
 
 NAMES = [
     "digits MLP",
@@ -59,12 +31,13 @@ NAMES = [
 ]
 
 
-def test_all_tasks_are_tested(tasks):
+def test_all_tasks_are_tested():
     assert list(tasks.TASKS) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tasks_can_be_learned(tasks, name):
+def test_tasks_can_be_learned(name, monkeypatch):
+    monkeypatch.setattr(tasks, "TEACHER_STEPS", 5)
     task = tasks.TASKS[name]()
     one, other = (jax.tree.map(jnp.asarray, task.parts(seed)) for seed in (0, 1))
     assert jax.tree.map(jnp.shape, one) == jax.tree.map(jnp.shape, other)
@@ -83,7 +56,7 @@ def test_tasks_can_be_learned(tasks, name):
 
 
 @pytest.mark.parametrize("name", ["digits MLP", "outliers", "wine", "physics"])
-def test_parts_have_no_example_in_common(tasks, name):
+def test_parts_have_no_example_in_common(name):
     parts = tasks.TASKS[name]().parts(3)
     rows = [
         {x.tobytes() for x in np.atleast_2d(jax.tree.leaves(part)[0].T).T}
@@ -96,7 +69,7 @@ def test_parts_have_no_example_in_common(tasks, name):
     assert max(map(len, shared)) < 0.02 * sum(first)
 
 
-def test_labels_are_noisy_in_the_training_part_alone(tasks):
+def test_labels_are_noisy_in_the_training_part_alone():
     clean, noisy = (tasks.TASKS[n]().parts(5) for n in ("digits MLP", "noisy labels"))
     share = (clean.train[1] != noisy.train[1]).mean()
     assert share == pytest.approx(0.27, abs=0.05)  # A tenth is drawn right.
@@ -104,7 +77,7 @@ def test_labels_are_noisy_in_the_training_part_alone(tasks):
         np.testing.assert_array_equal(one[1], other[1])
 
 
-def test_the_solution_of_the_physics_task_is_its_minimum(tasks):
+def test_the_solution_of_the_physics_task_is_its_minimum():
     # Central differences of the sine in the same equation.
     t, h = np.linspace(0.1, 0.9, 9), 1e-4
     u = lambda t: np.sin(tasks.WAVES * t)
@@ -118,91 +91,91 @@ def test_the_solution_of_the_physics_task_is_its_minimum(tasks):
 PARTS = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1 / 8, 1.0)
 
 
-def cell(test, held_out, marks=PARTS):
-    """Figures ``[marks, kinds, seeds]`` in a cell of 32 gradients."""
-    run = {"marks": list(marks), "test": test, "held_out": held_out}
-    return {"runs": [run], "budget": 32}
+def cell(method, test, held_out, marks=PARTS, **more):
+    """Rows of figures ``[marks, weights, seeds]`` in a run of 32 gradients."""
+    weights, seeds = np.shape(test)[1:]
+    figures = {"test": test, "held_out": held_out}
+    axes = {"weights": ["last", "average"][:weights], "seed": range(seeds)}
+    rows = [tidy(figures, mark=marks, **axes), tidy({"gradients": 32})]
+    return pd.concat(rows).assign(task="wine", method=method, **more)
 
 
 @pytest.fixture
-def cells():
-    """Eight explorers, two seeds; held-out scores are what the test says, or not."""
-    rng = np.random.default_rng(0)
-    found = {}
-    for number in range(8):
-        test = rng.uniform(size=[6, 2, 2])
-        found[f"single {number}"] = cell(test.tolist(), (-test).tolist())
-    ours = rng.uniform(size=[2, 1, 2])
-    found["EV3"] = cell(ours.tolist(), (-ours).tolist(), (1.0, "work"))
-    return found
+def test():
+    """Figures of eight explorers ``[8, marks, weights, seeds]``, all different."""
+    return np.random.default_rng(0).uniform(size=[8, 6, 2, 2])
+
+
+OURS = np.random.default_rng(1).uniform(size=[2, 2])  # At gradients and work, by seed.
 
 
 @pytest.fixture
-def kinds(report):
-    halving = ((8, 1 / 32), (4, 3 / 32), (2, 7 / 32), (1, 15 / 32))
-    names = tuple(f"single {number}" for number in range(8))
-    return report.Kinds(names, ("cosine",), halving, 1 / 8)
+def results(test):
+    """Held-out scores are what the test says."""
+    found = [cell(f"single {i}", test[i], -test[i], rate=0.1) for i in range(8)]
+    ours = tidy({"test": OURS[:1], "held_out": -OURS[:1]}, mark=[1.0], seed=range(2))
+    at_work = {"test at equal work": OURS[1], "held_out at equal work": -OURS[1]}
+    ours = pd.concat([ours, tidy(at_work, seed=range(2)), tidy({"gradients": 32})])
+    return pd.concat([*found, ours.assign(task="wine", method="EV3")])
 
 
-def test_grid_search_and_hindsight(report, kinds, cells):
-    rows = report.rows(cells, kinds, "gradients")
-    test = np.array([cells[name]["runs"][0]["test"] for name in kinds.singles])
+HALVING = ((8, 1 / 32), (4, 3 / 32), (2, 7 / 32), (1, 15 / 32))
+SINGLES = tuple(f"single {number}" for number in range(8))
+KINDS = report.Kinds(SINGLES, ("cosine",), HALVING, 1 / 8)
+
+
+def test_grid_search_and_hindsight(results, test):
+    rows = report.rows(results, KINDS, "gradients")
     ends = test[:, 5].reshape(16, 2)  # And averages.
     np.testing.assert_array_equal(rows[report.HINDSIGHT], ends[ends.mean(1).argmin()])
     np.testing.assert_array_equal(rows["all eight in full, by held-out"], ends.min(0))
     shares = test[:, 4].reshape(16, 2)  # At 4 of 32 steps.
     np.testing.assert_array_equal(rows["grid search"], shares.min(0))
     np.testing.assert_array_equal(rows["single 3, averaged"], test[3, 5, 1])
-    ours = cells["EV3"]["runs"][0]["test"]
-    np.testing.assert_array_equal(rows["EV3"], ours[0][0])
+    np.testing.assert_array_equal(rows["EV3"], OURS[0])
     # At equal work others are what they were, EV3 ends earlier.
-    at_work = report.rows(cells, kinds, "work")
-    np.testing.assert_array_equal(at_work["EV3"], ours[1][0])
+    at_work = report.rows(results, KINDS, "work")
+    np.testing.assert_array_equal(at_work["EV3"], OURS[1])
     np.testing.assert_array_equal(at_work["grid search"], rows["grid search"])
 
 
-def test_successive_halving(report, kinds, cells):
-    test = np.array([cells[name]["runs"][0]["test"] for name in kinds.singles])
+def test_successive_halving(results, test):
     expected = []
     for seed in range(2):
         left = list(range(8))
         for mark, keep in enumerate((4, 2, 1)):
             left = sorted(left, key=lambda i, m=mark, s=seed: test[i, m, 0, s])[:keep]
         expected.append(test[left[0], 3, 0, seed])
-    rows = report.rows(cells, kinds, "gradients")
+    rows = report.rows(results, KINDS, "gradients")
     np.testing.assert_array_equal(rows["successive halving"], expected)
 
 
-def test_rates_are_chosen_by_held_out_scores_for_each_seed(report, kinds, cells):
+def test_rates_are_chosen_by_held_out_scores_for_each_seed(results):
+    pairs = [([1, 2], [5, 6]), ([3, 4], [7, 5]), ([0, 0], [np.nan, 4])]
     runs = [
-        cell([[test, [9, 9]]], [[score, [0, 0]]], (1.0,))["runs"][0]
-        for test, score in [([1, 2], [5, 6]), ([3, 4], [7, 5]), ([0, 0], [None, 4])]
+        cell("cosine", [[test, [9, 9]]], [[score, [0, 0]]], [1.0], rate=rate)
+        for rate, (test, score) in enumerate(pairs)
     ]
-    other = {"runs": runs, "budget": 32}
-    rows = report.rows(cells | {"cosine": other}, kinds, "gradients")
+    rows = report.rows(pd.concat([results, *runs]), KINDS, "gradients")
     np.testing.assert_array_equal(rows["cosine"], [3, 2])
 
 
-def test_what_ends_worse_than_it_began_counts_as_its_start(report, kinds, cells):
-    start = np.array([2.0, 3.0])
-    found = report.no_worse({"a": np.array([1, np.inf]), "b": np.array([4, 2])}, start)
+def test_what_ends_worse_than_it_began_counts_as_its_start(results):
+    found = pd.DataFrame({"a": [1, np.inf], "b": [4, 2]})
+    found = report.no_worse(found, pd.Series([2.0, 3.0]))
     np.testing.assert_array_equal(found["a"], [1, 3])
     np.testing.assert_array_equal(found["b"], [2, 2])
-    untrained = {"runs": [{"test": [0.0, 0.5], "held_out": [0.0, 0.0]}], "budget": 32}
-    rows = report.rows(cells | {report.UNTRAINED: untrained}, kinds, "gradients")
-    assert all(x[0] == 0 and x[1] <= 0.5 for x in rows.values())
+    start = {"test": [[0.0, 0.5]], "held_out": [[0.0, 0.0]]}
+    start = tidy(start, mark=[1.0], seed=range(2))
+    start = start.assign(task="wine", method=report.UNTRAINED)
+    rows = report.rows(pd.concat([results, start]), KINDS, "gradients")
+    assert (rows.loc[0] == 0).all() and (rows.loc[1] <= 0.5).all()
 
 
-def test_holm(report):
-    # By hand: 0.01 * 3, then 0.02 * 2, then 0.5.
-    assert report.holm([0.5, -0.01, 0.02]) == pytest.approx([0.5, -0.03, 0.04])
-    assert report.holm([0.04, -0.039]) == pytest.approx([0.078, -0.078])
-
-
-def test_what_was_asked_is_told(report, kinds, monkeypatch, capsys):
+def test_what_was_asked_is_told(capsys):
     """Four seeds, two tasks: on one EV3 is clearly better, on the other not by much."""
-    better = np.array([1.0, 1.1, 0.9, 1.0])
-    level = np.array([2.0, 2.2, 2.4, 2.6])
+    better = pd.Series([1.0, 1.1, 0.9, 1.0])
+    level = pd.Series([2.0, 2.2, 2.4, 2.6])
     found = {
         "a": {
             report.EV3: better,
@@ -213,12 +186,13 @@ def test_what_was_asked_is_told(report, kinds, monkeypatch, capsys):
         "b": {
             report.EV3: level,
             report.HINDSIGHT: np.add(level, [0.3, -0.3, 0.3, -0.4]),
-            "grid search": level[::-1],
+            "grid search": level[::-1].to_numpy(),
             "EV3, other": 0.9 * level,
         },
     }
-    monkeypatch.setattr(report, "_tables", lambda *args: found)
-    report.verdicts({}, kinds._replace(variants=("EV3, other",)))
+    found = {task: pd.DataFrame(one) for task, one in found.items()}
+    kinds = KINDS._replace(variants=("EV3, other",))
+    report.verdicts(dict.fromkeys(report.TABLES, found), kinds)
     out = " ".join(capsys.readouterr().out.split())
     for part in (
         "or better on 2 of 2 tasks, significantly better on 1: a.",
@@ -230,13 +204,14 @@ def test_what_was_asked_is_told(report, kinds, monkeypatch, capsys):
         assert part in out
 
 
-def test_table_of_markdown(report, kinds, cells, tmp_path):
-    report.write_table({"wine": cells}, kinds, tmp_path / "table.md")
+def test_table_of_markdown(results, tmp_path):
+    found = report.tables(results, KINDS)
+    report.write_table(found, KINDS, tmp_path / "table.md")
     lines = (tmp_path / "table.md").read_text().splitlines()
     head, row = (
         [x.strip("* ") for x in line.split("|")[1:-1]] for line in (lines[2], lines[4])
     )
-    rows = report.rows(cells, kinds, "gradients")
+    rows = report.rows(results, KINDS, "gradients")
     for name, text in list(zip(head, row, strict=True))[1:]:
         mean, error = (float(x) for x in text.split("±"))
         assert mean == pytest.approx(rows[name].mean(), rel=5e-3)
@@ -244,126 +219,105 @@ def test_table_of_markdown(report, kinds, cells, tmp_path):
     assert "grid search" in head and lines[4].count("**") == 2
 
 
-def test_tables_and_plots(report, kinds, cells, tmp_path, capsys):
-    report.show({"wine": cells}, kinds)
+def test_tables_and_plots(results, tmp_path, capsys):
+    found = report.tables(results, KINDS)
+    report.show_all(found, KINDS)
     out = capsys.readouterr().out
     for row in ("At equal work", "wine, 2 seeds", "grid search", "EV3 against"):
         assert row in out
-    report.draw({"wine": cells}, kinds, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"profile.png", "course.png"}
+    report.draw_profile(found["work"], KINDS, tmp_path / "profile.png")
+    report.draw_course(results, KINDS, tmp_path / "course.png")
     image = pytest.importorskip("matplotlib.image").imread(tmp_path / "course.png")
     orange = np.array([0xE6, 0x9F, 0x00]) / 255  # The line of the best single method.
     assert (abs(image[..., :3] - orange) < 0.02).all(-1).sum() > 50
 
 
-def test_every_name_is_read_back_from_its_file(report, tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import json, quality as q\n"
-            "print(json.dumps([[*q.TASKS], [*q.METHODS, *q.PROCEDURES]]))",
-        ],
-        cwd=BENCHMARKS,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        check=True,
-    )
-    tasks, names = json.loads(done.stdout.splitlines()[-1])
-    assert tasks == NAMES and len(names) == len(set(names)) > 30
-    kept = report.load(BENCHMARKS / "results" / "quality")
-    assert set(kept) == set(tasks)
-    assert all(set(cells) == set(names) for cells in kept.values())
-    odd = ["a / b", "a over b", "a/b", "/", "handover", "50%", "a%2Fb", "a.b", "ä: [1]"]
-    for number, name in enumerate([*names, *odd]):
-        for task in ("wine", "red / white"):
-            path = report.path_of(tmp_path, task, name)
-            assert not path.exists()
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(str(number))
-    found = {name: number for number, name in enumerate([*names, *odd])}
-    assert report.load(tmp_path) == {"wine": found, "red / white": found}
+# Runs.
+
+
+def test_all_that_can_be_measured_has_been():
+    names = [*methods.METHODS, *training.PROCEDURES]
+    assert len(names) == len(set(names)) > 30
+    kept = Results(run.FOLDER / "quality").frame
+    assert set(kept.task) == set(NAMES)
+    for _, one in kept.groupby("task"):
+        assert set(one.method) >= set(names)
+    # Of most methods two figures, at some marks, in ten runs each.
+    assert len(kept) > 100_000 and set(kept.seed.dropna()) == set(range(10))
+
+
+def few(monkeypatch, **kwargs):
+    """EV3 with two explorers, which compiles faster."""
+    inner = {"adam": optax.adam(1e-2), "sgd": optax.sgd(0.1)}
+    found = methods.ev3(inner=inner, **kwargs)
+    monkeypatch.setitem(methods.METHODS, "EV3", found)
+    return found
 
 
 @pytest.mark.slow
-def test_the_suite_runs_and_goes_on_where_it_stopped(tmp_path):
-    pattern = "^(EV3|adam .*|momentum .*|rmsprop .*|cosine|soup|population.*)$"
-    args = ["--seeds=2", "--steps=8", "--task=wine", f"--method={pattern}"]
-    command = [sys.executable, "-P", str(BENCHMARKS / "quality.py"), *args]
-    command += [f"--folder={tmp_path}"]
-    run = functools.partial(
-        subprocess.run, check=True, capture_output=True, text=True, encoding="utf-8"
-    )
-    lost = tmp_path / "wine" / "cosine.json"
-    out = run(command).stdout
-    for row in ("wine, EV3:", "grid search", "successive halving", "soup", "cosine"):
+def test_the_suite_runs_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+    few(monkeypatch, combine=[])
+    pattern = "^(EV3|adam .*|momentum .*|rmsprop .*|cosine|untrained|population.*)$"
+    args = ["quality", "--seeds=2", "--steps=8", "--task=wine", f"--only={pattern}"]
+    args += [f"--folder={tmp_path}"]
+    assert run.main(args) == 0
+    out, err = capsys.readouterr()
+    for row in ("grid search", "successive halving", "population", "cosine"):
         assert row in out
-    cells = {path: path.read_bytes() for path in lost.parent.iterdir()}
-    assert len(cells) == 1 + 8 + 3
-    lost.unlink()
-    again = run(command).stdout
-    made = re.findall(r"^wine, (.*): \d+ s$", again, re.M)
-    assert made == ["cosine"]
-    assert again.partition("At equal")[2] == out.partition("At equal")[2]
-    for path, content in cells.items():
-        assert path == lost or path.read_bytes() == content
-
-
-RECOUNT = """
-import jax, numpy as np, optax, optax_ev3
-from optax_ev3 import explore
-from absl import flags
-import quality
-
-flags.FLAGS(["quality"])
-quality.LENGTH = 5  # So that 40 of the 50 held-out examples are drawn.
-task, budget = quality.made("wine"), 400
-method = quality.ev3(trajectory_length=5, race=explore.Racing(2, 8))
-found = quality.ev3_trainer(task, method, budget, range(2))()
-parts = jax.tree.map(jax.numpy.asarray, task.parts(1))
-tx, params = method.make(task, parts.held_out, 1), task.init(jax.random.key(1))
-
-@jax.jit
-def step(params, state, number):
-    batch = quality.draw(task, parts, 1, number)
-    none = jax.tree.map(jax.numpy.zeros_like, params)
-    updates, state = tx.update(none, state, params, batch=batch)
-    return optax.apply_updates(params, updates), state
-
-tested = jax.jit(task.test)
-state, calls, gradients, assessed, within = tx.init(params), 0, 0, 0, {}
-while gradients < budget:
-    params, state = step(params, state, calls)
-    calls += 1
-    if calls % 5:
-        continue
-    past = optax_ev3.history(state)
-    took = ~np.isnan(past["mean"][-1])
-    gradients += 5 * took[:8].sum()
-    assert past["examples"][-1] == 40
-    assessed += 40 * took.sum()
-    work = gradients + assessed / (3 * task.batch)
-    test = float(tested(params, parts.test))
-    within |= {1.0: test} if gradients <= budget else {}
-    within |= {"work": test} if work <= budget else {}
-assert gradients < 8 * calls  # Somebody rested.
-assert found["calls"][1] == calls and found["rounds"][1] == calls // 5
-np.testing.assert_allclose(found["work"][1], work / gradients, 1e-5)
-marks = [*quality.MARKS, quality.WORK]
-for mark, test in within.items():
-    np.testing.assert_allclose(found["test"][marks.index(mark), 0, 1], test, 1e-3)
-assert within[1.0] != within["work"]
-"""
+    assert "wine, EV3: " in err and err.count("\n") == 1 + 8 + 3
+    path = tmp_path / "results.csv"
+    whole = path.read_text()
+    rows = whole.splitlines(keepends=True)
+    path.write_text("".join(row for row in rows if not row.startswith("wine,cosine,")))
+    assert run.main(args) == 0
+    again, err = capsys.readouterr()
+    assert err.startswith("wine, cosine: ") and err.count("\n") == 1
+    assert again == out
+    # But for the time that it took.
+    kept, found = (
+        sorted(row for row in text if ",seconds," not in row)
+        for text in (rows, path.read_text().splitlines(keepends=True))
+    )
+    assert kept == found
 
 
 @pytest.mark.slow
-def test_what_explorers_take_is_counted():
-    done = subprocess.run(
-        [sys.executable, "-c", RECOUNT],
-        cwd=BENCHMARKS,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-    )
-    assert done.returncode == 0, done.stderr
+def test_what_explorers_take_is_counted(monkeypatch):
+    monkeypatch.setattr(methods, "LENGTH", 5)  # So that 40 of the 50 are drawn.
+    task, budget = tasks.TASKS["wine"](), 400
+    race = optax_ev3.explore.Racing(2, 8)
+    method = few(monkeypatch, trajectory_length=5, combine=[], race=race)
+    found = training.ev3_trainer(task, method, budget, range(2))()
+    parts = jax.tree.map(jnp.asarray, task.parts(1))
+    tx, params = method.make(task, parts.held_out, 1), task.init(jax.random.key(1))
+
+    @jax.jit
+    def step(params, state, number):
+        key = jax.random.fold_in(jax.random.key(1), number)
+        batch = sample(key, parts.train, task.batch)
+        updates, state = tx.update(None, state, params, batch=batch)
+        return optax.apply_updates(params, updates), state
+
+    tested = jax.jit(task.test)
+    state, calls, gradients, assessed, within = tx.init(params), 0, 0, 0, {}
+    while gradients < budget:
+        params, state = step(params, state, calls)
+        calls += 1
+        if calls % 5:
+            continue
+        past = optax_ev3.history(state)
+        took = ~np.isnan(past["mean"][-1])
+        gradients += 5 * took[:2].sum()
+        assert past["examples"][-1] == 40
+        assessed += 40 * took.sum()
+        work = gradients + assessed / (3 * task.batch)
+        test = float(tested(params, parts.test))
+        within |= {1.0: test} if gradients <= budget else {}
+        within |= {"work": test} if work <= budget else {}
+    assert gradients < 2 * calls  # One was paused.
+    assert found["calls"][1] == calls and found["rounds"][1] == calls // 5
+    np.testing.assert_allclose(found["work"][1], work / gradients, 1e-5)
+    marks = [*training.MARKS, "work"]
+    for mark, test in within.items():
+        np.testing.assert_allclose(found["test"][1, marks.index(mark)], test, 1e-3)
+    assert within[1.0] != within["work"]

@@ -1,0 +1,212 @@
+"""The methods of the quality suite by name, and how EV3 is set."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from optax import contrib
+
+import optax_ev3
+from optax_ev3 import adapt, combine, explore
+
+ADAMS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+MOMENTUM = functools.partial(optax.sgd, momentum=0.9)
+RULES = {
+    **{f"adam {rate:g}": (optax.adam, rate) for rate in ADAMS},
+    **{f"momentum {rate:g}": (MOMENTUM, rate) for rate in (0.01, 0.1)},
+    "rmsprop 0.001": (optax.rmsprop, 1e-3),
+}
+SINGLES = {name: make(rate) for name, (make, rate) in RULES.items()}
+COUNT = len(SINGLES)
+LENGTH = 25
+
+# EV3: the first is the one that is recommended, the others are what it is made of.
+RECOMMENDED = {
+    "trajectory_length": LENGTH,
+    "gradients": "own",
+    "restart": "never",
+    "restart_state": "copy",
+    "race": explore.Racing(2, 8),
+    "combine": [combine.trajectory_average(), combine.branch_average()],
+    "adapt": adapt.greedy(),
+}
+# All start each round from the adopted parameters, and nobody rests.
+TOGETHER = {"restart": "always", "restart_state": "keep", "race": None}
+HOSTILE = {
+    "uphill": optax.sgd(-0.1),
+    "sgd 1000": optax.sgd(1000.0),
+    "nan": optax.sgd(math.nan),
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "EV3": {},
+    "EV3, three hostile explorers more": {"inner": {**SINGLES, **HOSTILE}},
+    "EV3, nobody rests": {"race": None},
+    "EV3, restart significant": {"restart": "significant"},
+    "EV3, restart always": {"restart": "always"},
+    "EV3, restart always, nobody rests, confident": {**TOGETHER, "adapt": None},
+    "EV3, confident": {"adapt": None},
+    "EV3, the paper's rule": {"adapt": adapt.lower_bound()},
+    "EV3, no averages": {"combine": []},
+    "EV3, no branch averages": {"combine": [combine.trajectory_average()]},
+    "EV3, length 50": {"trajectory_length": 50},
+    "EV3, length 10 growing to 80": {
+        "trajectory_length": 10,
+        "trajectory_growth": 1.5,
+        "max_trajectory_length": 80,
+    },
+    "EV3, shared gradients": {
+        "trajectory_length": 10,
+        "gradients": "shared",
+        **TOGETHER,
+    },
+    "EV3, one step": {
+        "trajectory_length": 1,
+        "combine": [],
+        "gradients": None,
+        "adapt": None,
+        **TOGETHER,
+    },
+}
+AWAY = {"/ 100": 0.01, "x 100": 100.0}
+EVOLVING = {
+    "trajectory_length": 20,
+    "trajectory_growth": 1.1,
+    "max_trajectory_length": 100,
+    "restart": "behind",
+    "race": None,
+    "history_length": 64,
+    "combine": [combine.trajectory_average()],
+    "adapt": None,
+}
+
+
+def visible(params, state):
+    return params
+
+
+class Method(NamedTuple):
+    """How an optimizer is made, and which parameters are evaluated.
+
+    Attributes:
+      make: From the learning rate and the number of steps to a transformation.
+      rates: Learning rates to choose from.
+      horizon: Whether it has to know the number of steps.
+      evaluated: From final parameters and state.
+    """
+
+    make: Callable[..., Any]
+    rates: tuple[float, ...] = (0.0,)
+    horizon: bool = False
+    evaluated: Callable[..., Any] = visible
+
+
+class EV3(NamedTuple):
+    """How EV3 is made, and what a round of it takes.
+
+    Attributes:
+      make: From the task, the held-out part and the seed to a transformation.
+      explorers: How many there are.
+      own: Whether each of them takes gradients of its own.
+    """
+
+    make: Callable[..., Any]
+    explorers: int
+    own: bool
+
+
+def ev3(explorers=None, **kwargs):
+    """EV3 with the recommended setting, but for what is given."""
+    kwargs = {"inner": SINGLES, **RECOMMENDED, **kwargs}
+    inner, own = kwargs.pop("inner"), kwargs["gradients"] == "own"
+
+    def make(task, held_out, seed):
+        def loss(params, batch):
+            return task.loss(params, batch)
+
+        def explorer(one):
+            # With losses of their own they need no gradient of the caller's.
+            return optax_ev3.explorer(one, loss) if own else one
+
+        total = len(jax.tree.leaves(held_out)[0])
+        count = looked_at(task, total)
+        drawn = {} if count == total else {"batch_size": count, "shuffle": True}
+        return optax_ev3.ev3(
+            {name: explorer(one) for name, one in inner.items()},
+            optax_ev3.held_out(task.score, held_out, **drawn),
+            loss_fn=loss,
+            key=seed,
+            **kwargs,
+        )
+
+    return EV3(make, explorers or len(inner), own)
+
+
+def looked_at(task, total):
+    """Held-out examples of a round: at most a quarter of those that a branch trains on.
+
+    So its three candidates, a pass each, take a quarter of its gradients' work at most.
+    """
+    return min(total, LENGTH * task.batch // 4)
+
+
+def evolving(factor):
+    """A group of eight of Adam that starts at 0.003 times a factor."""
+    space = {"learning_rate": optax_ev3.log_uniform(1e-7, 10.0, 3e-3 * factor)}
+    group = optax_ev3.evolve(optax.adam, space, COUNT)
+    return ev3(inner={"adam": group}, explorers=COUNT, **EVOLVING)
+
+
+def off(factor):
+    """The recommended setting with all rates multiplied."""
+    return ev3(inner={k: make(rate * factor) for k, (make, rate) in RULES.items()})
+
+
+def plateau(rate, steps):
+    """As documented: on means of the loss over some steps."""
+    window = max(steps // 100, 1)
+    return optax.chain(
+        optax.adam(rate),
+        contrib.reduce_on_plateau(patience=5, accumulation_size=window),
+    )
+
+
+@functools.cache
+def alone(make):
+    """The same function for the same optimizer, which then compiles once."""
+    return lambda rate, steps: make(rate)
+
+
+def cosine(rate, steps):
+    return optax.adamw(optax.cosine_decay_schedule(rate, steps))
+
+
+OTHERS = {
+    "cosine": Method(cosine, rates=ADAMS, horizon=True),
+    "reduce_on_plateau": Method(plateau, rates=ADAMS, horizon=True),
+    "schedule-free": Method(
+        lambda rate, steps: contrib.schedule_free_adamw(rate),
+        rates=ADAMS,
+        evaluated=lambda params, state: contrib.schedule_free_eval_params(
+            state, params
+        ),
+    ),
+    "prodigy": Method(lambda rate, steps: contrib.prodigy(1.0)),
+    "prodigy, cosine": Method(
+        lambda rate, steps: contrib.prodigy(optax.cosine_decay_schedule(1.0, steps)),
+        horizon=True,
+    ),
+    "mechanize": Method(lambda rate, steps: contrib.mechanize(optax.adamw(1e-3))),
+}
+METHODS = {
+    **{name: ev3(**kwargs) for name, kwargs in VARIANTS.items()},
+    **{name: Method(alone(make), (rate,)) for name, (make, rate) in RULES.items()},
+    **OTHERS,
+    **{f"EV3, rates {name}": off(factor) for name, factor in AWAY.items()},
+    **{
+        f"EV3, evolve from {name}": evolving(factor)
+        for name, factor in {"0.003": 1.0, **AWAY}.items()
+    },
+}
