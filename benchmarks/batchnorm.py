@@ -217,7 +217,7 @@ def train(statistics, momentum, strategy, steps, seeds):
             1 - evaluate(params, found, data.test)[1].mean()
             for found in (running, exact)
         ]
-        return errors, state.memory[1]
+        return errors, state.rule_state[1]
 
     errors, tally = jax.jit(lambda: jax.lax.map(one, jnp.arange(seeds)))()
     tally = {k: np.asarray(v) for k, v in tally.items()}

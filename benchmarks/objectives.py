@@ -186,7 +186,6 @@ SAFETY = {
     # A sum to which the other adds nothing: the default rule.
     "accuracy alone": adapt.weighted({"accuracy": 1, "minority": 0}, rule=SINGLE),
     "lexicographic": adapt.lexicographic({"minority": TOLERANCE, "accuracy": 0}),
-    "pareto": adapt.pareto({"accuracy": TOLERANCE, "minority": TOLERANCE}),
 }
 
 
@@ -318,12 +317,9 @@ def moving_rules(asked):
     equal = dict.fromkeys(asked, 1 / len(asked))
     ones = dict.fromkeys(asked, 1.0)
     return {
-        "weighted, moving": adapt.weighted(equal, rate=0.1, rule=SINGLE),
         "weighted, moving to targets": adapt.weighted(
             equal, targets=ones, rate=0.1, rule=SINGLE
         ),
-        "pareto": adapt.pareto(dict.fromkeys(asked, 0.02)),
-        "lexicase": adapt.lexicase(list(asked)),
     }
 
 

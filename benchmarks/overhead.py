@@ -728,7 +728,9 @@ def measure_bookkeeping(problem: Problem, settings: Settings):
         return optax_ev3.ev3(
             [optax.adam(rate) for rate in np.geomspace(1e-5, 1e-2, count)],
             assess,
-            adapt=optax_ev3.adapt.weighted(dict.fromkeys(names, 1.0), rate=0.1),
+            adapt=optax_ev3.adapt.weighted(
+                dict.fromkeys(names, 1.0), targets=dict.fromkeys(names, 1.0)
+            ),
             history_length=history,
         )
 

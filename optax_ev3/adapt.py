@@ -1,20 +1,10 @@
 """Rules: which candidate becomes visible, and which one stable."""
 
-from optax_ev3._src.adapt.objectives import (
-    constrained,
-    lexicase,
-    lexicographic,
-    pareto,
-    weighted,
-)
-from optax_ev3._src.adapt.rules import (
-    Decision,
-    Rule,
-    choose_and_confirm,
-    confident,
-    greedy,
-    lower_bound,
-)
+from optax_ev3._src.adapt.confident import confident
+from optax_ev3._src.adapt.objectives import constrained, lexicographic
+from optax_ev3._src.adapt.rules import choose_and_confirm, greedy, lower_bound
+from optax_ev3._src.adapt.weighted import weighted
+from optax_ev3._src.base.decision import Decision, Rule
 
 __all__ = [
     "Decision",
@@ -23,9 +13,7 @@ __all__ = [
     "confident",
     "constrained",
     "greedy",
-    "lexicase",
     "lexicographic",
     "lower_bound",
-    "pareto",
     "weighted",
 ]

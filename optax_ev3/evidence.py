@@ -1,24 +1,9 @@
 """Evidence: what scores say and how surely, for rules of one's own."""
 
-from optax_ev3._src.adapt.bounds import (
-    Bound,
-    Process,
-    betting,
-    bonferroni,
-    bootstrap,
-    corrected,
-    empirical_bernstein,
-    hoeffding,
-    holm,
-    max_t,
-    mcnemar,
-    normal_mixture,
-    paired_t,
-    spend,
-    standard,
-    unpaired_normal,
-)
+from optax_ev3._src.adapt.bounds import betting, mcnemar, paired_t, standard
+from optax_ev3._src.adapt.corrections import bonferroni, corrected, max_t
 from optax_ev3._src.adapt.guards import Guard, ladder, thresholdout
+from optax_ev3._src.base.decision import Bound
 from optax_ev3._src.base.evidence import (
     Comparison,
     Differences,
@@ -32,6 +17,7 @@ from optax_ev3._src.base.evidence import (
     single_objective,
     take,
 )
+from optax_ev3._src.base.statistics import spend
 
 __all__ = [
     "Bound",
@@ -40,28 +26,21 @@ __all__ = [
     "Estimate",
     "Evidence",
     "Guard",
-    "Process",
     "Resampled",
     "betting",
     "bonferroni",
-    "bootstrap",
     "compare",
     "corrected",
     "differences",
-    "empirical_bernstein",
     "estimate",
     "gather",
-    "hoeffding",
-    "holm",
     "ladder",
     "max_t",
     "mcnemar",
-    "normal_mixture",
     "paired_t",
     "single_objective",
     "spend",
     "standard",
     "take",
     "thresholdout",
-    "unpaired_normal",
 ]

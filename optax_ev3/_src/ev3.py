@@ -13,10 +13,17 @@ from jax import lax
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from optax_ev3._src import arguments
-from optax_ev3._src.adapt import guards, rules
+from optax_ev3._src.adapt import guards
+from optax_ev3._src.adapt.confident import confident
 from optax_ev3._src.assess import stage as assess
 from optax_ev3._src.base import callbacks as named
 from optax_ev3._src.base import control, evidence, trees
+from optax_ev3._src.base.decision import (
+    Decision,
+    Rule,
+    enforce_validity,
+    fallback,
+)
 from optax_ev3._src.explore import averages as combinations
 from optax_ev3._src.explore import evolve, racing, steps, trajectory
 from optax_ev3._src.explore import explorers as explore
@@ -41,7 +48,7 @@ def ev3(
     restart_state: str = "keep",
     combine: Sequence[combinations.Average] = (),
     race: racing.Racing | None = None,
-    adapt: rules.Rule | None = None,
+    adapt: Rule | None = None,
     guard: guards.Guard | None = None,
     assess_mode: str = "unroll",
     axis_name: Any = None,
@@ -208,7 +215,7 @@ def ev3(
         )
     rule = adapt
     if rule is None:
-        rule = rules.confident()
+        rule = confident()
     _check_judges(rule, guard)
     for name in rule.objectives:
         explore.check_characters(name, "an objective")
@@ -242,7 +249,7 @@ def ev3(
             if plan.one_step
             else trajectory.init(explorers, plan, params),
             stable=jax.tree.map(trees.own, params),
-            memory=rule.init(len(names) + len(more)),
+            rule_state=rule.init(len(names) + len(more)),
             guarded=() if guard is None else guard.init(arguments.typed_key(key)),
             record=record.empty(
                 history_length,
@@ -342,7 +349,7 @@ def _resting(explorers, plan, state, race):
 
 def _check_judges(rule, guard):
     """Raises unless rule and guard are such."""
-    if not isinstance(rule, rules.Rule):
+    if not isinstance(rule, Rule):
         raise TypeError(
             "adapt must be a rule, such as optax_ev3.adapt.confident(), got "
             f"{rule!r} of type {type(rule).__name__}."
@@ -361,21 +368,21 @@ class _Verdict(NamedTuple):
       decision: What is done: complete, and of valid candidates.
       overruled: ``[]`` bool, whether the rule decided otherwise.
       seen: The evidence that it rests on, after the guard.
-      memory: What the rule remembers from now on.
+      rule_state: What the rule remembers from now on.
       guarded: What the guard remembers before the decision is settled.
     """
 
-    decision: rules.Decision
+    decision: Decision
     overruled: jax.Array
     seen: Any
-    memory: Any
+    rule_state: Any
     guarded: Any
 
 
 class _Judge(NamedTuple):
     """Assess and adapt: how scores are made and what decides."""
 
-    rule: rules.Rule
+    rule: Rule
     guard: guards.Guard | None
     key: jax.Array
     score: Callable[..., assess.Scores]
@@ -412,9 +419,9 @@ class _Judge(NamedTuple):
             # A guard may hide scores and candidates; it makes none valid.
             seen = dataclasses.replace(seen, valid=seen.valid & valid, **known)
         self.main(seen)  # What the rule cannot use is an error.
-        decision, memory = self.rule.decide(seen, state.memory, self.key)
-        decision, overruled = rules.overrule(decision, seen.valid, rules.fallback(seen))
-        return _Verdict(decision, overruled, seen, memory, guarded)
+        decision, rule_state = self.rule.decide(seen, state.rule_state, self.key)
+        decision, overruled = enforce_validity(decision, seen)
+        return _Verdict(decision, overruled, seen, rule_state, guarded)
 
 
 def _one_step(explorers, plan, state, params, call, judge, rests):
@@ -580,7 +587,7 @@ class _Lasted(NamedTuple):
 def _adapt(judge, seen, state, lasted):
     """The decision, the state with what is remembered, and what the round was."""
     examples = evidence.examples(seen)
-    decision, overruled, seen, memory, guarded = judge.decide(seen, state)
+    decision, overruled, seen, rule_state, guarded = judge.decide(seen, state)
     # A round without any valid proposal decides nothing and teaches nothing.
     explored = seen.valid[:-2].any()
     rested = explore.spread(lasted.explorers, lasted.rests)
@@ -602,19 +609,19 @@ def _adapt(judge, seen, state, lasted):
     if raced != ():
         raced = racing.append(raced, appended)
     decision = decision._replace(
-        adopted=jnp.where(explored, decision.adopted, rules.fallback(seen)),
+        adopted=jnp.where(explored, decision.adopted, fallback(seen)),
         significant=explored & decision.significant,
     )
     if lasted.rests and judge.rule.forget is not None:
         # That they were not valid says nothing about those who rested.
-        memory = judge.rule.forget(memory, rested[:-2])
+        rule_state = judge.rule.forget(rule_state, rested[:-2])
     if judge.guard is not None:
         guarded = judge.guard.settle(
             guarded, seen, decision.significant, decision.promoted
         )
     state = state._replace(
         ev3_round=ended,
-        memory=trees.where(explored, memory, state.memory),
+        rule_state=trees.where(explored, rule_state, state.rule_state),
         guarded=trees.where(explored, guarded, state.guarded),
         record=trees.where(explored, appended, state.record),
         racing=trees.where(explored, raced, state.racing),
@@ -640,7 +647,7 @@ def _evolved(judge, state, lasted, adopted, past, restarted):
     if judge.rule.forget is None:
         return state
     fresh = lasted.plan.with_averages(fresh, past.seen.valid.shape[0] - 2)
-    return state._replace(memory=judge.rule.forget(state.memory, fresh))
+    return state._replace(rule_state=judge.rule.forget(state.rule_state, fresh))
 
 
 def _opt_states(state):

@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_same_types, x64
-from scipy import optimize, stats
+from scipy import stats
 
 from optax_ev3 import evidence as public
-from optax_ev3._src.adapt import bounds
-from optax_ev3._src.base import evidence
+from optax_ev3._src.adapt import corrections
+from optax_ev3._src.base import evidence, statistics
 
 RANGE = 0.0, 1.0
 WIDTH = 2.0  # of the differences between two scores in that range
@@ -19,19 +18,11 @@ ALPHA = 0.05
 
 BOUNDS = {
     "paired_t": public.paired_t(),
-    "unpaired_normal": public.unpaired_normal(),
     "mcnemar": public.mcnemar(),
-    "mid_p": public.mcnemar(mid_p=True),
-    "hoeffding": public.hoeffding(*RANGE),
-    "empirical_bernstein": public.empirical_bernstein(*RANGE),
-    "bootstrap": public.bootstrap(),
-    "normal_mixture": public.normal_mixture(*RANGE, expected=60),
     "betting": public.betting(*RANGE),
     "standard": public.standard(),
 }
-ANY_TIME = ("normal_mixture", "betting")
-IN_RANGE = ("hoeffding", "empirical_bernstein", *ANY_TIME)
-COUNTED = ("mcnemar", "mid_p", "standard")
+COUNTED = ("mcnemar", "standard")
 
 each = pytest.mark.parametrize("name", [name for name in BOUNDS if name != "standard"])
 
@@ -44,7 +35,7 @@ def gather(values, seen=None, binary=False, finite=None):
     finite = jnp.ones([count], bool) if finite is None else jnp.asarray(finite)
     seen = None if seen is None else jnp.asarray(seen)
     flags = finite, jnp.zeros([count], bool)
-    return evidence.gather({"score": values}, *flags, binary=names, seen=seen)
+    return evidence.gather({"score": values}, *flags, binary=names, example_mask=seen)
 
 
 @functools.cache
@@ -122,21 +113,6 @@ def test_paired_t_is_scipys(examples):
     np.testing.assert_allclose((lower[:, 0] - limit) / stderr, 0, atol=0.04)
 
 
-def test_unpaired_normal_is_that_intervals_do_not_overlap():
-    scores = bounded(cases=60)
-    p, lower = on_cases("unpaired_normal", scores)
-    wide, z = scores.astype(np.float64), stats.norm.isf(ALPHA)
-    mean, stderr = wide.mean(2), wide.std(axis=2, ddof=1) / np.sqrt(wide.shape[2])
-    bottom, top = mean - z * stderr, mean + z * stderr
-    apart = bottom > top[:, [2]]
-    assert 5 < apart.sum() < 115
-    np.testing.assert_array_equal(p < ALPHA, apart)
-    np.testing.assert_allclose(lower, bottom - top[:, [2]], atol=1e-5)
-    both = stderr + stderr[:, [2]]
-    exact = stats.norm.sf((mean - mean[:, [2]]) / both)
-    np.testing.assert_allclose(p, exact, rtol=1e-3, atol=1e-6)
-
-
 def outcome(wins, losses, examples):
     """Scores of a candidate and a reference, 0 or 1."""
     scores = np.ones([2, examples], np.float32)
@@ -145,96 +121,41 @@ def outcome(wins, losses, examples):
     return scores
 
 
-def by_hand(wins, losses, mid_p):
+def by_hand(wins, losses):
     if wins == 0:
         return 1.0
-    n = wins + losses
-    p = stats.binomtest(wins, n, alternative="greater").pvalue
-    return p - 0.5 * stats.binom.pmf(wins, n, 0.5) * mid_p
+    return stats.binomtest(wins, wins + losses, alternative="greater").pvalue
 
 
-@pytest.mark.parametrize("mid_p", [False, True])
-def test_mcnemar_is_scipys_binomial_test(mid_p):
+def test_mcnemar_is_scipys_binomial_test():
     pairs = [(wins, losses) for wins in range(11) for losses in range(11)]
     pairs += [(30, 0), (0, 30), (29, 1), (1, 29), (15, 15), (19, 11)]
     scores = np.stack([outcome(*pair, 30) for pair in pairs])
-    p, lower = on_cases("mid_p" if mid_p else "mcnemar", scores, 1)
-    exact = [by_hand(*pair, mid_p) for pair in pairs]
+    p, lower = on_cases("mcnemar", scores, 1)
+    exact = [by_hand(*pair) for pair in pairs]
     np.testing.assert_allclose(p[:, 0], exact, rtol=2e-5)
     np.testing.assert_array_equal(p[:, 1], 1)
     _, usual = on_cases("paired_t", scores, 1)
     np.testing.assert_allclose(lower, usual, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("mid_p", [False, True])
-def test_mcnemar_of_many_examples(mid_p):
+def test_mcnemar_of_many_examples():
     pairs = [(n // 2 + k, n - n // 2 - k) for n in (900, 2100, 40_000) for k in (0, 99)]
     pairs += [(1150, 1000), (40_000, 0), (100, 39_900), (20_400, 19_600)]
     scores = np.stack([outcome(*pair, 40_000) for pair in pairs])
-    bound = BOUNDS["mid_p" if mid_p else "mcnemar"]
+    bound = BOUNDS["mcnemar"]
 
     @jax.jit
     @jax.vmap
     def p_value(values):
         return bound.p_value(gather(values, binary=True), "score", 1)[0]
 
-    exact = [by_hand(*pair, mid_p) for pair in pairs]
+    exact = [by_hand(*pair) for pair in pairs]
     np.testing.assert_allclose(p_value(scores), exact, rtol=1e-3, atol=1e-30)
 
 
-def test_hoeffding_by_hand():
-    scores = bounded()
-    p, lower = on_cases("hoeffding", scores)
-    gain, n = differences(scores).mean(2), scores.shape[2]
-    half = WIDTH * np.sqrt(np.log(2 / ALPHA) / (2 * n))
-    np.testing.assert_allclose(lower, gain - half, atol=1e-5)
-    exact = 2 * np.exp(-2 * n * (gain / WIDTH) ** 2)
-    exact = np.where(gain > 0, np.minimum(exact, 1), 1)
-    assert (exact < 0.5).sum() > 10
-    np.testing.assert_allclose(p, exact, rtol=1e-4)
-
-
-def test_empirical_bernstein_by_hand():
-    scores = bounded(examples=400)
-    found = on_cases("empirical_bernstein", scores)
-    n = scores.shape[2]
-
-    def by_formula(d, alpha):
-        log = np.log(2 / alpha)
-        spread = d.std(ddof=1) * np.sqrt(2 * log / n)
-        return d.mean() - spread - 7 * WIDTH * log / (3 * (n - 1))
-
-    proven = 0
-    pairs = differences(scores).reshape(-1, n)
-    for d, p, lower in zip(pairs, *map(np.ravel, found), strict=True):
-        assert lower == pytest.approx(by_formula(d, ALPHA), abs=1e-5)
-        if by_formula(d, 2.0) > 0 and by_formula(d, 1e-9) < 0 and by_formula(d, 1) > 0:
-            exact = optimize.brentq(lambda a, d=d: by_formula(d, a), 1e-9, 1)
-            assert p == pytest.approx(exact, rel=2e-3)
-            proven += 1
-        elif d.mean() <= 0:
-            assert p == 1
-    assert proven > 20
-
-
-def test_bootstrap_is_the_standard_error():
-    scores = bounded(examples=200)
-    noise = bounded(cases=12, candidates=2, examples=200, seed=1)
-    scores[:12, :2] = 0.7 * scores[:12, 2:] + 0.3 * noise
-    p, lower = on_cases("bootstrap", scores)
-    d = differences(scores)[:, :2]
-    gain, stderr = d.mean(2), d.std(axis=2, ddof=1) / np.sqrt(d.shape[2])
-    found = (gain - lower[:, :2]) / stats.norm.isf(ALPHA)
-    np.testing.assert_allclose(found, stderr, rtol=0.1)
-    close = gain / stderr < 3
-    assert close.sum() > 5
-    z = in_normal_units(p[:, :2])
-    np.testing.assert_allclose(z[close], (gain / stderr)[close], rtol=0.1, atol=1e-3)
-    np.testing.assert_allclose(p[:, 2], 0.5)
-
-
 def test_bootstrap_counts_are_poisson():
-    counts = np.asarray(bounds.poisson(jax.random.key(0), 500, 400))
+    counts = np.asarray(statistics.bootstrap_counts(jax.random.key(0), 500, 400))
     assert counts.shape == (500, 400) and counts.dtype == np.float32
     for k in range(6):
         share, expected = (counts == k).mean(), stats.poisson.pmf(k, 1)
@@ -242,29 +163,7 @@ def test_bootstrap_counts_are_poisson():
     assert counts.max() <= 10
 
 
-def test_bootstrap_finds_the_spread_of_large_scores():
-    scores = np.float32(bounded(examples=200) + 500.0)
-    wide = scores.astype(np.float64)
-    _, lower = on_cases("bootstrap", scores)
-    d = wide[:, :2] - wide[:, [2]]
-    stderr = d.std(axis=2, ddof=1) / np.sqrt(d.shape[2])
-    found = (d.mean(2) - lower[:, :2]) / stats.norm.isf(ALPHA)
-    np.testing.assert_allclose(found, stderr, rtol=0.1)
-
-
 # At any time.
-
-
-def mixture_by_loop(d, expected=60, alpha=0.05):
-    """Logarithm of the one-sided normal mixture, example by example."""
-    log = 2 * np.log(1 / alpha)
-    rho = expected * WIDTH**2 / 4 / (log + np.log(1 + log))
-    total = variance = 0.0
-    for one in d:
-        total, variance = total + one, variance + WIDTH**2 / 4
-    v = variance + rho
-    log_e = 0.5 * np.log(4 * rho / v) + total**2 / (2 * v)
-    return log_e + stats.norm.logcdf(total / np.sqrt(v))
 
 
 def betting_by_loop(d, m=0.5):
@@ -282,33 +181,12 @@ def betting_by_loop(d, m=0.5):
     return best
 
 
-LOOPS = {"normal_mixture": mixture_by_loop, "betting": betting_by_loop}
-
-
-@functools.cache
-def in_rounds(name):
-    """Evidence [cases, C] after the examples came in four rounds."""
-    process = BOUNDS[name].process
-
-    def run(values):
-        state = process.init(values.shape[0])
-        for part in jnp.split(values, 4, axis=1):
-            state = process.add(state, gather(part), "score", 2)
-        return process.log_e(state)
-
-    return jax.jit(jax.vmap(run))
-
-
-@pytest.mark.parametrize("name", ANY_TIME)
-def test_process_is_the_formula_in_one_round_and_in_several(name):
+def test_betting_is_the_formula():
     for scores in (bounded(), coins()):
-        expected = np.apply_along_axis(LOOPS[name], 2, differences(scores))
+        expected = np.apply_along_axis(betting_by_loop, 2, differences(scores))
         assert (expected > 1).sum() > 5
-        found = in_rounds(name)(scores)
-        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
-        p, _ = on_cases(name, scores)
-        exact = np.minimum(np.exp(-expected), 1)
-        np.testing.assert_allclose(p, exact, rtol=2e-3)
+        p, _ = on_cases("betting", scores)
+        np.testing.assert_allclose(p, np.exp(-expected), rtol=2e-3)
 
 
 def test_lower_of_betting_is_where_the_bettor_has_won_enough():
@@ -317,58 +195,6 @@ def test_lower_of_betting_is_where_the_bettor_has_won_enough():
     for d, bound in zip(differences(scores)[:, 0], lower[:, 0], strict=True):
         best = betting_by_loop(d, bound / WIDTH + 0.5)
         assert best == pytest.approx(np.log(1 / ALPHA), rel=0.01)
-
-
-@pytest.mark.parametrize("name", ANY_TIME)
-def test_process_leaves_out_rounds_that_are_not_valid(name):
-    process = BOUNDS[name].process
-    add = jax.jit(lambda state, x: process.add(state, gather(x), "score", 2))
-    good = bounded(cases=1)[0]
-    bad = good.copy()
-    bad[0, 3], bad[1, 5] = np.nan, 1.5
-    start = add(process.init(3), good)
-    after, expected = add(start, bad), add(start, good)
-    for key, value in after.items():
-        np.testing.assert_array_equal(value[:2], start[key][:2])
-        np.testing.assert_array_equal(value[2], expected[key][2])
-    bad[2, 0] = np.inf  # The reference: nobody learns anything.
-    jax.tree.map(np.testing.assert_array_equal, add(start, bad), start)
-
-
-@pytest.mark.parametrize("name", ANY_TIME)
-def test_state_of_a_process_keeps_its_types_and_can_be_donated(name):
-    process = BOUNDS[name].process
-    with x64():
-        scores = bounded(cases=1)[0].astype(np.float64)
-        state = process.init(3)
-        add = jax.jit(
-            lambda state, values: process.add(state, gather(values), "score", 2),
-            donate_argnums=0,
-        )
-        types = jax.eval_shape(lambda: process.init(3))
-        state = add(state, scores)
-        assert_same_types(state, types)
-        assert process.log_e(state).dtype == np.float32
-
-
-@pytest.mark.parametrize("name", ANY_TIME)
-def test_process_holds_at_any_time(name):
-    runs, rounds, examples = 1000, 20, 16
-    rng = np.random.default_rng(1)
-    scores = np.float32(rng.random([runs, 2, rounds, examples]) < 0.7)
-    process = BOUNDS[name].process
-
-    def run(values):
-        def look(state, part):
-            state = process.add(state, gather(part), "score", 1)
-            return state, process.log_e(state)[0]
-
-        return jax.lax.scan(look, process.init(2), jnp.swapaxes(values, 0, 1))[1].max()
-
-    highest = np.asarray(jax.jit(jax.vmap(run))(scores))
-    for alpha in (0.05, 0.25):
-        share = (highest >= np.log(1 / alpha)).mean()
-        assert share <= alpha + 3 * np.sqrt(alpha / runs)
 
 
 # What holds for all.
@@ -380,7 +206,7 @@ def test_lower_at_its_p_value_is_zero(name):
     p, _ = on_cases(name, scores)
     _, lower = on_cases(name, scores, alpha=np.clip(p, 1e-8, 0.99))
     proven = (p > 1e-8) & (p < 0.9)
-    assert proven.sum() > (2 if name == "empirical_bernstein" else 15)
+    assert proven.sum() > 15
     np.testing.assert_allclose(lower[proven], 0, atol=3e-3)
     # And one says "better" where the other does.
     for alpha in (0.01, 0.05, 0.3):
@@ -404,10 +230,10 @@ def test_errors_are_as_rare_as_promised(name):
     # No gain, and one of 0.3. Ties make the approximate ones a little bold.
     p, _ = ask_all([0.7, 0.7, 0.7])
     _, lower = ask_all([0.7, 0.7, 0.4])
-    slack = 1.0 if name in ("mcnemar", *IN_RANGE) else 1.3
+    slack = 1.0 if name in ("mcnemar", "betting") else 1.3
     for alpha in (0.01, 0.05, 0.2):
         assert (p <= alpha).mean() <= slack * alpha + 3 * np.sqrt(alpha / runs)
-    slack = 1.0 if name in IN_RANGE else 1.3
+    slack = 1.0 if name == "betting" else 1.3
     assert (lower > 0.3).mean() <= slack * ALPHA + 3 * np.sqrt(ALPHA / runs)
 
 
@@ -422,24 +248,9 @@ def test_examples_not_looked_at_do_not_count(name, reference, alpha):
     masked[:, ~looked_at] = np.float32([[np.nan], [1e9], [-np.inf]])
     found = ask(name, masked, seen=looked_at, reference=reference, alpha=alpha)
     alone = on_cases(name, scores, reference, alpha)
-    # Of the bootstrap other counts are drawn.
-    close = {"atol": 0.03} if name == "bootstrap" else {"rtol": 1e-4, "atol": 1e-6}
     for one, other in zip(found, alone, strict=True):
         assert one.shape == (3,) and one.dtype == other.dtype == np.float32
-        np.testing.assert_allclose(one, other[7], **close)
-
-
-@pytest.mark.parametrize("name", ANY_TIME)
-def test_examples_not_looked_at_do_not_count_in_a_process(name):
-    scores = np.full([3, 60], np.nan, np.float32)
-    looked_at = np.arange(60) % 3 != 1
-    scores[:, looked_at] = bounded(cases=1, seed=5)[0]
-    process = BOUNDS[name].process
-    found = gather(scores, looked_at)
-    state = process.add(process.init(3), found, "score", 2)
-    d = differences(scores[None, :, looked_at])[0]
-    expected = [LOOPS[name](row) for row in d]
-    np.testing.assert_allclose(process.log_e(state), expected, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(one, other[7], rtol=1e-4, atol=1e-6)
 
 
 # Bad input.
@@ -453,15 +264,15 @@ def test_one_example_and_none_prove_nothing(name):
     scores[0] = 1
     for examples in (1, 0):
         p, lower = ask(name, scores, seen=SIXTY < examples)
-        assert (p >= (0.2499 if name == "mid_p" else 0.4999)).all() and (p <= 1).all()
+        assert (p >= 0.4999).all() and (p <= 1).all()
         assert (lower < 0).all()
-        if name not in IN_RANGE:
+        if name != "betting":
             np.testing.assert_array_equal(lower, -np.inf)
         elif examples == 0:
             assert (lower <= -1).all()
 
 
-@pytest.mark.parametrize("name", ["unpaired_normal", "standard"])
+@pytest.mark.parametrize("name", ["paired_t", "standard"])
 def test_a_single_example_without_a_mask(name):
     found = gather(np.float32([[1], [0]]), binary=name in COUNTED)
     assert BOUNDS[name].p_value(found, "score", 1)[0] >= 0.4999
@@ -475,11 +286,10 @@ def test_equal_differences_are_no_certainty(name, examples):
     scores[0] = 1
     found = ask(name, scores, seen=SIXTY < examples, alpha=0.4 * 0.5**examples)
     p, lower = (one[0] for one in found)
-    # A coin that falls like all others counts half in mid-p.
-    least = 0.5 ** (examples + (name == "mid_p"))
+    least = 0.5**examples
     assert least * (1 - 1e-5) <= p <= 1
     assert lower <= 0
-    if name not in IN_RANGE:
+    if name != "betting":
         assert lower == -np.inf
         np.testing.assert_allclose(p, least, rtol=1e-4)
 
@@ -517,13 +327,12 @@ def test_nothing_is_proven_of_or_by_what_is_not_valid(name):
     assert not np.isnan(np.concatenate([p, lower])).any()
 
 
-@pytest.mark.parametrize("name", ["paired_t", "unpaired_normal", "bootstrap"])
-def test_scores_too_large_to_be_added_up_are_not_valid(name):
+def test_scores_too_large_to_be_added_up_are_not_valid():
     scores = np.zeros([3, 60], np.float32)
     scores[0] = np.linspace(1e30, 2e30, 60)
     for value in (3e38, -3e38, 1e37):
         scores[1] = value
-        p, lower = ask(name, scores)
+        p, lower = ask("paired_t", scores)
         assert p[1] == 1 and lower[1] == -np.inf
         assert p[0] < 1e-8 and 1.2e30 < lower[0] < 1.5e30
 
@@ -553,81 +362,58 @@ def test_spread_of_large_figures():
     assert compared.z[0] == pytest.approx(min(z, stats.norm.isf(0.5**50)), rel=1e-3)
 
 
-@pytest.mark.parametrize("name", IN_RANGE)
-def test_scores_outside_the_range_prove_nothing(name):
+def test_scores_outside_the_range_prove_nothing():
     scores = bounded(cases=1, examples=60)[0]
     scores[:2] = 1
     scores[0, 7] = 1.01
-    p, lower = ask(name, scores)
+    p, lower = ask("betting", scores)
     assert p[0] == 1 and lower[0] == -np.inf
     assert p[1] < 1 and np.isfinite(lower[1:]).all()
     # Where nobody looked it does no harm.
-    p, lower = ask(name, scores, seen=SIXTY % 7 > 0)
+    p, lower = ask("betting", scores, seen=SIXTY % 7 > 0)
     assert p[0] < 1 and np.isfinite(lower).all()
     scores[2, 0] = -0.01  # The reference.
-    p, lower = ask(name, scores)
+    p, lower = ask("betting", scores)
     np.testing.assert_array_equal(p, 1)
     np.testing.assert_array_equal(lower, -np.inf)
 
 
-@pytest.mark.parametrize("name", IN_RANGE)
-def test_scores_at_the_end_of_the_range_may_be_rounded(name):
+def test_scores_at_the_end_of_the_range_may_be_rounded():
     scores = bounded(cases=1, examples=60)[0]
     scores[:2] = 1
     scores[0, 7] += np.float32(2e-7)
-    p, lower = ask(name, scores)
+    p, lower = ask("betting", scores)
     assert p[0] == pytest.approx(p[1], rel=1e-4)
     assert lower[0] == pytest.approx(lower[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mcnemar", "mid_p"])
-def test_mcnemar_needs_boolean_scores(name):
+def test_mcnemar_needs_boolean_scores():
     with pytest.raises(TypeError, match=r"boolean.*'score' are real.*paired_t"):
-        BOUNDS[name].p_value(gather(bounded(cases=1)[0]), "score", 2)
+        BOUNDS["mcnemar"].p_value(gather(bounded(cases=1)[0]), "score", 2)
 
 
-@pytest.mark.parametrize("name", IN_RANGE)
-def test_figures_are_not_examples(name):
+def test_figures_are_not_examples():
     figures = gather(np.float32([0.5, 0.25]))
-    bound = BOUNDS[name]
+    bound = BOUNDS["betting"]
     match = "needs a score for each example.*'score' is a single figure"
     with pytest.raises(ValueError, match=match):
         bound.p_value(figures, "score", 1)
     with pytest.raises(ValueError, match=match):
         bound.lower(figures, "score", 1, ALPHA)
-    if bound.process is not None:
-        with pytest.raises(ValueError, match=match):
-            bound.process.add(bound.process.init(2), figures, "score", 1)
     with pytest.raises(ValueError, match=match):
         public.differences(figures, "score", 1)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        public.hoeffding,
-        public.empirical_bernstein,
-        public.normal_mixture,
-        public.betting,
-    ],
-)
 @pytest.mark.parametrize("limits", [(1, 0), (0.5, 0.5), (0, float("nan"))])
-def test_range_must_not_be_empty(make, limits):
-    with pytest.raises(ValueError, match=rf"{make.__name__} needs low < high, got"):
-        make(*limits)
-
-
-def test_other_arguments_that_make_no_sense():
-    with pytest.raises(ValueError, match="at least 2 samples, got 1"):
-        public.bootstrap(samples=1)
-    with pytest.raises(ValueError, match="at least 1 example, got 0"):
-        public.normal_mixture(0, 1, expected=0)
+def test_range_must_not_be_empty(limits):
+    with pytest.raises(ValueError, match="betting needs low < high, got"):
+        public.betting(*limits)
 
 
 # Figures of all examples together.
 
 
-@pytest.mark.parametrize("name", ["paired_t", "bootstrap", "standard"])
+@pytest.mark.parametrize("name", ["paired_t", "standard"])
 def test_figures_with_resamples(name):
     rng = np.random.default_rng(9)
     common = rng.normal(size=[1, 400])
@@ -648,18 +434,9 @@ def test_figures_with_resamples(name):
     assert BOUNDS[name].lower(few, "score", 2, ALPHA)[0] == -np.inf
 
 
-def test_figures_with_resamples_alone():
-    rng = np.random.default_rng(10)
-    resamples = np.float32(rng.normal(0, [[0.2], [0.1]], [2, 300]))
-    found = gather(evidence.Resampled(np.float32([0.5, 0]), resamples))
-    spread = resamples.std(axis=1, ddof=1, dtype=np.float64).sum()
-    p = BOUNDS["unpaired_normal"].p_value(found, "score", 1)[0]
-    assert p == pytest.approx(stats.norm.sf(0.5 / spread), rel=1e-3)
-
-
 def test_exact_figures():
     found = gather(np.float32([2, 1, np.nan, 1]))
-    for name in ("paired_t", "unpaired_normal", "bootstrap", "standard"):
+    for name in ("paired_t", "standard"):
         p = BOUNDS[name].p_value(found, "score", 3)
         np.testing.assert_allclose(p, [0, 0.5, 1, 0.5], atol=1e-20)
         lower = BOUNDS[name].lower(found, "score", 3, ALPHA)
@@ -688,31 +465,19 @@ def bonferroni_by_hand(p, tested):
     return [min(1, x * sum(tested)) if t else 1 for x, t in zip(p, tested, strict=True)]
 
 
-def holm_by_hand(p, tested):
-    adjusted, highest = [1.0] * len(p), 0.0
-    left = sorted((x, i) for i, x in enumerate(p) if tested[i])
-    for rank, (x, i) in enumerate(left):
-        highest = max(highest, min(1, x * (len(left) - rank)))
-        adjusted[i] = highest
-    return adjusted
-
-
-@pytest.mark.parametrize("name", ["bonferroni", "holm"])
-def test_correction_by_hand(name):
+def test_bonferroni_by_hand():
     rng = np.random.default_rng(12)
     p = np.float32(rng.random([60, 6]) ** 4)
     p[:5, 1:3] = p[:5, :1]  # Ties.
     p[5, :2] = 0, 1
     tested = rng.random([60, 6]) < 0.7
     tested[10], tested[11], tested[12] = True, False, np.arange(6) == 2
-    correct = getattr(public, name)
-    found = np.asarray(jax.jit(jax.vmap(correct))(p, tested))
-    by_loop = {"bonferroni": bonferroni_by_hand, "holm": holm_by_hand}[name]
-    expected = [by_loop(*row) for row in zip(p.tolist(), tested, strict=True)]
+    found = np.asarray(jax.jit(jax.vmap(public.bonferroni))(p, tested))
+    expected = [
+        bonferroni_by_hand(*row) for row in zip(p.tolist(), tested, strict=True)
+    ]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert (found >= p).all() and (found <= 1).all()
-    plain = np.asarray(jax.vmap(public.bonferroni)(p, tested))
-    assert (found <= plain).all()
     for row, mask, original in zip(found, tested, p, strict=True):
         order = np.argsort(original[mask], kind="stable")
         assert (np.diff(row[mask][order]) >= 0).all()
@@ -757,6 +522,15 @@ def test_max_t_of_equal_candidates_needs_no_correction():
     assert (found[:, :8] >= p[:, :8] - 1e-6).all()
 
 
+def test_max_t_of_large_scores():
+    """What is left of a large mean after subtraction would be rounding."""
+    tested = jnp.arange(9) < 8
+    scores = many(True)
+    _, found = p_max_t(scores, tested, 500)
+    _, large = p_max_t(scores + np.float32(500), tested, 500)
+    np.testing.assert_allclose(large, found, atol=0.01)
+
+
 def test_max_t_counts_only_candidates_that_are_tested_and_valid():
     scores = many(True, cases=1)[0]
     scores[5, 3] = np.nan
@@ -781,16 +555,14 @@ def test_max_t_of_figures_by_their_resamples():
     np.testing.assert_allclose(p[:2], sidak, atol=0.04)
 
 
-@pytest.mark.parametrize("correction", bounds.CORRECTIONS)
+@pytest.mark.parametrize("correction", corrections.CORRECTIONS)
 def test_corrected_chooses_the_correction(correction):
     found = gather(bounded(cases=1, candidates=4, seed=15)[0])
     tested = jnp.array([True, True, True, False])
     bound = BOUNDS["paired_t"]
     p = bound.p_value(found, "score", 3)
     expected = {
-        None: lambda: jnp.where(tested, p, 1),
         "bonferroni": lambda: public.bonferroni(p, tested),
-        "holm": lambda: public.holm(p, tested),
         "max_t": lambda: public.max_t(found, "score", 3, tested),
     }[correction]()
     actual = public.corrected(bound, correction, found, "score", 3, tested)

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from optax_ev3 import evidence as public
-from optax_ev3._src.base import evidence
+from optax_ev3._src.base import evidence, statistics
 
 
 def gather(scores, finite=None, axis_name=None):
@@ -64,7 +64,7 @@ def test_compare_exact_figures():
     found = evidence.compare(seen, "score", 1)
     np.testing.assert_array_equal(found.gain, [1, 0, 0, -0.5])
     np.testing.assert_array_equal(found.stderr, np.zeros(4))
-    np.testing.assert_allclose(found.z, np.array([1, 0, 0, -1]) * evidence.CERTAIN)
+    np.testing.assert_allclose(found.z, np.array([1, 0, 0, -1]) * statistics.CERTAIN)
     noisy = evidence.compare(seen, "score", 1, noise=0.25)
     np.testing.assert_allclose(noisy.z, [4, 0, 0, -2])
 
@@ -133,11 +133,13 @@ def test_over_devices_examples_not_looked_at_are_left_out():
     values[:, ~looked_at] = np.nan
     shards = np.moveaxis(values.reshape(3, 4, 8), 1, 0), looked_at.reshape(4, 8)
 
-    def on_device(shard, seen):
+    def on_device(shard, mask):
         flags = jnp.ones([3], bool), jnp.zeros([3], bool)
-        found = evidence.gather({"score": shard}, *flags, axis_name="i", seen=seen)
+        found = evidence.gather(
+            {"score": shard}, *flags, axis_name="i", example_mask=mask
+        )
         z = evidence.compare(found, "score", 1).z
-        return found.seen, z, evidence.count(found, "score")
+        return found.example_mask, z, evidence.count(found, "score")
 
     seen, z, count = jax.vmap(on_device, axis_name="i")(*shards)
     np.testing.assert_array_equal(seen, [looked_at] * 4)

@@ -1,7 +1,6 @@
 """Rules for several objectives: against NumPy, in training, and bad input."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -33,18 +32,20 @@ def _jitted(rule):
     return jax.jit(rule.decide)
 
 
-def decide(rule, scores, memory=None, key=KEY, finite=None):
-    memory = rule.init(COUNT - 2) if memory is None else memory
-    decision, memory = _jitted(rule)(gather(scores, finite), memory, key)
+def decide(rule, scores, rule_state=None, key=KEY, finite=None):
+    rule_state = rule.init(COUNT - 2) if rule_state is None else rule_state
+    decision, rule_state = _jitted(rule)(gather(scores, finite), rule_state, key)
     promoted = decision.adopted if decision.promoted is None else decision.promoted
-    return int(decision.adopted), bool(decision.significant), int(promoted), memory
+    return int(decision.adopted), bool(decision.significant), int(promoted), rule_state
 
 
 def choices(rule, scores, count=300, finite=None):
     """How often each candidate is adopted over ``count`` keys."""
-    seen, memory = gather(scores, finite), rule.init(COUNT - 2)
+    seen, rule_state = gather(scores, finite), rule.init(COUNT - 2)
     keys = jax.random.split(KEY, count)
-    adopted = jax.jit(jax.vmap(lambda k: rule.decide(seen, memory, k)[0].adopted))(keys)
+    adopted = jax.jit(jax.vmap(lambda k: rule.decide(seen, rule_state, k)[0].adopted))(
+        keys
+    )
     return np.bincount(np.asarray(adopted), minlength=COUNT)
 
 
@@ -95,20 +96,20 @@ class TestConstrained:
 
     def test_small_losses_do_not_add_up(self):
         """Each replacement loses half of the tolerance: the third is not allowed."""
-        memory, adopted = None, []
+        rule_state, adopted = None, []
         for seed in range(4):
             scores = {
                 "main": draws([9, 0, 0, 0, 0], seed=seed),
                 "other": draws([-0.02, 0, 0, 0, 0], spread=1e-4, seed=seed + 9),
             }
-            *found, memory = decide(self.rule, scores, memory)
+            *found, rule_state = decide(self.rule, scores, rule_state)
             adopted.append(found[0])
-            assert 0 <= float(memory.fallen["other"]) < 0.05
+            assert 0 <= float(rule_state.fallen["other"]) < 0.05
         assert adopted[:2] == [0, 0] and 0 not in adopted[2:]
         # What rises again may fall again.
         rise = {"main": draws([9, 0, 0, 0, 0]), "other": draws([1, 0, 0, 0, 0])}
-        *found, memory = decide(self.rule, rise, memory)
-        assert found == [0, True, 0] and float(memory.fallen["other"]) == 0
+        *found, rule_state = decide(self.rule, rise, rule_state)
+        assert found == [0, True, 0] and float(rule_state.fallen["other"]) == 0
 
     def test_equal_candidates_seldom_break_a_tight_constraint(self):
         """Worse by the tolerance: adopted in 5% of the rounds at most."""
@@ -119,8 +120,8 @@ class TestConstrained:
 
         def one(other, key):
             seen = gather({"main": main, "other": other})
-            memory = self.rule.init(COUNT - 2)
-            return self.rule.decide(seen, memory, key)[0].adopted
+            rule_state = self.rule.init(COUNT - 2)
+            return self.rule.decide(seen, rule_state, key)[0].adopted
 
         keys = jax.random.split(KEY, 2000)
         adopted = jax.jit(jax.vmap(one))(jnp.float32(other), keys)
@@ -154,40 +155,31 @@ class TestWeighted:
 
     def test_fixed_weights_stay(self):
         rule = adapt.weighted({"a": 1.0, "b": 3.0})
-        memory = None
+        rule_state = None
         for seed in range(3):
             scores = {k: draws(np.zeros(5), seed=seed) for k in "ab"}
-            memory = decide(rule, scores, memory)[3]
-        assert {k: float(v) for k, v in memory.weights.items()} == {"a": 1, "b": 3}
+            rule_state = decide(rule, scores, rule_state)[3]
+        assert {k: float(v) for k, v in rule_state.weights.items()} == {"a": 1, "b": 3}
 
     def test_weights_move_to_what_is_far_from_its_target(self):
         rule = adapt.weighted(
             {"a": 1.0, "b": 1.0}, targets={"a": 1.0, "b": 1.0}, rate=0.5
         )
-        memory, expected = None, 1.0
+        rule_state, expected = None, 1.0
         for score in (0.0, 0.75, 0.75):
             scores = {"a": np.full(5, score), "b": np.zeros(5)}
-            memory = decide(rule, scores, memory)[3]
+            rule_state = decide(rule, scores, rule_state)[3]
             left = 1 - score
             expected += 0.5 * (2 * left / (left + 1) - expected)
-            assert float(memory.weights["a"]) == pytest.approx(expected, rel=1e-5)
-            assert float(sum(memory.weights.values())) == pytest.approx(2)
+            assert float(rule_state.weights["a"]) == pytest.approx(expected, rel=1e-5)
+            assert float(sum(rule_state.weights.values())) == pytest.approx(2)
         # One that is reached keeps a twentieth.
         for _ in range(30):
             scores = {"a": np.full(5, 2.0), "b": np.zeros(5)}
-            memory = decide(rule, scores, memory)[3]
-        assert float(memory.weights["a"]) == pytest.approx(2 * 0.05 / 1.05, rel=1e-3)
-
-    def test_weights_move_to_what_has_not_improved(self):
-        rule = adapt.weighted({"a": 1.0, "b": 1.0}, rate=0.2, rule=adapt.greedy())
-        memory = None
-        for seed in range(10):
-            scores = {
-                "a": draws([0.5, 0, 0, 0, 0], seed=seed),
-                "b": draws(np.zeros(5), seed=seed + 50),
-            }
-            memory = decide(rule, scores, memory)[3]
-        assert memory.weights["b"] > 1.5 > 0.5 > memory.weights["a"]
+            rule_state = decide(rule, scores, rule_state)[3]
+        assert float(rule_state.weights["a"]) == pytest.approx(
+            2 * 0.05 / 1.05, rel=1e-3
+        )
 
     def test_the_higher_weight_decides(self):
         a, b = np.float32([1, 0, 0, 0, 0]), np.float32([0, 1, 0, 0, 0])
@@ -227,100 +219,14 @@ class TestLexicographic:
         assert counts[1] == 0 and (counts[[0, 2]] > 100).all()
 
 
-class TestLexicase:
-    def shares(self, cases):
-        """The chance of each candidate, over all orders of cases ``[C, cases]``."""
-        orders = list(itertools.permutations(range(cases.shape[1])))
-        chances = np.zeros(COUNT)
-        for order in orders:
-            left = np.arange(COUNT)
-            for case in order:
-                values = cases[left, case]
-                left = left[values >= values.max()]
-            explorers = left[left < CURRENT]
-            winners = explorers if len(explorers) else left[:1]
-            chances[winners] += 1 / len(winners) / len(orders)
-        return chances
-
-    def test_chances_are_those_of_all_orders(self):
-        cases = np.random.default_rng(1).integers(0, 3, (COUNT, 4))
-        rule = adapt.lexicase(epsilon=0)
-        expected = self.shares(cases)
-        assert ((expected > 0).sum()) > 1
-        counts = choices(rule, {"score": cases.astype(float)}, 2000)
-        error = np.sqrt(expected * (1 - expected) * 2000)
-        assert (np.abs(counts - 2000 * expected) <= 4 * error + 1e-9).all()
-
-    def test_objectives_are_cases(self):
-        scores = {k: [*row, 0, 0] for k, row in zip("abc", np.eye(3), strict=True)}
-        rule = adapt.lexicase(["a", "b", "c"], epsilon=0.0)
-        counts = choices(rule, scores, 600)
-        assert (counts[:3] > 140).all() and counts.sum() == counts[:3].sum()
-
-    def test_median_absolute_deviation(self):
-        """By default what is near to the best stays: no case decides alone."""
-        case = np.array([[1.0], [0.9], [0.2], [0.1], [0.0]])
-        scores = {"score": np.repeat(case, 3, axis=1)}
-        # Median 0.2, deviations 0.8, 0.7, 0, 0.1, 0.2, of which the median is 0.2.
-        counts = choices(adapt.lexicase(), scores)
-        assert (counts[:2] > 100).all() and counts[2:].sum() == 0
-        assert choices(adapt.lexicase(epsilon=0.05), scores)[0] == 300
-
-    def test_invalid_ones_are_out(self):
-        finite = [False, True, True, True, True]
-        scores = {"score": draws([9, 0, 0, 0, 0])}
-        for epsilon in (None, 0.0, 99.0):
-            rule = adapt.lexicase(epsilon=epsilon)
-            assert choices(rule, scores, finite=finite)[0] == 0
-
-    def test_stable_is_replaced_by_what_is_better_everywhere(self):
-        rule = adapt.lexicase(["a", "b"], epsilon=0.0)
-        better, equal = draws([1, 1, 1, 0, 0]), draws(np.zeros(5), seed=1)
-        assert decide(rule, {"a": better, "b": better})[1]
-        assert not decide(rule, {"a": better, "b": equal})[1]
-
-
-class TestPareto:
-    rule = adapt.pareto({"a": 0.0, "b": 0.0})
-
-    def test_the_front_is_visited_and_nothing_else(self):
-        # The third is worse than current by both, the others gain by one.
-        scores = {"a": [1.0, 0, -1, 0, 0], "b": [0.0, 1, -1, 0, 0]}
-        counts = choices(self.rule, scores)
-        assert (counts[:2] > 100).all() and counts[2:].sum() == 0
-
-    def test_a_trade_is_not_a_step_to_stable(self):
-        for loss, significant in {0.5: False, 0.0: True, 0.05: True}.items():
-            rule = adapt.pareto({"a": 0.1, "b": 0.1})
-            scores = {"a": [1.0, -9, -9, 0, 0], "b": [-loss, -9, -9, 0, 0]}
-            assert decide(rule, scores)[:2] == (0, significant)
-
-    def test_stays_or_goes_back(self):
-        worse = {k: draws([-9, -9, -9, 0, 0], seed=i) for i, k in enumerate("ab")}
-        assert choices(self.rule, worse)[CURRENT] == 300
-        worse = {k: draws([-9, -9, -9, -5, 0], seed=i) for i, k in enumerate("ab")}
-        assert choices(self.rule, worse)[STABLE] == 300
-
-    def test_noise_seldom_becomes_stable(self):
-        rng = np.random.default_rng(0)
-        values = jnp.float32(rng.normal(size=(2000, 2, COUNT, 50)))
-
-        def one(values, key):
-            seen = gather({"a": values[0], "b": values[1]})
-            return self.rule.decide(seen, (), key)[0].significant
-
-        found = jax.jit(jax.vmap(one))(values, jax.random.split(KEY, 2000))
-        assert float(found.mean()) < 0.05
-
-
 # In training.
 
 RULES = {
     "constrained": adapt.constrained("fit", {"small": 0.5}),
-    "weighted": adapt.weighted({"fit": 1.0, "small": 0.1}, rate=0.1),
+    "weighted": adapt.weighted(
+        {"fit": 1.0, "small": 0.1}, targets={"fit": 0.0, "small": 0.0}
+    ),
     "lexicographic": adapt.lexicographic({"fit": 0.02, "small": 0.0}),
-    "lexicase": adapt.lexicase(["fit", "small"], epsilon=0.05),
-    "pareto": adapt.pareto({"fit": 0.1, "small": 0.1}),
 }
 X = jnp.linspace(-1.0, 1.0, 32)
 
@@ -374,17 +280,20 @@ def test_the_record_holds_the_means_of_every_objective():
 
 def test_the_history_holds_priorities():
     """The weights that a round was decided by, in the order in which they are named."""
-    rule = adapt.weighted({"small": 1.0, "fit": 3.0}, rate=0.5)
+    rule = adapt.weighted(
+        {"small": 1.0, "fit": 3.0}, targets={"small": 1.0, "fit": 0.0}, rate=0.5
+    )
     tx = make(rule)
     w = jnp.zeros([])
     state, weights = tx.init(w), []
-    for _ in range(4):
-        weights.append([float(state.memory.weights[k]) for k in ("small", "fit")])
+    for _ in range(5):
+        weights.append([float(state.rule_state.weights[k]) for k in ("small", "fit")])
         updates, state = jax.jit(tx.update)(jax.grad(loss)(w), state, w)
         w = optax.apply_updates(w, updates)
     past = optax_ev3.history(state)
     assert past["objectives"].tolist() == ["small", "fit"]
     np.testing.assert_allclose(past["priorities"], weights, rtol=1e-6)
+    # In the first round all of the way is left to all targets.
     assert len(np.unique(past["priorities"][:, 0])) == 4
     tx = make(RULES["lexicographic"])
     _, state = tx.update(w, tx.init(w), w)
@@ -392,9 +301,9 @@ def test_the_history_holds_priorities():
 
 
 def test_priorities_of_another_number_than_objectives():
-    def decide(evidence, memory, key):
+    def decide(evidence, rule_state, key):
         one = jnp.ones([1])
-        return adapt.Decision(jnp.int32(0), jnp.asarray(False), None, one), memory
+        return adapt.Decision(jnp.int32(0), jnp.asarray(False), None, one), rule_state
 
     tx = make(adapt.Rule(lambda explorers: (), decide, ("fit", "small")))
     w = jnp.zeros([])
@@ -415,11 +324,11 @@ BAD = {
         (ValueError, "tolerances['a']", "-0.1"),
     ),
     "tolerance no number": (
-        lambda: adapt.pareto({"a": "much"}),
+        lambda: adapt.lexicographic({"a": "much"}),
         (TypeError, "tolerances['a']", "'much'"),
     ),
     "tolerances no mapping": (
-        lambda: adapt.pareto(0.1),
+        lambda: adapt.lexicographic(0.1),
         (TypeError, "tolerances must be a mapping", "0.1"),
     ),
     "an objective named by a number": (
@@ -434,10 +343,17 @@ BAD = {
         lambda: adapt.weighted({"a": -1.0}),
         (ValueError, "weights['a']", "-1.0"),
     ),
-    "rate": (lambda: adapt.weighted({"a": 1.0}, rate=2.0), (ValueError, "rate", "2.0")),
-    "targets without a rate": (
-        lambda: adapt.weighted({"a": 1.0}, targets={"a": 1.0}),
-        (ValueError, "rate above 0"),
+    "rate": (
+        lambda: adapt.weighted({"a": 1.0}, targets={"a": 1.0}, rate=2.0),
+        (ValueError, "rate", "2.0"),
+    ),
+    "no rate": (
+        lambda: adapt.weighted({"a": 1.0}, targets={"a": 1.0}, rate=0.0),
+        (ValueError, "rate must be above 0", "0.0"),
+    ),
+    "a rate without targets": (
+        lambda: adapt.weighted({"a": 1.0}, rate=0.1),
+        (ValueError, "rate needs targets"),
     ),
     "targets of others": (
         lambda: adapt.weighted({"a": 1.0}, targets={"b": 1.0}, rate=0.1),
@@ -459,21 +375,12 @@ BAD = {
         lambda: adapt.weighted({"a": 1.0}, rate="x"),
         (TypeError, "rate", "'x'"),
     ),
-    "one name as a string": (
-        lambda: adapt.lexicase("ab"),
-        (TypeError, "names of objectives", "'ab'"),
-    ),
-    "the same name twice": (
-        lambda: adapt.lexicase(["a", "a"]),
-        (ValueError, "differ", "'a'"),
-    ),
-    "epsilon": (lambda: adapt.lexicase(epsilon=-1), (ValueError, "epsilon", "-1")),
     "confidence": (
-        lambda: adapt.pareto({"a": 0.0}, confidence=0.1),
+        lambda: adapt.lexicographic({"a": 0.0}, confidence=0.1),
         (ValueError, "confidence", "0.1"),
     ),
     "rule of several": (
-        lambda: adapt.weighted({"a": 1.0}, rule=adapt.pareto({"a": 0.0})),
+        lambda: adapt.weighted({"a": 1.0}, rule=adapt.lexicographic({"a": 0.0})),
         (ValueError, "single objective", "['a']"),
     ),
     "no rule": (
@@ -481,7 +388,7 @@ BAD = {
         (TypeError, "rule must be a rule", "3"),
     ),
     "no bound": (
-        lambda: adapt.pareto({"a": 0.0}, bound="t"),
+        lambda: adapt.lexicographic({"a": 0.0}, bound="t"),
         (TypeError, "bound", "'t'"),
     ),
 }

@@ -36,7 +36,7 @@ def decisions(rule, rounds=12, **kwargs):
     generator = np.random.default_rng(0)
     while int(state.ev3_round) < rounds:
         w, state = step(w, state, jnp.asarray(generator.normal(1, 1, 8), jnp.float32))
-    return (w, state.memory.inner, state.record.adopted, state.record.mean)
+    return (w, state.rule_state.inner, state.record.adopted, state.record.mean)
 
 
 WITHIN = {
@@ -90,7 +90,7 @@ def test_rules_see_the_past_under_a_guard(name, length):
         assert not seen.binary and not seen.resamples
         assert seen.one_step == (length == 1)
         if name != "none":
-            assert seen.seen is None
+            assert seen.example_mask is None
         return adapt.Decision(jnp.int32(0), jnp.asarray(False)), (
             memory[0] * 10 + seen.past.rounds,
             seen.credit,
@@ -112,6 +112,6 @@ def test_rules_see_the_past_under_a_guard(name, length):
     for _ in range(4 * length):
         updates, state = jax.jit(tx.update)(2 * w, state, w)
         w = optax.apply_updates(w, updates)
-    rounds, credit = state.memory
+    rounds, credit = state.rule_state
     assert int(rounds) == 123
     assert credit[0] > 0 > credit[1]

@@ -437,7 +437,7 @@ def test_history_is_the_same_and_progress_counts_anew():
     assert flat(before).keys() == flat(after).keys()
     jax.tree.map(np.testing.assert_array_equal, before, after)
     assert_identical(optax_ev3.summary(grown), optax_ev3.summary(state))
-    assert_identical(grown.memory, state.memory)
+    assert_identical(grown.rule_state, state.rule_state)
 
 
 def test_goes_on_in_the_middle_of_a_round():

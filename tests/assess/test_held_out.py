@@ -60,7 +60,7 @@ def run(tx, calls):
 
     def body(state, _):
         state = tx.update(jnp.float32(1.0), state, w)[1]
-        return state, state.memory
+        return state, state.rule_state
 
     return lax.scan(body, tx.init(w), length=calls)[1]
 
@@ -154,7 +154,7 @@ def test_each_device_draws_its_own():
     if len(jax.devices()) >= 8:
         mapped = jax.pmap(update, "i", devices=jax.devices()[:8])
     out = mapped(jnp.arange(8))
-    found = np.asarray(out.memory)[0]
+    found = np.asarray(out.rule_state)[0]
     assert found.shape == (8, 3, BATCH)
     np.testing.assert_array_equal(found, found[:, :1].repeat(3, axis=1))
     assert len(np.unique(found[:, 0], axis=0)) >= 7

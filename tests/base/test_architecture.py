@@ -28,15 +28,10 @@ LEVELS = [
 # What is not yet so.
 UNPLACED = {"arguments", "keep_params"}
 UPWARDS = {
-    "assess.aggregate imports adapt.bounds",
     "explore.evolve imports history.record",
-    "explore.trajectory imports adapt.rules",
     "explore.trajectory imports history.record",
 }
 LONG_MODULES = {
-    "adapt.bounds",
-    "adapt.objectives",
-    "adapt.rules",
     "base.trees",
     "ev3",
     "explore.evolve",
@@ -46,9 +41,6 @@ LONG_MODULES = {
     "plot",
 }
 LONG_FUNCTIONS = {
-    "adapt.objectives.weighted",
-    "adapt.rules.confident",
-    "adapt.rules.decide",
     "assess.held_out.held_out",
     "ev3.ev3",
 }

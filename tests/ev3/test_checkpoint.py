@@ -204,7 +204,7 @@ def test_restored_without_its_structure():
     [
         (lambda: (ev3_of(), {"w": jnp.ones([4])}), r"\['w'\].*float32\[4\]"),
         (lambda: (ev3_of(optax.sgd(0.1)), {"w": jnp.ones([3])}), r"count.*nothing"),
-        (lambda: (ev3_of(rule=adapt.greedy()), {"w": jnp.ones([3])}), "memory"),
+        (lambda: (ev3_of(rule=adapt.greedy()), {"w": jnp.ones([3])}), "rule_state"),
         (lambda: (ev3_of(trajectory_length=2), {"w": jnp.ones([3])}), "trajectory"),
     ],
 )

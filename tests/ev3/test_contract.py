@@ -301,7 +301,7 @@ def test_tree_map_params_reaches_what_is_like_params(rule):
     adam = marked.explorers["adam"].opt_state[0]
     assert adam.mu == adam.nu == like_params
     assert (adam.count, marked.ev3_round, marked.ev3_key) == ("other",) * 3
-    assert set(jax.tree.leaves((marked.record, marked.memory))) == {"other"}
+    assert set(jax.tree.leaves((marked.record, marked.rule_state))) == {"other"}
 
 
 def test_tree_get_finds_our_fields():

@@ -110,10 +110,8 @@ def test_rules(rule, length):
         adapt.constrained("a", {"b": 0.1}),
         adapt.weighted({"a": 1.0, "b": 0.5}),
         adapt.lexicographic({"a": 0.0, "b": 0.1}),
-        adapt.lexicase(["a", "b"]),
-        adapt.pareto({"a": 0.0, "b": 0.1}),
     ],
-    ids=["constrained", "weighted", "lexicographic", "lexicase", "pareto"],
+    ids=["constrained", "weighted", "lexicographic"],
 )
 def test_rules_of_several_objectives(rule):
     def both(w, batch):

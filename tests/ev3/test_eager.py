@@ -17,7 +17,7 @@ from helpers import (
 )
 
 import optax_ev3
-from optax_ev3 import adapt, combine, explore
+from optax_ev3 import adapt, combine, evidence, explore
 from optax_ev3._src.base import control
 
 OWN = [optax_ev3.explorer(tx, loss) for tx in explorers().values()]
@@ -108,7 +108,8 @@ def test_loops_in_a_program_stay_loops():
 
 
 def test_rules_that_search_compile_nothing_anew():
-    rule = adapt.lexicase(["a", "b"])
+    bound = evidence.betting(-100.0, 100.0)  # Whose lower bound is a bisection.
+    rule = adapt.lexicographic({"a": 0.0, "b": 0.0}, bound=bound)
 
     def both(params, batch):
         return {"a": score(params, batch), "b": -score(params, batch)}

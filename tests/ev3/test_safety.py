@@ -86,7 +86,7 @@ def run_rounds(strategy, script, broken=jnp.inf):
     w = jnp.ones([])
     state, seen = tx.init(w), [float(w)]
     given = {k: jnp.asarray(v) for k, v in script.items()}
-    state = state._replace(memory=state.memory._replace(**given))
+    state = state._replace(rule_state=state.rule_state._replace(**given))
     for number in range(2):
         while int(state.ev3_round) == number:
             w, state = step(w, state, broken if number else jnp.inf)
@@ -117,7 +117,7 @@ def test_bad_decisions_are_overruled(strategy, kind):
     assert int(figures["ev3/overruled"]) == 1
     assert int(figures["ev3/significant"]) == 0
     assert int(figures["ev3/adopted/current"]) == 1
-    assert int(state.memory.round) == 2  # What the rule remembers is its own.
+    assert int(state.rule_state.round) == 2  # What the rule remembers is its own.
     total = sum(float(v) for k, v in figures.items() if k.startswith("ev3/share/"))
     assert total == 1
 
@@ -227,7 +227,7 @@ def test_constraints_hold_for_what_a_rule_promotes():
     updates, state = tx.update(w, tx.init(w), w)
     assert float(updates) == -0.25
     assert float(optax_ev3.stable_params(state)) == 1
-    assert float(state.memory.fallen["other"]) == 0
+    assert float(state.rule_state.fallen["other"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -151,8 +151,6 @@ RULES = {
     "constrained": _several(adapt.constrained("a", {"b": 1.0})),
     "weighted": _several(adapt.weighted({"a": 1.0, "b": 0.5})),
     "lexicographic": _several(adapt.lexicographic({"a": 0.0, "b": 0.0})),
-    "lexicase": _several(adapt.lexicase(["a", "b"])),
-    "pareto": _several(adapt.pareto({"a": 0.0, "b": 0.0})),
     "ladder": {"guard": evidence.ladder()},
     "thresholdout": {
         "assess_fn": lambda w, x: {"score": score(w, x), "train": score(w, 2 * x)},
@@ -577,11 +575,6 @@ def _mean(outputs, weights):
 
 BOUNDS = {
     "paired_t": evidence.paired_t(),
-    "unpaired_normal": evidence.unpaired_normal(),
-    "hoeffding": evidence.hoeffding(-200.0, 0.0),
-    "empirical_bernstein": evidence.empirical_bernstein(-200.0, 0.0),
-    "bootstrap": evidence.bootstrap(16),
-    "normal_mixture": evidence.normal_mixture(-200.0, 0.0),
     "betting": evidence.betting(-200.0, 0.0),
 }
 JUDGED = {
@@ -600,7 +593,7 @@ JUDGED = {
     "several weights": _several(
         adapt.weighted({"a": 1.0, "b": 0.5}, targets={"a": -1.0, "b": -1.0}, rate=0.1)
     ),
-    "lexicase, epsilon": _several(adapt.lexicase(["a", "b"], epsilon=0.1)),
+    "max_t": {"adapt": adapt.greedy(correction="max_t")},
     "ladder, step": {"guard": evidence.ladder(step=0.1)},
     "growing": {"trajectory_length": 2, "trajectory_growth": 1.5},
     **{k: {"adapt": adapt.choose_and_confirm(bound=v)} for k, v in BOUNDS.items()},

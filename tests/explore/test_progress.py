@@ -110,7 +110,7 @@ class TestCredit:
         assert len({float(found[f"group/{i}"]) for i in range(11)}) == 1
         assert found["a"] < 0 < found["group/10"]
 
-    @pytest.mark.parametrize("rule", [adapt.greedy(), adapt.lexicase(epsilon=0.0)])
+    @pytest.mark.parametrize("rule", [adapt.greedy(), adapt.choose_and_confirm()])
     def test_ties_go_to_credit(self, rule):
         """A metric that tells apart in the first rounds, and then says nothing."""
 

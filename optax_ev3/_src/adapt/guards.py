@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_ev3._src.adapt import bounds
-from optax_ev3._src.base import checks
+from optax_ev3._src.base import checks, statistics
 from optax_ev3._src.base import evidence as ev
 from optax_ev3._src.base.evidence import Evidence
 
@@ -99,8 +98,8 @@ def ladder(confidence: float | None = 0.95, step: float | None = None) -> Guard:
         if alpha is None:
             return stderr
         comparisons = 2 * (evidence.valid.shape[0] - 1)
-        level = bounds.spend(alpha / comparisons, rounds)
-        return bounds.z_value(level) * stderr
+        level = statistics.spend(alpha / comparisons, rounds)
+        return statistics.z_value(level) * stderr
 
     def init(key):
         del key
@@ -228,5 +227,5 @@ def _released(evidence: Evidence, objective: str, figures: jax.Array) -> Evidenc
         scores={objective: figures},
         resamples={},
         binary=frozenset(),
-        seen=None,
+        example_mask=None,
     )

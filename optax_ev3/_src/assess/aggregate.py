@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_ev3._src.adapt import bounds
 from optax_ev3._src.base import callbacks as named
-from optax_ev3._src.base import checks, control, trees
+from optax_ev3._src.base import checks, control, statistics, trees
 from optax_ev3._src.base.evidence import Resampled
 
 
@@ -167,7 +166,7 @@ def compute(
     candidates, n = jax.tree.leaves(outputs)[0].shape[:2]
     weights = jnp.ones([1, n], jnp.float32)
     if figure.samples:
-        counts = bounds.poisson(key, figure.samples, n)
+        counts = statistics.bootstrap_counts(key, figure.samples, n)
         weights = jnp.concatenate([weights, counts])
     if figure.on_host:
         shape = jax.ShapeDtypeStruct((candidates, len(weights)), jnp.float32)

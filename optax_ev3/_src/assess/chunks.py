@@ -205,7 +205,7 @@ def score(
             valid,
             jnp.zeros_like(valid),
             axis_name,
-            seen=scores.example_mask,
+            example_mask=scores.example_mask,
         )
         return chunk + 1, values, _is_clear(found, (chunk + 1) / plan.chunks, plan)
 

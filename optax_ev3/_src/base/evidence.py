@@ -6,26 +6,16 @@ Dimensions: ``C`` candidates, ``N`` examples on all devices, ``B`` resamples.
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from optax_ev3._src.base import trees
+from optax_ev3._src.base import statistics, trees
 
-# What one exact comparison counts for, in standard normal units: beyond any
-# critical value in use, and finite, so that sums and products of it are too.
-CERTAIN = 30.0
-
-# z values of n coins that all fall alike, p = 2^-n, up to certainty. A table, since
-# in float32 the normal quantile of such a p is lost.
-_COINS = np.asarray(
-    [0.0, *(min(-NormalDist().inv_cdf(0.5**n), CERTAIN) for n in range(1, 661))],
-    np.float32,
-)
+# The place of a candidate: a Python or traced integer.
+Index = int | jax.Array
 
 
 class Estimate(NamedTuple):
@@ -75,7 +65,7 @@ class Resampled(NamedTuple):
         "valid",
         "is_ascent",
         "resamples",
-        "seen",
+        "example_mask",
         "past",
         "credit",
     ],
@@ -95,8 +85,8 @@ class Evidence:
       resamples: For objectives that are a figure of all examples together ``[C, B]``:
         that figure on B bootstrap samples. Other figures are exact.
       binary: Names of the objectives whose scores are known to be 0 or 1, static.
-      seen: ``[N]`` bool, the examples that were looked at; None for all. The scores of
-        the others are zero.
+      example_mask: ``[N]`` bool, the examples that were looked at; None for all. The
+        scores of the others are zero.
       past: The record of past rounds, or None: ring buffers, see
         :func:`optax_ev3.history` for what they hold.
       credit: ``[K]``, see :func:`optax_ev3.credit`; None where nothing is known.
@@ -108,10 +98,30 @@ class Evidence:
     is_ascent: jax.Array
     resamples: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
     binary: frozenset[str] = frozenset()
-    seen: jax.Array | None = None
+    example_mask: jax.Array | None = None
     past: Any = None
     credit: jax.Array | None = None
     one_step: bool = True
+
+    @property
+    def candidates(self) -> int:
+        """C, how many candidates there are."""
+        return self.valid.shape[0]
+
+    @property
+    def proposals(self) -> int:
+        """How many candidates were proposed; they come before ``current``."""
+        return self.candidates - 2
+
+    @property
+    def current(self) -> int:
+        """The place of the parameters with which the round began."""
+        return self.candidates - 2
+
+    @property
+    def stable(self) -> int:
+        """The place of the best parameters known to be good."""
+        return self.candidates - 1
 
 
 def gather(
@@ -120,7 +130,7 @@ def gather(
     is_ascent: jax.Array,
     axis_name: Any = None,
     binary: frozenset[str] = frozenset(),
-    seen: jax.Array | None = None,
+    example_mask: jax.Array | None = None,
 ) -> Evidence:
     """Collects scores into evidence, and says which candidates are valid.
 
@@ -132,16 +142,19 @@ def gather(
         or None. All devices get the same evidence: the scores of all, in their order.
         A candidate is valid where it is so on all.
       binary: See :class:`Evidence`.
-      seen: ``[n]`` bool, see :class:`Evidence`. What the others scored is ignored.
+      example_mask: ``[n]`` bool, see :class:`Evidence`. What the others scored is
+        ignored.
 
     Returns:
       The evidence of the round.
     """
     resamples = {k: v.resamples for k, v in scores.items() if isinstance(v, Resampled)}
     plain = {k: v.figure if isinstance(v, Resampled) else v for k, v in scores.items()}
-    if seen is not None:
+    if example_mask is not None:
         plain = {
-            name: jnp.where(seen[None], values, 0) if values.ndim == 2 else values
+            name: jnp.where(example_mask[None], values, 0)
+            if values.ndim == 2
+            else values
             for name, values in plain.items()
         }
     devices = 1 if axis_name is None else lax.psum(1, axis_name)
@@ -165,9 +178,9 @@ def gather(
     plain = {name: clean(values) for name, values in plain.items()}
     # Figures of all examples together are the same on all devices.
     resamples = {k: jnp.where(valid[:, None], v, 0) for k, v in resamples.items()}
-    if seen is not None and axis_name is not None:
-        seen = trees.unite(seen, axis_name, axis=0)
-    return Evidence(plain, valid, is_ascent, resamples, frozenset(binary), seen)
+    if example_mask is not None and axis_name is not None:
+        example_mask = trees.unite(example_mask, axis_name, axis=0)
+    return Evidence(plain, valid, is_ascent, resamples, frozenset(binary), example_mask)
 
 
 def estimate(evidence: Evidence, objective: str) -> Estimate:
@@ -176,28 +189,33 @@ def estimate(evidence: Evidence, objective: str) -> Estimate:
     if values.ndim == 1:
         spread = jnp.zeros_like(values)
         if objective in evidence.resamples:
-            spread = deviation(evidence.resamples[objective])
+            spread = statistics.deviation(evidence.resamples[objective])
         return Estimate(values, spread)
-    return Estimate(*_mean_and_stderr(values, evidence.seen)[:2])
+    return Estimate(*statistics.mean_and_stderr(values, evidence.example_mask)[:2])
 
 
 class Differences(NamedTuple):
-    """Every candidate less one reference, example by example.
+    """Every candidate minus one reference, example by example.
 
     Attributes:
       values: ``[C, N]``; zero for examples that were not looked at, and where the
         candidate or the reference is not valid.
-      seen: ``[1, N]``, 1 for examples that were looked at, else 0.
+      mask: ``[1, N]``, 1 for examples that were looked at, else 0.
       n: ``[]``, how many those are.
     """
 
     values: jax.Array
-    seen: jax.Array
+    mask: jax.Array
     n: jax.Array
 
+    @property
+    def mean(self) -> jax.Array:
+        """Mean difference ``[C]``, zero where no example was looked at."""
+        return self.values.sum(axis=1) / jnp.maximum(self.n, 1)
 
-def differences(evidence: Evidence, objective: str, reference: Any) -> Differences:
-    """Scores of every candidate less those of one, ties within rounding made exact.
+
+def differences(evidence: Evidence, objective: str, reference: Index) -> Differences:
+    """Scores of every candidate minus those of one, ties within rounding made exact.
 
     Args:
       evidence: The scores of the round, one for each example.
@@ -210,13 +228,16 @@ def differences(evidence: Evidence, objective: str, reference: Any) -> Differenc
     values = each_example(evidence, objective)
     other = jnp.expand_dims(values[reference], 0)
     both = evidence.valid & evidence.valid[reference]
-    difference = jnp.where(both[:, None], less(values, other), 0)
-    seen, n = _seen(values, evidence.seen)
-    return Differences(difference * seen, seen, n)
+    difference = statistics.paired_difference(values, other)
+    mask, n = statistics.mask_and_count(values, evidence.example_mask)
+    return Differences(jnp.where(both[:, None], difference, 0) * mask, mask, n)
 
 
 def compare(
-    evidence: Evidence, objective: str, reference: Any, noise: Any = 0.0
+    evidence: Evidence,
+    objective: str,
+    reference: Index,
+    noise: jax.Array | float = 0.0,
 ) -> Comparison:
     r"""Paired comparison of every candidate with one of them.
 
@@ -254,35 +275,38 @@ def compare(
     """
     values = evidence.scores[objective]
     if values.ndim == 2:
-        found = differences(evidence, objective, reference)
-        mean, stderr, n = _mean_and_stderr(found.values, evidence.seen)
-        return Comparison(mean, stderr, normal_units(mean, stderr, n))
+        paired = differences(evidence, objective, reference)
+        mean, stderr, n = statistics.mean_and_stderr(
+            paired.values, evidence.example_mask
+        )
+        return Comparison(mean, stderr, statistics.t_to_z(mean, stderr, n))
     both = evidence.valid & evidence.valid[reference]
     gain = jnp.where(both, values - values[reference], 0)
     if objective in evidence.resamples:
         samples = evidence.resamples[objective]
         spread = samples - jnp.expand_dims(samples[reference], 0)
-        stderr = jnp.where(both, deviation(spread), 0)
-        cap = coins(samples.shape[1])
-        z = gain / jnp.maximum(stderr, jnp.abs(gain) / cap)
+        stderr = jnp.where(both, statistics.deviation(spread), 0)
+        limit = statistics.max_z(samples.shape[1])
+        z = gain / jnp.maximum(stderr, jnp.abs(gain) / limit)
     else:
         stderr = jnp.zeros_like(gain)
-        z = gain / jnp.maximum(jnp.abs(gain) / CERTAIN, noise)
+        z = gain / jnp.maximum(jnp.abs(gain) / statistics.CERTAIN, noise)
     return Comparison(gain, stderr, jnp.where(gain == 0, 0, z))
 
 
 def take(evidence: Evidence, rows: slice) -> Evidence:
     """The evidence of some of the examples."""
     scores = {k: v[:, rows] if v.ndim == 2 else v for k, v in evidence.scores.items()}
-    seen = None if evidence.seen is None else evidence.seen[rows]
-    return dataclasses.replace(evidence, scores=scores, seen=seen)
+    mask = evidence.example_mask
+    mask = None if mask is None else mask[rows]
+    return dataclasses.replace(evidence, scores=scores, example_mask=mask)
 
 
 def examples(evidence: Evidence) -> jax.Array:
     """How many examples have scores of their own: ``[]`` int32."""
     sizes = [v.shape[1] for v in evidence.scores.values() if v.ndim == 2]
-    if evidence.seen is not None:
-        return evidence.seen.sum(dtype=jnp.int32)
+    if evidence.example_mask is not None:
+        return evidence.example_mask.sum(dtype=jnp.int32)
     return jnp.asarray(max(sizes, default=0), jnp.int32)
 
 
@@ -293,10 +317,10 @@ def count(evidence: Evidence, objective: str) -> jax.Array:
     """
     values = evidence.scores[objective]
     if values.ndim == 2:
-        return _seen(values, evidence.seen)[1]
+        return statistics.mask_and_count(values, evidence.example_mask)[1]
     if objective in evidence.resamples:
         return jnp.asarray(evidence.resamples[objective].shape[1], values.dtype)
-    return jnp.asarray(len(_COINS), values.dtype)
+    return jnp.asarray(statistics.MANY, values.dtype)
 
 
 def main_objective(evidence: Evidence, names: Sequence[str] = ()) -> str:
@@ -343,58 +367,3 @@ def each_example(evidence: Evidence, objective: str, who: str = "this") -> jax.A
             f"single figure."
         )
     return values
-
-
-def less(one: jax.Array, other: jax.Array) -> jax.Array:
-    """One less the other, zero where that is within 8 units of rounding."""
-    difference = one - other
-    largest = jnp.maximum(jnp.abs(one), jnp.abs(other))
-    rounding = 8 * jnp.finfo(one.dtype).eps * largest
-    return jnp.where(jnp.abs(difference) > rounding, difference, 0)
-
-
-def deviation(values: jax.Array) -> jax.Array:
-    """Standard deviation (ddof 1) along the second axis, zero for one value."""
-    _, stderr, n = _mean_and_stderr(values, None)
-    return stderr * jnp.sqrt(n)
-
-
-def _seen(values: jax.Array, seen: jax.Array | None):
-    """Which of the N examples were looked at, 1 or 0, and how many."""
-    n = values.shape[-1]
-    if seen is None:
-        return jnp.ones([1, n], values.dtype), jnp.asarray(n, values.dtype)
-    return seen.astype(values.dtype)[None], seen.sum().astype(values.dtype)
-
-
-def _mean_and_stderr(values: jax.Array, seen: jax.Array | None):
-    """Over the examples of ``[C, N]``: ``[C]``, ``[C]``, and their number ``[]``.
-
-    Zero and zero where no example was looked at.
-    """
-    weight, n = _seen(values, seen)
-    mean = values.sum(axis=1) / jnp.maximum(n, 1)
-    centred = (values - mean[:, None]) * weight
-    # Brought to at most one before they are squared: huge scores do not overflow.
-    scale = jnp.abs(centred).max(axis=1)
-    scale = jnp.where(scale > 0, scale, 1)
-    squares = jnp.square(centred / scale[:, None]).sum(axis=1)
-    variance = squares / jnp.maximum(n - 1, 1)
-    return mean, scale * jnp.sqrt(variance / jnp.maximum(n, 1)), n
-
-
-def normal_units(mean: jax.Array, stderr: jax.Array, n: Any) -> jax.Array:
-    """The z value of a mean with its standard error, n examples; zero if n is 1."""
-    freedom = jnp.maximum(n - 1, 1)
-    # t beyond this is past the cap; dividing by its inverse times the mean at the
-    # least keeps t finite where all differences are equal.
-    floor = jnp.abs(mean) * 1e-6
-    t = mean / jnp.where(mean == 0, 1, jnp.maximum(stderr, floor))
-    z = jnp.sqrt(freedom * jnp.log1p(t * t / freedom))
-    z = z * ((8 * freedom + 1) / (8 * freedom + 3))
-    return jnp.where(n < 2, 0, jnp.sign(mean) * jnp.minimum(z, coins(n)))
-
-
-def coins(n: Any) -> jax.Array:
-    """The z value of n coins that all fall alike."""
-    return jnp.asarray(_COINS)[jnp.clip(jnp.asarray(n, jnp.int32), 0, len(_COINS) - 1)]

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ev3._src.adapt import rules as adapt
 from optax_ev3._src.base import control, evidence, trees
+from optax_ev3._src.base.decision import Decision
 from optax_ev3._src.explore import averages as combine
 from optax_ev3._src.explore import steps
 from optax_ev3._src.explore.explorers import Explorer
@@ -328,7 +328,7 @@ def restart(
     state: Trajectory,
     opt_states: Mapping[str, Any],
     visible: optax.Params,
-    decision: adapt.Decision,
+    decision: Decision,
     past: record.Round,
     since: jax.Array,
 ) -> tuple[dict[str, Any], Trajectory, jax.Array]:

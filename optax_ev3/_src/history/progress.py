@@ -5,8 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_ev3._src.adapt import bounds
-from optax_ev3._src.base import checks, evidence
+from optax_ev3._src.base import checks, statistics
 from optax_ev3._src.history import credit as credits
 from optax_ev3._src.history import record
 
@@ -127,5 +126,5 @@ def stalled(state: Any, rounds: int = 32, confidence: float = 0.95) -> jax.Array
     both = (time * score).sum()
     left = jnp.square(time).sum() * jnp.square(score).sum() - both**2
     stderr = jnp.sqrt(jnp.maximum(left, 0) / (rounds - 2))
-    rises = evidence.normal_units(both, stderr, rounds - 1) > bounds.z_value(alpha)
+    rises = statistics.t_to_z(both, stderr, rounds - 1) > statistics.z_value(alpha)
     return (past.since >= rounds) & ~rises

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax import core
 
-from optax_ev3._src.adapt.rules import Decision
+from optax_ev3._src.base.decision import Decision
 from optax_ev3._src.base.evidence import Estimate, Evidence, compare, estimate
 from optax_ev3._src.explore import explorers as explore
 from optax_ev3._src.history import credit as credits
@@ -106,7 +106,7 @@ class EV3State(NamedTuple):
       combined: By name, the places of the combined candidates.
       trajectory: Where the branches are; nothing if all rounds have one step.
       stable: The best parameters known to be good, a tree like params.
-      memory: What the rule remembers of past rounds.
+      rule_state: What the rule remembers of past rounds.
       guarded: What the guard remembers; nothing without one.
       record: Past rounds, see :func:`optax_ev3.history`.
       racing: What the race knows of the last rounds; nothing without one.
@@ -119,7 +119,7 @@ class EV3State(NamedTuple):
     combined: dict[str, dict[str, jax.Array]]
     trajectory: Any
     stable: Any
-    memory: Any
+    rule_state: Any
     guarded: Any
     record: Record
     racing: Any

@@ -1,0 +1,132 @@
+"""Decisions: what rules, guards and bounds take and give. No policy.
+
+Dimensions: ``C`` candidates, ``K`` = C - 2 proposals, ``M`` objectives.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_ev3._src.base.evidence import Evidence, Index
+
+
+class Decision(NamedTuple):
+    """What a rule decides.
+
+    Attributes:
+      adopted: ``[]`` int32, index of the candidate that becomes visible.
+      significant: ``[]`` bool, whether stable parameters are replaced.
+      promoted: ``[]`` int32, index of the candidate that then becomes stable; None for
+        the adopted one.
+      priorities: ``[M]``, what each objective weighed, in the order of
+        ``Rule.objectives``; None where they were not weighed. For the history.
+    """
+
+    adopted: jax.Array
+    significant: jax.Array
+    promoted: jax.Array | None = None
+    priorities: jax.Array | None = None
+
+
+class Rule(NamedTuple):
+    """A rule, in the manner of ``optax.GradientTransformation``.
+
+    Attributes:
+      init: Maps the number of proposals K to the state of the rule, a tree of arrays.
+      decide: Maps ``(evidence, rule_state, key)`` to ``(Decision, rule_state)``; pure,
+        with the same shapes and dtypes of the state. Candidates that are not valid, or
+        do not exist, are neither adopted nor promoted, whatever it decides: ``current``
+        stays, or ``stable`` is adopted if only that is valid.
+      objectives: Names of the objectives that it takes, the main one first; none for
+        a single one of any name.
+      forget: Maps ``(rule_state, fresh)`` to the state without what it knows of
+        explorers that are others from now on, ``[K]`` bool; None where the state holds
+        nothing of single explorers. For :func:`optax_ev3.evolve`.
+    """
+
+    init: Callable[[int], Any]
+    decide: Callable[[Evidence, Any, jax.Array], tuple[Decision, Any]]
+    objectives: tuple[str, ...] = ()
+    forget: Callable[[Any, jax.Array], Any] | None = None
+
+
+class Bound(NamedTuple):
+    """How surely every candidate is better than a reference, on the same examples.
+
+    Attributes:
+      p_value: Maps ``(evidence, objective, reference)`` to ``[C]``: where a candidate
+        is no better, its value is below a with probability a at most. It is 1 where
+        the candidate or the reference is not valid.
+      lower: Maps ``(evidence, objective, reference, alpha)`` to ``[C]``: the gain in
+        mean score exceeds this, save with probability alpha. It is -inf where nothing
+        can be said.
+    """
+
+    p_value: Callable[[Evidence, str, Index], jax.Array]
+    lower: Callable[[Evidence, str, Index, float | jax.Array], jax.Array]
+
+
+# Validity.
+
+
+def fallback(evidence: Evidence) -> jax.Array:
+    """Where to go without a valid proposal: ``stable`` if only that is valid."""
+    current, stable = evidence.current, evidence.stable
+    only_stable = ~evidence.valid[current] & evidence.valid[stable]
+    return jnp.where(only_stable, stable, current).astype(jnp.int32)
+
+
+def enforce_validity(
+    decision: Decision, evidence: Evidence, otherwise: Index | None = None
+) -> tuple[Decision, jax.Array]:
+    """The decision, without candidates that are not valid or do not exist.
+
+    Args:
+      decision: That of a rule.
+      evidence: What it rests on; only valid candidates may be adopted or promoted.
+      otherwise: ``[]``, the candidate that is adopted instead; default
+        :func:`fallback`.
+
+    Returns:
+      The decision, with a promoted candidate, and ``[]`` bool, whether it differs from
+      what was decided.
+
+    Raises:
+      TypeError: If the decision is not made of scalars of the right kind.
+    """
+    if otherwise is None:
+        otherwise = fallback(evidence)
+    significant = jnp.asarray(decision.significant)
+    if significant.ndim or significant.dtype != bool:
+        raise TypeError(
+            f"a rule must return significant as a bool of shape [], got shape "
+            f"{significant.shape} of {significant.dtype}."
+        )
+    adopted, exists = _index(decision.adopted, evidence, "adopted")
+    may_adopt = exists & (evidence.valid[adopted] | (adopted == otherwise))
+    promoted = adopted
+    if decision.promoted is not None:
+        promoted, exists = _index(decision.promoted, evidence, "promoted")
+    may_promote = exists & evidence.valid[promoted]
+    allowed = decision._replace(
+        adopted=jnp.where(may_adopt, adopted, otherwise).astype(jnp.int32),
+        significant=significant & may_promote,
+        promoted=promoted,
+    )
+    return allowed, ~may_adopt | (significant & ~may_promote)
+
+
+def _index(
+    value: jax.Array, evidence: Evidence, name: str
+) -> tuple[jax.Array, jax.Array]:
+    """The index of a candidate, 0 if there is none, and whether it exists."""
+    index = jnp.asarray(value)
+    if index.ndim or not jnp.issubdtype(index.dtype, jnp.integer):
+        raise TypeError(
+            f"a rule must return {name} as an integer of shape [], the index of a "
+            f"candidate, got shape {index.shape} of {index.dtype}."
+        )
+    exists = (index >= 0) & (index < evidence.candidates)
+    return jnp.where(exists, index, 0).astype(jnp.int32), exists
