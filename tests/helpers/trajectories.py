@@ -1,5 +1,7 @@
 """A small regression, and trajectories on it: within ``ev3``, and alone."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,10 +29,9 @@ def loss(params, batch):
     return -score(params, batch).mean()
 
 
-def run(tx, calls, w=None, loss_fn=loss, first=0, state=None):
-    """Visible parameters after each call, the states, and the last ones."""
-    w = start() if w is None else w
-    state = tx.init(w) if state is None else state
+@functools.lru_cache(maxsize=16)
+def stepper(tx, loss_fn):
+    """Compiled once for all runs of a transformation, restored ones among them."""
 
     @jax.jit
     def step(w, state, batch, held):
@@ -38,6 +39,14 @@ def run(tx, calls, w=None, loss_fn=loss, first=0, state=None):
         updates, state = tx.update(grads, state, w, batch=batch, held=held)
         return optax.apply_updates(w, updates), state
 
+    return step
+
+
+def run(tx, calls, w=None, loss_fn=loss, first=0, state=None):
+    """Visible parameters after each call, the states, and the last ones."""
+    w = start() if w is None else w
+    state = tx.init(w) if state is None else state
+    step = stepper(tx, loss_fn)
     dtype = w["w"].dtype
     seen = []
     for call in range(first, first + calls):
@@ -47,11 +56,20 @@ def run(tx, calls, w=None, loss_fn=loss, first=0, state=None):
     return seen
 
 
+@functools.lru_cache(maxsize=16)
+def _stepper_alone(tx):
+    @jax.jit
+    def step(w, state, batch):
+        updates, state = tx.update(jax.grad(loss)(w, batch), state, w)
+        return optax.apply_updates(w, updates), state
+
+    return step
+
+
 def alone(tx, calls, w, first=0, state=None):
     """An optimizer on the same batches."""
     state = tx.init(w) if state is None else state
+    step = _stepper_alone(tx)
     for call in range(first, first + calls):
-        grads = jax.grad(loss)(w, data(call, w["w"].dtype))
-        updates, state = tx.update(grads, state, w)
-        w = optax.apply_updates(w, updates)
+        w, state = step(w, state, data(call, w["w"].dtype))
     return w, state
