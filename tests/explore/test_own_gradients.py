@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import optax.tree
 import pytest
-from helpers import assert_close, assert_identical, says
+from helpers import assert_close, assert_identical, compiled, says
 
 import optax_ev3
 from optax_ev3 import adapt, combine, explore
@@ -76,7 +76,6 @@ def own(explorers, loss_fn=loss, merge_fn=None):
 def train(tx, gradients):
     """Parameters and the state after some calls with ``gradients(params, batch)``."""
 
-    @jax.jit
     def step(w, state, batch, held):
         grads = gradients(w, batch)
         updates, state = tx.update(grads, state, w, batch=batch, held=held)
@@ -84,6 +83,7 @@ def train(tx, gradients):
 
     w = start()
     state = tx.init(w)
+    step = compiled(step, w, state, batches(1)[0], batches(2)[0])
     for batch, held in zip(batches(1), batches(2), strict=True):
         w, state = step(w, state, batch, held)
     assert optax.tree.norm(optax.tree.sub(w, start())) > 1e-3
@@ -194,8 +194,7 @@ def flops(tx, gradients, loop=False):
     def steps(*carry):
         return jax.lax.fori_loop(0, 2, step, carry) if loop else step(0, carry)
 
-    compiled = jax.jit(steps).lower(start(), tx.init(start())).compile()
-    return compiled.cost_analysis()["flops"]
+    return compiled(steps, start(), tx.init(start())).cost_analysis()["flops"]
 
 
 @pytest.mark.parametrize("strategy", ["one step", "shared", "recommended"])
