@@ -290,7 +290,7 @@ def _f1_runs(settings, data, name=None, kwargs=None):
             }
 
             def assess_fn(params):
-                return metrics.Figure(metrics.f1, outputs(params, held_out))
+                return metrics.AggregateMetric(metrics.f1, outputs(params, held_out))
 
             tx = optax_ev3.ev3(inner, assess_fn, key=seed, **kwargs)
         else:

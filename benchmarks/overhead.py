@@ -548,7 +548,7 @@ def macro_f1_assessments() -> dict[str, Callable[..., Any]]:
         return mlp(params, x).argmax(-1).astype(jnp.int32), labels
 
     def figure(samples):
-        return lambda params, held_out: metrics.Figure(
+        return lambda params, held_out: metrics.AggregateMetric(
             metrics.macro_f1(10), outputs(params, held_out), samples
         )
 

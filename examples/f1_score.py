@@ -53,7 +53,7 @@ def focal(params, batch):
 def f1(params, batch):
     """What EV3 assesses: a figure of all examples together, no mean over them."""
     x, y = batch
-    return metrics.Figure(metrics.f1, (logits(params, x) > 0, y))
+    return metrics.AggregateMetric(metrics.f1, (logits(params, x) > 0, y))
 
 
 def train(steps: int, seed: int) -> float:

@@ -13,8 +13,8 @@ except ImportError as error:
         'optax_ev3.flax needs Flax: pip install "optax_ev3[flax]"'
     ) from error
 
-from optax_ev3._src.applications import growth as _growth
-from optax_ev3._src.applications import parameter_mapping as placement
+from optax_ev3._src.applications import parameter_mapping
+from optax_ev3._src.applications.growth import progress, report, take_along
 from optax_ev3._src.applications.parameter_mapping import Growth
 
 __all__ = ["TrainState", "grow_nnx"]
@@ -58,7 +58,7 @@ class TrainState(train_state.TrainState):
         replaced = {k: v for k, v in kwargs.items() if k in fields}
         extra_args = {k: v for k, v in kwargs.items() if k not in fields}
 
-        def update(updates, state, params=None):
+        def update(updates: Any, state: Any, params: Any = None) -> Any:
             # Flax cannot take None: it is given an empty tree instead.
             given: Any = None if grads is None else updates
             return self.tx.update(given, state, params, **extra_args)
@@ -109,12 +109,12 @@ def grow_nnx(
     """
     before = nnx.state(model)
     graph, fresh = nnx.split(larger)
-    plan = placement.plan(before, fresh, growth)
-    variables = placement.apply(plan, before, fresh)
+    mappings = parameter_mapping.array_mappings(before, fresh, growth)
+    variables = parameter_mapping.apply(mappings, before, fresh)
     grown = nnx.Optimizer(nnx.merge(graph, variables), tx, wrt=optimizer.wrt)
-    counters = {f"opt_state/{x}" for x in _growth.progress(grown.opt_state)}
-    state = _growth.take_along(plan, nnx.state(optimizer), nnx.state(grown), counters)
+    counters = {f"opt_state/{x}" for x in progress(grown.opt_state)}
+    state = take_along(mappings, nnx.state(optimizer), nnx.state(grown), counters)
     nnx.update(grown, state)
     nnx.update(larger, variables)
-    _growth.report(plan)
+    report(mappings)
     return grown

@@ -8,10 +8,9 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-import optax_ev3
+from optax_ev3._src.applications import plot_data
 from optax_ev3._src.history import record
 
 try:
@@ -32,7 +31,6 @@ _GREY, _PALE = "#666666", "#DDDDDD"
 _CYCLE = [_BLUE, _ORANGE, _GREEN, _RED, "#CC79A7", "#56B4E9"]
 _DASHES = ["-", "--", ":", "-."]
 
-_Z = 1.96  # Standard errors each way where the history has no bounds: 95%.
 _DECADE = 10.0  # What spans more is drawn on a logarithmic scale.
 _MANY = 30  # With more candidates, rows of those never adopted are left out.
 _WIDTH = 32  # Characters of a name.
@@ -43,37 +41,6 @@ class _Panel(NamedTuple):
 
     height: float
     draw: Callable[[Axes], None]
-
-
-class _Scores(NamedTuple):
-    """Scores by one objective: ``[R, C]`` float, and whether they bring bounds."""
-
-    mean: np.ndarray
-    lower: np.ndarray
-    upper: np.ndarray
-    bounded: bool
-
-
-class _Past(NamedTuple):
-    """A checked history.
-
-    Attributes:
-      x: ``[R]``, where the rounds are on the x axis, and ``unit``, what it counts.
-      names: ``[C]`` names of the candidates.
-      adopted: ``[R]`` int, and ``replaced``, ``[R]`` bool: whether stable was.
-      scores: By name of the objective, the one of the first panel first.
-      priorities: By name of the objective, ``[R]``; empty where there are none.
-      hyperparams: By name, GROUP/NAME, ``[R, K]``.
-    """
-
-    x: np.ndarray
-    unit: str
-    names: list[str]
-    adopted: np.ndarray
-    replaced: np.ndarray
-    scores: dict[str, _Scores]
-    priorities: dict[str, np.ndarray]
-    hyperparams: dict[str, np.ndarray]
 
 
 def history(
@@ -129,7 +96,7 @@ def history(
       >>> print(*(axes.get_title("left") for axes in figure.axes), sep="; ")
       Score; Adopted
     """
-    past = _read(_as_mapping(state_or_history), objective)
+    past = plot_data.read(state_or_history, objective)
     panels = _panels(past)
     own = axes is None
     chosen = _new_axes(panels) if own else _checked_axes(axes, panels)
@@ -146,121 +113,10 @@ def history(
     return next(iter(chosen.values())).figure.figure
 
 
-# What is there.
+# Where the panels are.
 
 
-def _as_mapping(given: Any) -> Mapping[str, Any]:
-    """The history, of whichever kind was given."""
-    if isinstance(given, Mapping) and "candidates" in given:
-        return given
-    try:
-        return optax_ev3.history(given)
-    except ValueError as error:
-        is_state = lambda node: isinstance(node, optax_ev3.EV3State)
-        if any(map(is_state, jax.tree.leaves(given, is_leaf=is_state))):
-            raise
-        raise TypeError(
-            "expected a state of ev3, or what optax_ev3.history returns, got "
-            f"{type(given).__name__}."
-        ) from error
-
-
-def _read(past: Mapping[str, Any], objective: str | None) -> _Past:
-    """Checks a history, and takes it apart."""
-    needed = ("round", "adopted", "significant", "length", "mean", "stderr")
-    missing = [name for name in needed if name not in past]
-    if missing:
-        raise ValueError(f"the history lacks {', '.join(missing)}.")
-    names = [str(name) for name in np.asarray(past["candidates"])]
-    rounds, count = np.size(past["round"]), len(names)
-    if not rounds:
-        raise ValueError("there is nothing to draw: no round has ended yet.")
-    one = functools.partial(_array, past, shape=(rounds,))
-    adopted = one("adopted").astype(int)
-    if not ((adopted >= 0) & (adopted < count)).all():
-        raise ValueError(f"adopted must be from 0 to {count - 1}, got {adopted}.")
-    number, length = one("round"), one("length")
-    first = int(number[0])
-    steps = "Calls of update in each branch"
-    single = bool((length == 1).all())
-    objectives = _objectives(past)
-    shown = _first(list(objectives), objective)
-    table = functools.partial(_scores, past, shape=(rounds, count))
-    return _Past(
-        x=number if single else np.cumsum(length),
-        unit="Round" if single else steps + f", since round {first}" * (first > 0),
-        names=names,
-        adopted=adopted,
-        replaced=one("significant") > 0,
-        scores={name: table(objectives[name]) for name in shown},
-        priorities=_priorities(past, list(objectives), rounds),
-        hyperparams={
-            key.split("/", 1)[1]: _array(past, key, (rounds, None))
-            for key in past
-            if key.startswith("hyperparams/")
-        },
-    )
-
-
-def _array(
-    past: Mapping[str, Any], name: str, shape: tuple[int | None, ...]
-) -> np.ndarray:
-    """An entry as float, NaN where not finite; None stands for any size."""
-    values = np.asarray(past[name]).astype(float)
-    fits = len(values.shape) == len(shape) and all(
-        size in (None, found) for size, found in zip(shape, values.shape, strict=True)
-    )
-    if not fits:
-        wanted = str(shape).replace("None", "any")
-        raise ValueError(f"{name} must have shape {wanted}, got {values.shape}.")
-    return np.where(np.isfinite(values), values, np.nan)
-
-
-def _objectives(past: Mapping[str, Any]) -> dict[str, str]:
-    """By name of the objective, the main one first: how its entries' names end."""
-    names = [str(name) for name in np.asarray(past.get("objectives", []))]
-    others = names[1:] or [k.split("/", 1)[1] for k in past if k.startswith("mean/")]
-    main = names[0] if names else "main objective" if others else "score"
-    return {main: "", **{name: f"/{name}" for name in others}}
-
-
-def _first(names: list[str], objective: str | None) -> list[str]:
-    """The names of the objectives, with this one before the others."""
-    if objective is None:
-        return names
-    if not isinstance(objective, str):
-        raise TypeError(f"objective must be a name, got {objective!r}.")
-    if objective not in names:
-        raise ValueError(f"objective must be one of {names}, got {objective!r}.")
-    return [objective, *(name for name in names if name != objective)]
-
-
-def _scores(past: Mapping[str, Any], ending: str, shape: tuple[int, int]) -> _Scores:
-    """The scores by one objective, whose entries' names end like this."""
-    mean = _array(past, "mean" + ending, shape)
-    if "lower" + ending in past and "upper" + ending in past:
-        bounds = (_array(past, end + ending, shape) for end in ("lower", "upper"))
-        return _Scores(mean, *bounds, bounded=True)
-    error = _Z * _array(past, "stderr" + ending, shape)
-    return _Scores(mean, mean - error, mean + error, bounded=False)
-
-
-def _priorities(
-    past: Mapping[str, Any], names: list[str], rounds: int
-) -> dict[str, np.ndarray]:
-    """By name of the objective, ``[R]``; empty where the rule gave none."""
-    if "priorities" not in past or len(names) < 2:
-        return {}
-    values = _array(past, "priorities", (rounds, len(names)))
-    if np.isnan(values).all():
-        return {}
-    return dict(zip(names, values.T, strict=True))
-
-
-# Where it goes.
-
-
-def _panels(past: _Past) -> dict[str, _Panel]:
+def _panels(past: plot_data.Past) -> dict[str, _Panel]:
     """All panels by their names, from top to bottom."""
     main, *others = past.scores
     title = "Score" if main == "score" else f"Score: {_short(main)}"
@@ -327,10 +183,10 @@ def _explain(axes: Axes) -> None:
     )
 
 
-# What is drawn.
+# What they show.
 
 
-def _draw_scores(past: _Past, name: str, title: str, axes: Axes) -> None:
+def _draw_scores(past: plot_data.Past, name: str, title: str, axes: Axes) -> None:
     """Scores of what was adopted, and of stable, by one objective."""
     scores, x, size = past.scores[name], past.x, _marker_size(past)
     row = np.arange(len(x))
@@ -339,7 +195,7 @@ def _draw_scores(past: _Past, name: str, title: str, axes: Axes) -> None:
     line = functools.partial(axes.plot, lw=_line_width(past), ms=size - 1)
     line(x, mean, "o-", color=_BLUE, zorder=3, label="adopted")
     if (upper > lower).any():
-        label = "its bounds" if scores.bounded else f"± {_Z} standard errors"
+        label = "its bounds" if scores.bounded else f"± {plot_data.Z} standard errors"
         axes.fill_between(x, lower, upper, color=_BLUE, alpha=0.2, lw=0, label=label)
     line(x, stable, "s--", color=_ORANGE, zorder=2, label="stable")
     if past.replaced.any():
@@ -374,7 +230,7 @@ def _scale_negative(axes: Axes, smallest: float, largest: float) -> None:
     )
 
 
-def _rows(past: _Past) -> list[int]:
+def _rows(past: plot_data.Past) -> list[int]:
     """Indices of the candidates that have a row."""
     count = len(past.names)
     if count <= _MANY:
@@ -382,7 +238,7 @@ def _rows(past: _Past) -> list[int]:
     return sorted(set(past.adopted.tolist()))
 
 
-def _draw_rows(past: _Past, axes: Axes) -> None:
+def _draw_rows(past: plot_data.Past, axes: Axes) -> None:
     """Which candidate was adopted, one row each, and how often."""
     rows, count = _rows(past), len(past.names)
     colours = [_BLUE] * (count - 2) + [_GREY, _ORANGE]
@@ -406,7 +262,7 @@ def _draw_rows(past: _Past, axes: Axes) -> None:
     axes.set_title("Share of rounds", loc="right", fontsize=8)
 
 
-def _draw_priorities(past: _Past, axes: Axes) -> None:
+def _draw_priorities(past: plot_data.Past, axes: Axes) -> None:
     """What the rule gave each objective."""
     for i, (name, values) in enumerate(past.priorities.items()):
         axes.plot(
@@ -423,7 +279,7 @@ def _draw_priorities(past: _Past, axes: Axes) -> None:
     axes.set_title("Priorities of the objectives", loc="left", fontsize=10)
 
 
-def _draw_hyperparam(past: _Past, name: str, axes: Axes) -> None:
+def _draw_hyperparam(past: plot_data.Past, name: str, axes: Axes) -> None:
     """One hyperparameter of all members, and of the one adopted."""
     values = past.hyperparams[name]
     # There may be more of "/", in both names.
@@ -451,12 +307,12 @@ def _draw_hyperparam(past: _Past, name: str, axes: Axes) -> None:
     axes.set_title(_short(name, 60), loc="left", fontsize=10)
 
 
-def _marker_size(past: _Past) -> float:
+def _marker_size(past: plot_data.Past) -> float:
     """In points: smaller where there are many rounds."""
     return float(np.clip(300 / len(past.x), 2, 5))
 
 
-def _line_width(past: _Past) -> float:
+def _line_width(past: plot_data.Past) -> float:
     """In points: thinner where there are many rounds."""
     return float(np.clip(200 / len(past.x), 0.7, 1.4))
 

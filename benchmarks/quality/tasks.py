@@ -46,7 +46,7 @@ class Task(NamedTuple):
     def held_out(self, params: Any, part: Any) -> jax.Array:
         """The mean score of all held-out examples."""
         found = self.score(params, part)
-        if isinstance(found, metrics.Figure):
+        if isinstance(found, metrics.AggregateMetric):
             return found.metric_fn(found.outputs, jnp.ones(len(found.outputs[1])))
         return found.mean()
 
@@ -109,7 +109,7 @@ def imbalanced():
 
     def score(params, part):
         x, y = part
-        return metrics.Figure(metrics.f1, (outputs(params, x)[:, 0] > 0, y))
+        return metrics.AggregateMetric(metrics.f1, (outputs(params, x)[:, 0] > 0, y))
 
     def test(params, part):
         x, y = part

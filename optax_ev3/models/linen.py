@@ -141,7 +141,7 @@ class _Block(nn.Module):
     stride: int
 
     @nn.compact
-    def __call__(self, x, train):
+    def __call__(self, x: Any, train: bool) -> Any:
         y = _conv(self.filters, 3, self.stride, "conv_1")(x)
         y = nn.relu(_norm(train, "norm_1")(y))
         y = _norm(train, "norm_2")(_conv(self.filters, 3, 1, "conv_2")(y))
@@ -151,7 +151,7 @@ class _Block(nn.Module):
         return nn.relu(x + y)
 
 
-def _conv(filters, size, stride, name):
+def _conv(filters: int, size: int, stride: int, name: str) -> nn.Conv:
     return nn.Conv(
         filters,
         (size, size),
@@ -162,5 +162,5 @@ def _conv(filters, size, stride, name):
     )
 
 
-def _norm(train, name):
+def _norm(train: bool, name: str) -> nn.BatchNorm:
     return nn.BatchNorm(use_running_average=not train, momentum=0.9, name=name)

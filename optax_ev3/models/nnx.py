@@ -154,7 +154,7 @@ class ResNet(nnx.Module):
 class _Block(nnx.Module):
     """Two convolutions, with the identity or a projection around them."""
 
-    def __init__(self, inputs, filters, stride, rngs):
+    def __init__(self, inputs: int, filters: int, stride: int, rngs: nnx.Rngs):
         self.conv_1 = _conv(inputs, filters, 3, stride, rngs)
         self.norm_1 = _norm(filters, rngs)
         self.conv_2 = _conv(filters, filters, 3, 1, rngs)
@@ -164,7 +164,7 @@ class _Block(nnx.Module):
             self.projection = _conv(inputs, filters, 1, stride, rngs)
             self.norm_projection = _norm(filters, rngs)
 
-    def __call__(self, x):
+    def __call__(self, x: Any) -> Any:
         y = nnx.relu(self.norm_1(self.conv_1(x)))
         y = self.norm_2(self.conv_2(y))
         if self.projects:
@@ -172,7 +172,9 @@ class _Block(nnx.Module):
         return nnx.relu(x + y)
 
 
-def _conv(inputs, filters, size, stride, rngs):
+def _conv(
+    inputs: int, filters: int, size: int, stride: int, rngs: nnx.Rngs
+) -> nnx.Conv:
     return nnx.Conv(
         inputs,
         filters,
@@ -184,5 +186,5 @@ def _conv(inputs, filters, size, stride, rngs):
     )
 
 
-def _norm(features, rngs):
+def _norm(features: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
     return nnx.BatchNorm(features, momentum=0.9, rngs=rngs)

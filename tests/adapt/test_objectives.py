@@ -412,7 +412,7 @@ def test_objectives_that_are_not_those_of_the_rule(name):
 
 def test_weighted_sums_of_resampled_figures():
     def mixed(w):
-        area = metrics.Figure(metrics.roc_auc, (w * X, X > 0), 8)
+        area = metrics.AggregateMetric(metrics.roc_auc, (w * X, X > 0), 8)
         return {"area": area, "fit": assess(w)["fit"]}
 
     rule = adapt.weighted({"area": 1.0, "fit": 1.0})

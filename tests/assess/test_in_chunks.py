@@ -254,8 +254,10 @@ def test_bad_input():
     with pytest.raises(ValueError, match="needs a score for each example"):
         looked_at(optax_ev3.ev3(FAR, in_chunks(lambda w, x: score(w, x).mean())))
 
-    def figure(w, x):
-        return metrics.Figure(lambda out, weights: out[0].mean(), (score(w, x),))
+    def aggregate(w, x):
+        return metrics.AggregateMetric(
+            lambda out, weights: out[0].mean(), (score(w, x),)
+        )
 
     with pytest.raises(ValueError, match="needs a score for each example"):
-        looked_at(optax_ev3.ev3(FAR, in_chunks(figure)))
+        looked_at(optax_ev3.ev3(FAR, in_chunks(aggregate)))

@@ -40,8 +40,8 @@ PAIRS = {
     "bool": (lambda w, x: loss(w, x) > 4, lambda w, x: loss(w, x) <= 4),
     "mapping": (lambda w, x: {"a": loss(w, x)}, lambda w, x: {"a": gain(w, x)}),
     "aggregate": (
-        lambda w, x: metrics.Figure(mean_of, loss(w, x), 20),
-        lambda w, x: metrics.Figure(mean_of, gain(w, x), 20),
+        lambda w, x: metrics.AggregateMetric(mean_of, loss(w, x), 20),
+        lambda w, x: metrics.AggregateMetric(mean_of, gain(w, x), 20),
     ),
     "host": (
         optax_ev3.host_metric(loss, np.mean),

@@ -38,10 +38,8 @@ LONG_MODULES = {
     "explore.steps",
     "explore.trajectory",
     "history.record",
-    "plot",
 }
 LONG_FUNCTIONS = {
-    "assess.held_out.held_out",
     "ev3.ev3",
 }
 

@@ -45,7 +45,7 @@ def test_a_metric_of_ones_own():
     counts = rng.poisson(1, 15)
     counts[0] += 1 - counts.sum() % 2  # An odd number of examples has one median.
     figure = names["assess_fn"](2.0, x, y)
-    assert isinstance(figure, optax_ev3.metrics.Figure)
+    assert isinstance(figure, optax_ev3.metrics.AggregateMetric)
     for weights in (np.ones(15, int), counts):
         found = figure.metric_fn(figure.outputs, jnp.float32(weights))
         expected = -np.median(np.repeat(np.abs(2 * x - y), weights))

@@ -183,7 +183,7 @@ def _mean(outputs, weights):
 
 
 def _figure(w, batch):
-    return metrics.Figure(_mean, score(w, batch), samples=8)
+    return metrics.AggregateMetric(_mean, score(w, batch), samples=8)
 
 
 def _in_chunks():

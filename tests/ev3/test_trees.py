@@ -583,7 +583,9 @@ JUDGED = {
         "assess_fn": lambda w, x: score(w, x) > -1,
         "adapt": adapt.choose_and_confirm(bound=evidence.mcnemar()),
     },
-    "figure": {"assess_fn": lambda w, x: metrics.Figure(_mean, score(w, x), samples=8)},
+    "figure": {
+        "assess_fn": lambda w, x: metrics.AggregateMetric(_mean, score(w, x), samples=8)
+    },
     "host": {"assess_fn": optax_ev3.host_metric(score, _mean, samples=8)},
     "shuffled": {
         "assess_fn": optax_ev3.held_out(

@@ -6,8 +6,8 @@ Dimensions: ``n`` examples of a batch, ``N`` examples of the data.
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,7 @@ def soft_target_loss(
             f"and {teacher_logits.shape}."
         )
 
-    def log_softened(logits):
+    def log_softened(logits: jax.Array) -> jax.Array:
         logits = _standardized(logits) if standardize else logits
         return jax.nn.log_softmax(logits / jnp.asarray(temperature, logits.dtype))
 
@@ -170,7 +170,7 @@ def loss(
       >>> teachers = {"big": teacher, "old": distillation.archived(student, jnp.eye(2))}
       >>> losses = {k: distillation.loss(student, v) for k, v in teachers.items()}
     """
-    options = {"reverse": reverse, "power": _power(power), "standardize": standardize}
+    options = _Options(reverse, _power(power), standardize)
     temperature = _temperature(checks.real(temperature, "temperature"))
     hard = checks.real(hard, "hard")
     if not 0 <= hard <= 1:
@@ -187,17 +187,17 @@ def loss(
         wanted.append(inspect.Parameter(labels, inspect.Parameter.KEYWORD_ONLY))
     signature = _signature(wanted, _PARAMS)
 
-    def mean(logits, given):
+    def mean(logits: Any, given: Mapping[str, Any]) -> Any:
         total = 0.0
         if hard < 1:
             target = named.bind(teacher, "teacher", given, positional=0)()
-            soft = soft_target_loss(logits, target, temperature, **options)
+            soft = soft_target_loss(logits, target, temperature, **options._asdict())
             total += (1 - hard) * soft.mean()
         if hard > 0:
             total += hard * _cross_entropy(logits, given[labels], labels).mean()
         return total
 
-    def loss_fn(params, /, **given):
+    def loss_fn(params: optax.Params, /, **given: Any) -> Any:
         signature.bind(params, **given)  # Or misspelt arguments would be ignored.
         made = named.bind(student, "student", given)(params)
         if not isinstance(made, tuple):
@@ -208,8 +208,9 @@ def loss(
             )
         return mean(made[0], given), made[1]
 
-    loss_fn.__name__ = _name(temperature, hard, **options)
-    return _signed(loss_fn, signature)
+    loss_fn.__name__ = _name(temperature, hard, options)
+    vars(loss_fn)["__signature__"] = signature
+    return loss_fn
 
 
 def stored(logits: Any, size: int | None = None) -> Callable[..., jax.Array]:
@@ -264,7 +265,7 @@ def stored(logits: Any, size: int | None = None) -> Callable[..., jax.Array]:
     return Partial(_look_up, rows)
 
 
-def _look_up(rows, index):
+def _look_up(rows: jax.Array, index: Any) -> jax.Array:
     index, size = _integers(index, "index"), len(rows) - 1
     return rows[jnp.where((index >= 0) & (index < size), index, size)]
 
@@ -317,9 +318,17 @@ class _Archived:
         found = _signature(named.free(self.student, 1).parameters, _PARAMS)
         object.__setattr__(self, "__signature__", found)
 
-    def __call__(self, params, /, **given):
+    def __call__(self, params: optax.Params, /, **given: Any) -> Any:
         made = named.bind(self.student, "archived student", given)(params)
         return made[0] if isinstance(made, tuple) else made
+
+
+class _Options(NamedTuple):
+    """Keyword arguments of :func:`soft_target_loss`."""
+
+    reverse: bool
+    power: int
+    standardize: bool
 
 
 _PARAMS = inspect.Parameter("params", inspect.Parameter.POSITIONAL_ONLY)
@@ -348,32 +357,28 @@ def _signature(
             "apply(params, images), or archived(student, params)."
         )
     keywords = [
-        p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in by_name.values()
+        p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=p.empty)
+        for p in by_name.values()
     ]
     return inspect.Signature([*positional, *keywords, *rest])
 
 
-def _signed(fn: Any, signature: inspect.Signature) -> Callable[..., Any]:
-    fn.__signature__ = signature
-    return fn
-
-
-def _name(temperature, hard, reverse, power, standardize):
+def _name(temperature: float, hard: float, options: _Options) -> str:
     """Such as soft_T2_reverse: what differs from the default, and the temperature."""
     if hard == 1:
         return "hard"
     return "".join(
         [
             f"soft_T{temperature:g}",
-            "_reverse" * reverse,
-            f"_power{power}" * (power != 2),
-            "_standardized" * standardize,
+            "_reverse" * options.reverse,
+            f"_power{options.power}" * (options.power != 2),
+            "_standardized" * options.standardize,
             f"_hard{hard:g}" * (hard > 0),
         ]
     )
 
 
-def _standardized(logits):
+def _standardized(logits: jax.Array) -> jax.Array:
     """Mean 0 and standard deviation 1 over the classes; 0 where all are equal.
 
     Nothing of it depends on where logits begin and how far they spread. So both are
@@ -388,7 +393,7 @@ def _standardized(logits):
     return centred / jnp.sqrt(jnp.where(spread > 0, variance, 1))
 
 
-def _cross_entropy(logits, labels, name):
+def _cross_entropy(logits: Any, labels: Any, name: str) -> jax.Array:
     """``[...]``, of integer labels."""
     logits, labels = _logits(logits, "the student's logits"), _integers(labels, name)
     if labels.shape != logits.shape[:-1]:

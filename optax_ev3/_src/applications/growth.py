@@ -12,8 +12,8 @@ import numpy as np
 from jax.tree_util import GetAttrKey, tree_map_with_path
 from jax.tree_util import tree_leaves_with_path as leaves_with_path
 
-from optax_ev3._src.applications import parameter_mapping as placement
-from optax_ev3._src.applications.parameter_mapping import Growth, Place
+from optax_ev3._src.applications import parameter_mapping
+from optax_ev3._src.applications.parameter_mapping import ArrayMapping, Growth, Path
 from optax_ev3._src.history.record import EV3State
 
 _log = logging.getLogger("optax_ev3")
@@ -96,65 +96,68 @@ def grow(
       >>> params["head"]["kernel"].shape
       (8, 3)
     """
-    plan = placement.plan(params, fresh, growth)
-    larger = placement.apply(plan, params, fresh)
+    mappings = parameter_mapping.array_mappings(params, fresh, growth)
+    larger = parameter_mapping.apply(mappings, params, fresh)
     moved = "not checked"
     if check is not None:
         moved = f"{_checked(check, params, larger, tolerance):.1e}, relative"
     fresh_state = tx.init(larger)
-    grown = take_along(plan, state, fresh_state, progress(fresh_state))
-    report(plan, moved)
+    grown = take_along(mappings, state, fresh_state, progress(fresh_state))
+    report(mappings, moved)
     return Grown(larger, grown)
 
 
 def progress(state: Any) -> set[str]:
     """The paths of what counts rounds without progress, in states of ev3."""
 
-    def is_state(node):
+    def is_state(node: Any) -> bool:
         return isinstance(node, EV3State)
 
     return {
-        placement.path_name((*path, GetAttrKey("record"), GetAttrKey("since")))
+        parameter_mapping.path_name((*path, GetAttrKey("record"), GetAttrKey("since")))
         for path, node in leaves_with_path(state, is_leaf=is_state)
         if is_state(node)
     }
 
 
 def take_along(
-    plan: Mapping[Any, Place], state: Any, fresh: Any, counters: Container[str]
+    mappings: Mapping[Any, ArrayMapping],
+    state: Any,
+    fresh: Any,
+    counters: Container[str],
 ) -> Any:
     """The state of the large model's transformation, from one newly made for it.
 
     Args:
-      plan: Where each parameter comes from.
+      mappings: Where each parameter comes from.
       state: The state of the small model's transformation.
       fresh: That of the large model's, newly made.
       counters: The paths of what counts anew, see :func:`progress`.
     """
     leaves = dict(leaves_with_path(state))
-    owners = _owners(plan, [path for path, _ in leaves_with_path(fresh)], leaves)
+    owners = _owners(mappings, [path for path, _ in leaves_with_path(fresh)], leaves)
     used = set()
 
-    def find(path):
+    def find(path: Path) -> Any:
         used.add(path)
         return leaves.get(path)
 
-    def take(path, new):
-        if placement.path_name(path) in counters:
+    def take(path: Path, new: Any) -> Any:
+        if parameter_mapping.path_name(path) in counters:
             # Rounds without progress count anew.
             return jnp.zeros_like(_same(path, find(path), new))
         suffix = owners.get(path)
         if suffix is None:
             return _same(path, find(path), new)
-        place = plan[suffix]
-        if place.old is None:
+        mapping = mappings[suffix]
+        if mapping.old is None:
             return new
-        old = find((*path[: len(path) - len(suffix)], *place.old))
+        old = find((*path[: len(path) - len(suffix)], *mapping.old))
         if old is None:
             return new
-        lead = old.shape[: max(0, old.ndim - len(place.shapes[0]))]
-        if (old.shape, new.shape) == tuple(lead + shape for shape in place.shapes):
-            return place.put(old, new)
+        lead = old.shape[: max(0, old.ndim - len(mapping.shapes[0]))]
+        if (old.shape, new.shape) == tuple(lead + shape for shape in mapping.shapes):
+            return mapping.put(old, new)
         return old if old.shape == new.shape else new
 
     # Copies, so that all can be donated.
@@ -168,7 +171,9 @@ def take_along(
 
 
 def _owners(
-    plan: Mapping[Any, Place], paths: Sequence[Any], before: Mapping[Any, Any]
+    mappings: Mapping[Any, ArrayMapping],
+    paths: Sequence[Any],
+    before: Mapping[Any, Any],
 ) -> dict[Any, Any]:
     """By path in the state, the path of the parameter that an array is like.
 
@@ -176,12 +181,12 @@ def _owners(
     it is the one that belongs to the most complete copy of the parameters' tree; and
     what was in the state ``before`` is like no parameter that is new.
     """
-    known = {place.old for place in plan.values()}
+    known = {mapping.old for mapping in mappings.values()}
     fits = {
         path: [
             path[i:]
             for i in range(len(path) + 1)
-            if path[i:] in plan and (path[i:] in known or path not in before)
+            if path[i:] in mappings and (path[i:] in known or path not in before)
         ]
         for path in paths
     }
@@ -204,8 +209,8 @@ def _same(path: Any, old: Any, new: Any) -> Any:
     if found != expected:
         raise ValueError(
             f"the state does not fit the larger model's transformation, which needs "
-            f"the same explorers and settings: at {placement.path_name(path)} it has "
-            f"{found}, expected {expected}."
+            f"the same explorers and settings: at {parameter_mapping.path_name(path)} "
+            f"it has {found}, expected {expected}."
         )
     return old
 
@@ -247,14 +252,14 @@ def _nan_last(number: float) -> float:
     return math.inf if math.isnan(number) else number
 
 
-def report(plan: Mapping[Any, Place], moved: str = "not checked") -> None:
+def report(mappings: Mapping[Any, ArrayMapping], moved: str = "not checked") -> None:
     """One line of what was done."""
-    places = plan.values()
-    new = sum(place.old is None for place in places)
-    wider = sum(place.positions is not None for place in places)
-    before = sum(math.prod(p.shapes[0]) for p in places if p.old is not None)
-    after = sum(math.prod(place.shapes[1]) for place in places)
+    arrays = mappings.values()
+    new = sum(one.old is None for one in arrays)
+    wider = sum(one.positions is not None for one in arrays)
+    before = sum(math.prod(one.shapes[0]) for one in arrays if one.old is not None)
+    after = sum(math.prod(one.shapes[1]) for one in arrays)
     _log.info(
-        f"grew from {before:,} to {after:,} numbers: of {len(plan)} arrays {new} are "
+        f"grew from {before:,} to {after:,} numbers: of {len(arrays)} arrays {new} are "
         f"new and {wider} larger; change of the outputs: {moved}"
     )

@@ -1,4 +1,4 @@
-"""Placement: where the arrays of a small model lie in those of a larger one.
+"""Parameter mapping: where the arrays of a small model lie in those of a larger one.
 
 Every entry of a grown array is one of three: the old array's entry, an entry of the
 freshly initialized array, or zero. So the same map takes along whatever is like
@@ -21,6 +21,8 @@ from optax_ev3._src.base import checks
 
 # Of Flax's kernels the last axis is of outputs, the others are of inputs.
 _KERNELS = "*kernel"
+
+Path = tuple[Any, ...]  # Of a leaf in a tree: keys of JAX.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,10 +128,10 @@ def transplant(old: Any, fresh: Any, growth: Growth | None = None) -> Any:
       >>> print(mean["mean"])
       [1. 1. 0. 0.]
     """
-    return apply(plan(old, fresh, growth), old, fresh)
+    return apply(array_mappings(old, fresh, growth), old, fresh)
 
 
-class Place(NamedTuple):
+class ArrayMapping(NamedTuple):
     """Where an array of the small model lies in one of the large model.
 
     Attributes:
@@ -176,7 +178,9 @@ class Place(NamedTuple):
         return fresh.at[where].set(0)
 
 
-def plan(old: Any, fresh: Any, growth: Growth | None) -> dict[Any, Place]:
+def array_mappings(
+    old: Any, fresh: Any, growth: Growth | None
+) -> dict[Any, ArrayMapping]:
     """By path in the large model, where its arrays come from."""
     growth = Growth() if growth is None else growth
     if not isinstance(growth, Growth):
@@ -186,15 +190,15 @@ def plan(old: Any, fresh: Any, growth: Growth | None) -> dict[Any, Place]:
     sources = _sources(growth.rename, olds, news)
     _check_patterns(growth, news)
     return {
-        path: _old_place(name, jnp.shape(leaf), *olds[sources[name]], growth)
+        path: _mapping_of_old(name, jnp.shape(leaf), *olds[sources[name]], growth)
         if name in sources
-        else _new_place(name, jnp.shape(leaf), growth)
+        else _mapping_of_new(name, jnp.shape(leaf), growth)
         for name, (path, leaf) in news.items()
     }
 
 
-def _new_place(name: str, shape: tuple[int, ...], growth: Growth) -> Place:
-    """The place of an array that the small model doesn't have."""
+def _mapping_of_new(name: str, shape: tuple[int, ...], growth: Growth) -> ArrayMapping:
+    """The mapping of an array that the small model doesn't have."""
     if _matching(name, growth.positions):
         raise ValueError(f"positions: the small model has nothing that becomes {name}.")
     start = _start(name, growth)
@@ -203,11 +207,13 @@ def _new_place(name: str, shape: tuple[int, ...], growth: Growth) -> Place:
             f"{name} cannot start as the identity: as many inputs as outputs are "
             f"needed, its shape is {shape}."
         )
-    return Place(None, ((), shape), None, frozenset(), start)
+    return ArrayMapping(None, ((), shape), None, frozenset(), start)
 
 
-def _old_place(name, shape, path, leaf, growth) -> Place:
-    """The place of an array that continues one of the small model."""
+def _mapping_of_old(
+    name: str, shape: tuple[int, ...], path: Path, leaf: Any, growth: Growth
+) -> ArrayMapping:
+    """The mapping of an array that continues one of the small model."""
     start = _start(name, growth)
     if start != "fresh":
         raise ValueError(
@@ -218,7 +224,7 @@ def _old_place(name, shape, path, leaf, growth) -> Place:
     if inputs is None and fnmatch.fnmatchcase(name, _KERNELS):
         inputs = range(len(shape) - 1)
     where = _matching(name, growth.positions) or {}
-    return Place(
+    return ArrayMapping(
         path,
         (jnp.shape(leaf), shape),
         _positions(name, jnp.shape(leaf), shape, where),
@@ -295,7 +301,12 @@ def _renamed(name: str, rename: Mapping[str, str]) -> str:
     return name
 
 
-def _positions(name, old, new, where):
+def _positions(
+    name: str,
+    old: tuple[int, ...],
+    new: tuple[int, ...],
+    where: Mapping[int, Sequence[int]],
+) -> tuple[np.ndarray, ...] | None:
     """For each axis, where the old entries go; None if the array stays as it is."""
     if len(old) != len(new) or any(o > n for o, n in zip(old, new, strict=True)):
         raise ValueError(
@@ -320,7 +331,7 @@ def _positions(name, old, new, where):
     return None if old == new else tuple(kept)
 
 
-def _axis(axis, count, name, role):
+def _axis(axis: Any, count: int, name: str, role: str) -> int:
     """The axis, counted from the front."""
     axis = checks.integer(axis, f"an axis in {role}")
     if not -count <= axis < count:
@@ -328,14 +339,14 @@ def _axis(axis, count, name, role):
     return axis % count
 
 
-def apply(plan: Mapping[Any, Place], old: Any, fresh: Any) -> Any:
+def apply(mappings: Mapping[Any, ArrayMapping], old: Any, fresh: Any) -> Any:
     """The parameters of the large model, in buffers of their own."""
     leaves = dict(leaves_with_path(old))
 
-    def make(path, leaf):
-        place = plan[path]
-        begun = place.begin(leaf)
-        return begun if place.old is None else place.put(leaves[place.old], begun)
+    def make(path: Path, leaf: Any) -> jax.Array:
+        mapping = mappings[path]
+        begun = mapping.begin(leaf)
+        return begun if mapping.old is None else mapping.put(leaves[mapping.old], begun)
 
     return tree_map_with_path(make, fresh)
 

@@ -1,4 +1,4 @@
-"""Figures of all examples together, such as F-measures: no means of scores.
+"""Metrics of all examples together, such as F-measures: no means of scores.
 
 Dimensions: ``C`` candidates, ``N`` examples on all devices, ``B`` resamples.
 """
@@ -23,11 +23,11 @@ from optax_ev3._src.base.evidence import Resampled
     meta_fields=["metric_fn", "samples", "on_host", "lower_is_better"],
 )
 @dataclasses.dataclass(frozen=True)
-class Figure:
+class AggregateMetric:
     """What an ``assess_fn`` returns where its metric is no mean over examples.
 
     The metric is computed on all examples, and on B bootstrap samples of them, the
-    same for all candidates; their spread says how sure the figure is. Examples of all
+    same for all candidates; their spread is its standard error. Examples of all
     devices are put together first.
 
     Attributes:
@@ -36,7 +36,7 @@ class Figure:
         some.
       outputs: Tree of arrays ``[n, ...]``, such as predictions and labels. Candidates
         whose outputs hold a NaN are not adopted.
-      samples: B; 0 for a figure that counts as exact.
+      samples: B; 0 for a value that counts as exact.
       on_host: Whether the metric is plain Python, called with NumPy arrays.
       lower_is_better: Whether the metric is an error, which EV3 negates; otherwise
         higher is better.
@@ -45,7 +45,7 @@ class Figure:
       >>> import jax.numpy as jnp, optax_ev3
       >>> from optax_ev3 import metrics
       >>> def assess_fn(w, x, y):
-      ...     return metrics.Figure(metrics.roc_auc, (x @ w, y))
+      ...     return metrics.AggregateMetric(metrics.roc_auc, (x @ w, y))
     """
 
     metric_fn: Callable[[Any, Any], Any]
@@ -108,20 +108,22 @@ def host_metric(
         )
 
     @functools.wraps(predict_fn)  # The signature says which arguments it is given.
-    def assess_fn(*args, **kwargs):
-        return Figure(metric_fn, predict_fn(*args, **kwargs), samples, on_host=True)
+    def assess_fn(*args: Any, **kwargs: Any) -> AggregateMetric:
+        return AggregateMetric(
+            metric_fn, predict_fn(*args, **kwargs), samples, on_host=True
+        )
 
     return assess_fn
 
 
-def check(what: str, figure: Figure) -> None:
-    """Raises unless the figure, its outputs shapes and dtypes, can be computed."""
-    if not callable(figure.metric_fn):
+def check(what: str, metric: AggregateMetric) -> None:
+    """Raises unless the metric can be computed; its outputs are shapes and dtypes."""
+    if not callable(metric.metric_fn):
         raise TypeError(
-            f"the metric_fn of {what} must be callable, got {figure.metric_fn!r}."
+            f"the metric_fn of {what} must be callable, got {metric.metric_fn!r}."
         )
-    _check_samples(figure.samples)
-    leaves = jax.tree.leaves(figure.outputs)
+    _check_samples(metric.samples)
+    leaves = jax.tree.leaves(metric.outputs)
     shapes = [leaf.shape for leaf in leaves]
     if (
         not leaves
@@ -134,10 +136,10 @@ def check(what: str, figure: Figure) -> None:
         )
     if shapes[0][0] == 0:
         raise ValueError(f"the outputs of {what} hold no example: shapes {shapes}.")
-    if figure.on_host:
+    if metric.on_host:
         return
     weights = jax.ShapeDtypeStruct((shapes[0][0],), jnp.float32)
-    value = jax.eval_shape(figure.metric_fn, figure.outputs, weights)
+    value = jax.eval_shape(metric.metric_fn, metric.outputs, weights)
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", type(value))
     if shape != () or not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
@@ -147,12 +149,12 @@ def check(what: str, figure: Figure) -> None:
 
 
 def compute(
-    figure: Figure, outputs: Any, key: jax.Array, axis_name: Any
+    metric: AggregateMetric, outputs: Any, key: jax.Array, axis_name: Any
 ) -> jax.Array | Resampled:
-    """The figure of all candidates.
+    """The metric of all candidates.
 
     Args:
-      figure: What to compute; its outputs are not used.
+      metric: What to compute; its outputs are not used.
       outputs: Those of all candidates, ``[C, n, ...]``.
       key: PRNG key of the bootstrap samples, the same on all devices.
       axis_name: Mapped axis over which the examples are spread, or None.
@@ -165,33 +167,36 @@ def compute(
         outputs = jax.tree.map(lambda x: trees.unite(x, axis_name, 1), outputs)
     candidates, n = jax.tree.leaves(outputs)[0].shape[:2]
     weights = jnp.ones([1, n], jnp.float32)
-    if figure.samples:
-        counts = statistics.bootstrap_counts(key, figure.samples, n)
+    if metric.samples:
+        counts = statistics.bootstrap_counts(key, metric.samples, n)
         weights = jnp.concatenate([weights, counts])
-    if figure.on_host:
+    if metric.on_host:
         shape = jax.ShapeDtypeStruct((candidates, len(weights)), jnp.float32)
 
-        def on_host(outputs, weights):
-            return _on_host(figure, outputs, weights, shape.shape)
+        def on_host(outputs: Any, weights: jax.Array) -> np.ndarray:
+            return _on_host(metric, outputs, weights, (candidates, len(weights)))
 
         values = jax.pure_callback(
             on_host, shape, outputs, weights, vmap_method="sequential"
         )
     else:
 
-        def one(mine):
-            return jax.vmap(lambda w: figure.metric_fn(mine, w))(weights)
+        def each_sample(mine: Any) -> jax.Array:
+            return jax.vmap(lambda w: metric.metric_fn(mine, w))(weights)
 
-        values = control.each_row(one, outputs).astype(jnp.float32)
+        values = control.each_row(each_sample, outputs).astype(jnp.float32)
         values = jnp.where(jax.vmap(_broken)(outputs)[:, None], jnp.nan, values)
-    if figure.lower_is_better:
+    if metric.lower_is_better:
         values = -values
-    if not figure.samples:
+    if not metric.samples:
         return values[:, 0]
     return Resampled(values[:, 0], values[:, 1:])
 
 
-def _on_host(figure, outputs, weights, shape):
+def _on_host(
+    metric: AggregateMetric, outputs: Any, weights: Any, shape: tuple[int, int]
+) -> np.ndarray:
+    """What a metric on the host returns: by candidate, and by row of weights."""
     outputs, weights = jax.tree.map(np.asarray, (outputs, weights))
     values = np.empty(shape, np.float32)
     for row in range(shape[0]):
@@ -200,14 +205,14 @@ def _on_host(figure, outputs, weights, shape):
             values[row] = np.nan
             continue
         for column in range(shape[1]):
-            given = (mine, weights[column]) if figure.samples else (mine,)
+            given = (mine, weights[column]) if metric.samples else (mine,)
             # Copies of its own: a metric may sort them in place.
-            value = figure.metric_fn(*jax.tree.map(np.array, given))
-            values[row, column] = _number(value, figure.metric_fn)
+            value = metric.metric_fn(*jax.tree.map(np.array, given))
+            values[row, column] = _number(value, metric.metric_fn)
     return values
 
 
-def _number(value, metric_fn):
+def _number(value: Any, metric_fn: Callable[..., Any]) -> float:
     """What a metric on the host returned, as a float."""
     try:
         array = np.asarray(value)
@@ -222,14 +227,14 @@ def _number(value, metric_fn):
     )
 
 
-def _broken(outputs, xp: Any = jnp) -> Any:
+def _broken(outputs: Any, xp: Any = jnp) -> Any:
     """Whether outputs hold a NaN."""
     leaves = jax.tree.leaves(outputs)
     real = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
     return xp.stack([xp.zeros([], bool), *(xp.isnan(x).any() for x in real)]).any()
 
 
-def _check_samples(samples):
+def _check_samples(samples: Any) -> None:
     if checks.integer(samples, "samples") == 1 or samples < 0:
         raise ValueError(
             f"samples must be 0, for none, or at least 2, for a spread; got {samples}."

@@ -47,6 +47,11 @@ def in_chunks(
     and no decision takes more than half of the examples, rounded up to chunks.
     ``ev3/examples`` in :func:`optax_ev3.summary` says how many were looked at.
 
+    The rule sees fewer examples, so it finds fewer candidates significantly better than
+    the stable parameters. Examples that come in the same order in each round make all
+    rounds look at the same first ones: pass them in a new order, or use
+    :func:`optax_ev3.held_out`, which draws them anew.
+
     Args:
       assess_fn: As for :func:`optax_ev3.ev3`, with a score for each example. What
         :func:`optax_ev3.held_out` returns is cut into chunks by itself; a function of

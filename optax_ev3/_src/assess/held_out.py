@@ -1,7 +1,7 @@
 """Assessment on held-out arrays that stay on the device."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,7 @@ def held_out(
     named.check_callback(metric_fn, "metric_fn")
     data = tree_map_with_path(_numbers, data)
     size = _leading_size(data)
-    batch_size = _checked_size(batch_size, size, shuffle)
+    draw = _Draw(size, _checked_size(batch_size, size, shuffle), shuffle)
     try:
         named.signature(metric_fn).bind_partial("params", "batch")
     except TypeError as error:
@@ -95,16 +95,16 @@ def held_out(
         ) from error
 
     def assess_fn(
-        params,
+        params: Any,
         *,
-        key,
-        round=None,
-        run_key=None,
-        axis_name=None,
-        chunk=None,
-        chunks=None,
-        **extra_args,
-    ):
+        key: jax.Array,
+        round: Any = None,
+        run_key: jax.Array | None = None,
+        axis_name: Any = None,
+        chunk: Any = None,
+        chunks: Any = None,
+        **extra_args: Any,
+    ) -> Any:
         which = None
         if chunk is not None and chunks is not None:
             which = chunk, chunks
@@ -112,14 +112,7 @@ def held_out(
             theirs = {"chunk": chunk, "chunks": chunks}
             extra_args |= {k: v for k, v in theirs.items() if v is not None}
         draw_key, metric_key = jax.random.split(key)
-        rows = None
-        if shuffle:
-            rows = _walk(run_key, round, batch_size, size, axis_name)
-        elif batch_size is not None:
-            rows = jax.random.randint(draw_key, (batch_size,), 0, size)
-        elif which is not None:
-            # In random order: what comes first must be like the rest.
-            rows = jax.random.permutation(draw_key, size)
+        rows = draw.rows(draw_key, round, run_key, axis_name, which is not None)
         if which is not None:
             rows = part(rows, *which, "the batch of held_out")
             metric_key = jax.random.fold_in(metric_key, which[0])
@@ -139,7 +132,34 @@ def held_out(
     return assess_fn
 
 
-def _walk(key, round, batch_size, size, axis_name):
+class _Draw(NamedTuple):
+    """How a round chooses its examples.
+
+    Attributes:
+      size: How many examples there are.
+      batch_size: How many are drawn, on each device; None for all.
+      shuffle: Whether rounds walk through all of them.
+    """
+
+    size: int
+    batch_size: int | None
+    shuffle: bool
+
+    def rows(
+        self, key: jax.Array, round: Any, run_key: Any, axis_name: Any, in_chunks: bool
+    ) -> jax.Array | None:
+        """Rows of the data, ``[batch_size]`` int32; None for all in their order."""
+        if self.batch_size is None:
+            # In random order: what comes first must be like the rest.
+            return jax.random.permutation(key, self.size) if in_chunks else None
+        if self.shuffle:
+            return _walk(run_key, round, self.batch_size, self.size, axis_name)
+        return jax.random.randint(key, (self.batch_size,), 0, self.size)
+
+
+def _walk(
+    key: jax.Array | None, round: Any, batch_size: int, size: int, axis_name: Any
+) -> jax.Array:
     """Rows of this device's batch of a round: ``[batch_size]`` int32.
 
     The walk goes through one random order of the data after the other; the devices'
@@ -162,21 +182,21 @@ def _walk(key, round, batch_size, size, axis_name):
     start += device * batch_size
     epoch, start = epoch + start // size, start % size
 
-    def order(epoch):
+    def order(epoch: Any) -> jax.Array:
         # Ties among 32 random bits are too few to matter, and so is their order.
         return jnp.argsort(jax.random.bits(jax.random.fold_in(key, epoch), [size]))
 
-    def within():
+    def within() -> jax.Array:
         return lax.dynamic_slice(order(epoch), [start], [batch_size])
 
-    def across():
+    def across() -> jax.Array:
         both = jnp.concatenate([order(epoch), order(epoch + 1)])
         return lax.dynamic_slice(both, [start], [batch_size])
 
     return control.cond(start + batch_size > size, across, within)
 
 
-def _split(count, step, size):
+def _split(count: Any, step: int, size: int) -> tuple[jax.Array, jax.Array]:
     """``divmod(count * step, size)`` where the product may be beyond 32 bits.
 
     Args:
@@ -191,7 +211,7 @@ def _split(count, step, size):
     return (bits * whole).sum(dtype=jnp.int32) + total // size, total % size
 
 
-def _numbers(path, leaf):
+def _numbers(path: tuple[Any, ...], leaf: Any) -> jax.Array:
     try:
         return jnp.asarray(leaf)
     except TypeError as error:
@@ -201,12 +221,12 @@ def _numbers(path, leaf):
         ) from error
 
 
-def _kind(leaf):
+def _kind(leaf: Any) -> str:
     dtype = getattr(leaf, "dtype", None)
     return type(leaf).__name__ if dtype is None else f"dtype {dtype}"
 
 
-def _checked_size(batch_size, size, shuffle):
+def _checked_size(batch_size: Any, size: int, shuffle: bool) -> int | None:
     if batch_size is None:
         if shuffle:
             raise ValueError(

@@ -80,7 +80,7 @@ def macro_f1(classes: int) -> Metric:
     checks.integer(classes, "classes", 2)
     names = np.arange(classes, dtype=np.int32)[None]
 
-    def metric(outputs, weights):
+    def metric(outputs: Any, weights: Any) -> jax.Array:
         predictions, labels = _pair(outputs, "(predictions [n], labels [n])")
         predictions, labels = _classes(predictions, "predictions"), _classes(labels)
         weights = _weights(weights, predictions=predictions, labels=labels)
@@ -180,7 +180,7 @@ def expected_calibration_error(bins: int = 15) -> Metric:
     # Rounding may bring a probability a little above 1.
     edges[0], edges[-1] = -np.inf, np.inf
 
-    def metric(outputs, weights):
+    def metric(outputs: Any, weights: Any) -> jax.Array:
         probabilities, labels = _pair(
             outputs, "(probabilities [n, classes], labels [n])"
         )
@@ -199,7 +199,7 @@ def expected_calibration_error(bins: int = 15) -> Metric:
     return metric
 
 
-def _f1(predicted, present, weights):
+def _f1(predicted: jax.Array, present: jax.Array, weights: jax.Array) -> jax.Array:
     """F1 of the columns of ``[n, ...]`` bool: is it predicted, is it present?"""
     hits = _total(weights, predicted & present)
     either = _total(
@@ -208,12 +208,12 @@ def _f1(predicted, present, weights):
     return _divide(2 * hits, either)
 
 
-def _total(weights, values):
+def _total(weights: jax.Array, values: jax.Array) -> jax.Array:
     """Weighted sum over the examples; exact for counts, also where GPUs would round."""
     return jnp.dot(weights, values.astype(jnp.float32), precision=lax.Precision.HIGHEST)
 
 
-def _divide(part, whole):
+def _divide(part: jax.Array, whole: jax.Array) -> jax.Array:
     """The quotient; 0 where the whole is not positive."""
     return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
 

@@ -7,7 +7,7 @@ from typing import Any, overload
 
 import jax.numpy as jnp
 
-from optax_ev3._src.assess import aggregate as figures
+from optax_ev3._src.assess import aggregate
 from optax_ev3._src.assess.chunks import InChunks
 from optax_ev3._src.base import callbacks as named
 
@@ -77,7 +77,7 @@ def minimize(
 
     # The signature says which arguments it is given.
     @functools.wraps(assess_fn, updated=())
-    def scores(*args, **kwargs):
+    def scores(*args: Any, **kwargs: Any) -> Any:
         found = assess_fn(*args, **kwargs)
         if wanted is None and not isinstance(found, Mapping):
             return _negated(found)
@@ -96,7 +96,7 @@ def minimize(
 
 def _negated(value: Any) -> Any:
     """Scores of the opposite order. What is no score stays: it is an error later."""
-    if isinstance(value, figures.Figure):
+    if isinstance(value, aggregate.AggregateMetric):
         return dataclasses.replace(value, lower_is_better=not value.lower_is_better)
     if not hasattr(value, "dtype") and not isinstance(value, int | float):
         return value

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_ev3._src.assess import aggregate as figures
+from optax_ev3._src.assess import aggregate
 from optax_ev3._src.base import checks, control, trees, xla
 
 MODES = ("unroll", "vmap", "map")
@@ -30,7 +30,7 @@ class Scores(NamedTuple):
     """Scores of all candidates.
 
     Attributes:
-      values: For each objective ``[C, n]``, ``[C]``, or a figure with its resamples;
+      values: For each objective ``[C, n]``, ``[C]``, or a value with its resamples;
         float32 or wider.
       binary: The objectives whose scores are known to be 0 or 1.
       example_mask: ``[n]`` bool, the examples that were looked at; None for all.
@@ -51,15 +51,15 @@ def score(
     """Scores of all candidates.
 
     Args:
-      assess: Maps parameters to scores: ``[n]``, ``[]``, a figure of all examples, or
+      assess: Maps parameters to scores: ``[n]``, ``[]``, an aggregate metric, or
         a mapping from the names of objectives to such values.
       candidates: C trees of parameters, some of them stacked.
       mode: ``"unroll"`` calls ``assess`` once for each single tree, and in a loop for
         those that are stacked; ``"vmap"`` once on stacked parameters, ``"map"`` in a
         compiled loop.
       key: PRNG key of resamples, the same on all devices.
-      axis_name: Mapped axis over which examples are spread, or None: figures are
-        computed on the examples of all devices.
+      axis_name: Mapped axis over which examples are spread, or None: aggregate
+        metrics are computed on the examples of all devices.
 
     Returns:
       The scores.
@@ -86,16 +86,23 @@ def score(
         ) from error
     binary = set()
     for name, kind in kinds.items():
-        if isinstance(kind, figures.Figure):
-            values[name] = figures.compute(kind, values[name], key, axis_name)
+        if isinstance(kind, aggregate.AggregateMetric):
+            values[name] = aggregate.compute(kind, values[name], key, axis_name)
         elif kind.dtype == bool:
             binary.add(name)
     return Scores(values, frozenset(binary))
 
 
-def _score(assess, candidates, mode, axis_name):
+def _score(
+    assess: Callable[[Any], Any],
+    candidates: Sequence[trees.Batch],
+    mode: str,
+    axis_name: Any,
+) -> dict[str, Any]:
+    """By objective the scores of all candidates, or their outputs, stacked."""
+
     @xla.quick_convolutions
-    def one(candidate):
+    def one(candidate: Any) -> dict[str, Any]:
         return lax.stop_gradient(_as_scores(assess(candidate)))
 
     if mode == "unroll":
@@ -109,12 +116,14 @@ def _score(assess, candidates, mode, axis_name):
     return jax.vmap(one)(stacked) if mode == "vmap" else control.each_row(one, stacked)
 
 
-def _score_batch(one, batch, axis_name):
+def _score_batch(
+    one: Callable[[Any], dict[str, Any]], batch: trees.Batch, axis_name: Any
+) -> dict[str, Any]:
     """Scores of the trees of a batch, stacked; zeros where it rests."""
     # Every device has scores of its own: shard_map wants that said of zeros, too.
     nothing = 0 if axis_name is None else 0 * lax.axis_index(axis_name)
 
-    def score():
+    def score() -> dict[str, Any]:
         if batch.size is None:
             return jax.tree.map(lambda x: x[None], one(batch.tree))
         return control.each_row(one, batch.tree)
@@ -122,7 +131,7 @@ def _score_batch(one, batch, axis_name):
     if batch.rests is None:
         return score()
 
-    def of_its_own():
+    def of_its_own() -> dict[str, Any]:
         return jax.tree.map(lambda x: x + jnp.asarray(nothing, x.dtype), score())
 
     kinds = jax.eval_shape(score)
@@ -131,12 +140,12 @@ def _score_batch(one, batch, axis_name):
 
 
 def _objectives(output: Any) -> dict[str, Any]:
-    """A mapping from names to what the objectives are: figures, or what JAX knows."""
+    """A mapping from names to what the objectives are: aggregate metrics, or arrays."""
     objectives = dict(output) if isinstance(output, Mapping) else {SCORE: output}
     for name, value in objectives.items():
         if not isinstance(name, str):
             raise TypeError(f"objectives must be named by strings, got {name!r}.")
-        if not (isinstance(value, figures.Figure) or checks.is_array(value)):
+        if not (isinstance(value, aggregate.AggregateMetric) or checks.is_array(value)):
             dtype = getattr(value, "dtype", None)
             raise TypeError(
                 f"{_what(name, objectives)} must return an array of scores, got "
@@ -152,10 +161,10 @@ def _what(name: str, objectives: Mapping[str, Any]) -> str:
 
 
 def _as_scores(output: Any) -> dict[str, Any]:
-    """Float arrays, float32 at the least, and the outputs that figures are made of."""
+    """Float arrays, float32 at the least, and the outputs of aggregate metrics."""
     wide = {}
     for name, value in _objectives(output).items():
-        if isinstance(value, figures.Figure):
+        if isinstance(value, aggregate.AggregateMetric):
             wide[name] = jax.tree.map(jnp.asarray, value.outputs)
         else:
             array = jnp.asarray(value)
@@ -170,8 +179,8 @@ def _check_scores(objectives: Mapping[str, Any]) -> None:
     sizes = {}
     for name, value in objectives.items():
         what = _what(name, objectives)
-        if isinstance(value, figures.Figure):
-            figures.check(what, value)
+        if isinstance(value, aggregate.AggregateMetric):
+            aggregate.check(what, value)
             continue
         _check_array(what, value)
         if value.ndim == 1:
@@ -186,7 +195,7 @@ def _check_array(what: str, value: Any) -> None:
     if value.ndim > 1:
         raise ValueError(
             f"{what} must return scores of shape [n], one for each example, or [], a "
-            f"single figure; got shape {value.shape}."
+            f"single value; got shape {value.shape}."
         )
     if value.ndim == 1 and value.shape[0] == 0:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Figures of all examples together, through ev3, against scikit-learn and NumPy."""
+"""Metrics of all examples together, through ev3, against scikit-learn and NumPy."""
 
 import functools
 
@@ -12,7 +12,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 
 import optax_ev3
 from optax_ev3 import adapt, metrics
-from optax_ev3._src.assess import aggregate as figures
+from optax_ev3._src.assess import aggregate
 from optax_ev3._src.base import evidence
 
 P = jax.sharding.PartitionSpec
@@ -49,9 +49,9 @@ CASES = {
 every_case = pytest.mark.parametrize("case", CASES)
 
 
-def figure_of(case, samples=B):
+def on_device(case, samples=B):
     predict, metric, _ = CASES[case]
-    return lambda w, x, y: metrics.Figure(metric, predict(w, x, y), samples)
+    return lambda w, x, y: metrics.AggregateMetric(metric, predict(w, x, y), samples)
 
 
 def on_host(case, samples=B, seen=None):
@@ -89,7 +89,7 @@ def past(assess_fn, **kwargs):
 
 @functools.cache
 def past_of(case, samples=B):
-    return past(figure_of(case, samples))
+    return past(on_device(case, samples))
 
 
 def candidates():
@@ -158,7 +158,7 @@ def test_resamples_are_the_same_for_all_candidates():
 @every_case
 def test_the_same_candidates_are_not_told_apart(case):
     inner = {"one": optax.sgd(0.1), "other": optax.sgd(0.1)}
-    found = spied(figure_of(case), inner=inner)
+    found = spied(on_device(case), inner=inner)
     assert found.resamples["score"].shape == (4, B)
     pair = evidence.compare(found, "score", 1)
     assert float(pair.z[0]) == float(pair.gain[0]) == float(pair.stderr[0]) == 0
@@ -170,7 +170,7 @@ def test_the_same_candidates_are_not_told_apart(case):
 @every_case
 def test_candidates_are_compared_on_the_same_resamples(case):
     predict, _, reference = CASES[case]
-    found = evidence.compare(spied(figure_of(case)), "score", 2)
+    found = evidence.compare(spied(on_device(case)), "score", 2)
     values = np.array(
         [
             [reference(jax.tree.map(np.asarray, predict(w, X, Y)), c) for c in row]
@@ -194,8 +194,8 @@ def test_every_round_has_resamples_of_its_own():
     assert (rows[0, 0, 1:] != rows[1, 0, 1:]).any()
 
 
-def test_without_samples_the_figure_is_exact():
-    found = spied(figure_of("roc_auc", 0))
+def test_without_samples_the_metric_is_exact():
+    found = spied(on_device("roc_auc", 0))
     assert not found.resamples
     mean, stderr = past_of("roc_auc", 0)
     np.testing.assert_array_equal(stderr, 0)
@@ -206,7 +206,7 @@ def test_without_samples_the_figure_is_exact():
 def test_a_metric_that_never_changes_proves_nothing(rule):
     def assess_fn(w, x, y):
         constant = lambda outputs, weights: jnp.float32(0.5)
-        return metrics.Figure(constant, ranks(w, x, y), B)
+        return metrics.AggregateMetric(constant, ranks(w, x, y), B)
 
     tx = make(assess_fn, adapt=rule())
     state = tx.init(W)
@@ -223,7 +223,7 @@ def test_a_metric_that_never_changes_proves_nothing(rule):
 def test_resamples_that_agree_prove_no_more_than_as_many_coins(samples, proof):
     def assess_fn(w, x, y):
         first = lambda outputs, weights: outputs[0, 0]
-        return metrics.Figure(first, jnp.broadcast_to(w, (len(x), 3)), samples)
+        return metrics.AggregateMetric(first, jnp.broadcast_to(w, (len(x), 3)), samples)
 
     _, state = once(make(assess_fn))
     assert bool(optax_ev3.history(state)["significant"][0]) == proof
@@ -236,7 +236,7 @@ def test_outputs_that_are_no_number_are_never_adopted():
         return jnp.where(w[0] > 0.5, jnp.nan, x @ w), y
 
     def on_device(w, x, y):
-        return metrics.Figure(metrics.roc_auc, predict(w, x, y), B)
+        return metrics.AggregateMetric(metrics.roc_auc, predict(w, x, y), B)
 
     by_sklearn = optax_ev3.host_metric(
         predict, lambda outputs: roc_auc_score(outputs[1], outputs[0])
@@ -249,20 +249,20 @@ def test_outputs_that_are_no_number_are_never_adopted():
 # Contexts.
 
 
-@pytest.mark.parametrize("assess", [figure_of, on_host], ids=["device", "host"])
+@pytest.mark.parametrize("assess", [on_device, on_host], ids=["device", "host"])
 @pytest.mark.parametrize("mode", ["vmap", "map"])
 def test_the_modes_agree(assess, mode):
     found = past(assess("roc_auc", 8), assess_mode=mode)
     assert_close(found, past(assess("roc_auc", 8)))
 
 
-@pytest.mark.parametrize("assess", [figure_of, on_host], ids=["device", "host"])
+@pytest.mark.parametrize("assess", [on_device, on_host], ids=["device", "host"])
 def test_without_jit(assess):
     tx = make(assess("f1", 8))
     assert_close(once(tx, wrap=lambda fn: fn), once(tx))
 
 
-@pytest.mark.parametrize("assess", [figure_of, on_host], ids=["device", "host"])
+@pytest.mark.parametrize("assess", [on_device, on_host], ids=["device", "host"])
 def test_scan_equals_a_loop(assess):
     tx = make(assess("roc_auc", 8))
 
@@ -279,7 +279,7 @@ def test_scan_equals_a_loop(assess):
     assert_same_types(scanned, start)
 
 
-@pytest.mark.parametrize("assess", [figure_of, on_host], ids=["device", "host"])
+@pytest.mark.parametrize("assess", [on_device, on_host], ids=["device", "host"])
 def test_vmap_equals_each_run_alone(assess):
     tx = make(assess("roc_auc", 8))
     several = jnp.stack([W, -W, 2 * W])
@@ -293,9 +293,9 @@ def test_in_a_mapping():
 
     def assess_fn(w, x, y):
         return {
-            "area": figure_of("roc_auc")(w, x, y),
+            "area": on_device("roc_auc")(w, x, y),
             "right": (x @ w > 0) == y,
-            "harmonic": figure_of("f1", 0)(w, x, y),
+            "harmonic": on_device("f1", 0)(w, x, y),
         }
 
     seen = []
@@ -311,23 +311,23 @@ def test_in_a_mapping():
     (found,) = seen
     assert found.binary == {"right"}
     assert list(found.resamples) == ["area"]
-    alone = spied(figure_of("roc_auc"))
+    alone = spied(on_device("roc_auc"))
     assert_close(found.scores["area"], alone.scores["score"])
     assert_close(found.resamples["area"], alone.resamples["score"])
     assert found.scores["right"].shape == (4, N)
-    exact = spied(figure_of("f1", 0))
+    exact = spied(on_device("f1", 0))
     assert_close(found.scores["harmonic"], exact.scores["score"])
 
 
 def test_one_objective_by_name():
-    named = past(lambda w, x, y: {"area": figure_of("roc_auc")(w, x, y)})
+    named = past(lambda w, x, y: {"area": on_device("roc_auc")(w, x, y)})
     assert_close(named, past_of("roc_auc"))
 
 
 @pytest.mark.parametrize("batch_size", [None, 32])
 def test_in_held_out(batch_size):
     def metric(w, batch):
-        return figure_of("roc_auc")(w, *batch)
+        return on_device("roc_auc")(w, *batch)
 
     def host(w, batch):
         return ranks(w, *batch)
@@ -345,12 +345,12 @@ def test_in_held_out(batch_size):
 
 def test_in_a_sweep():
     inner = {"all": optax_ev3.sweep(optax.sgd, learning_rate=list(RATES.values()))}
-    for assess in (figure_of, on_host):
+    for assess in (on_device, on_host):
         found = past(assess("roc_auc", 8), inner=inner)
         assert_close(found, past(assess("roc_auc", 8)))
 
 
-@pytest.mark.parametrize("assess", [figure_of, on_host], ids=["device", "host"])
+@pytest.mark.parametrize("assess", [on_device, on_host], ids=["device", "host"])
 def test_many_devices_decide_like_one(assess):
     one, many = make(assess("roc_auc", 8)), make(assess("roc_auc", 8), axis_name="i")
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]), "i")
@@ -370,17 +370,17 @@ def _update(tx, x, y):
 
 
 def test_over_devices_equals_one_device_in_every_bit():
-    """A figure takes the examples of all devices, in their order."""
+    """An aggregate metric takes the examples of all devices, in their order."""
     key = jax.random.key(3)
     predicted = _RNG.normal(size=(4, N)).astype(np.float32)
     labels = np.stack([Y] * 4).astype(bool)
-    figure = metrics.Figure(metrics.roc_auc, None, B)
+    aggregate_metric = metrics.AggregateMetric(metrics.roc_auc, None, B)
 
     def split(values):
         return values.reshape(4, 8, N // 8).swapaxes(0, 1)
 
     def compute(*outputs, axis_name="i"):
-        return figures.compute(figure, outputs, key, axis_name)
+        return aggregate.compute(aggregate_metric, outputs, key, axis_name)
 
     parts = jax.vmap(compute, axis_name="i")(split(predicted), split(labels))
     whole = compute(jnp.asarray(predicted), jnp.asarray(labels), axis_name=None)
@@ -413,13 +413,13 @@ def test_host_metric_equals_the_one_on_the_device(case):
 @pytest.mark.parametrize("mode", ["unroll", "vmap", "map"])
 def test_one_call_to_the_host_for_all_candidates(mode, monkeypatch):
     calls, asked = [], []
-    original = figures._on_host
+    original = aggregate._on_host
 
-    def counted(figure, outputs, *args):
+    def counted(aggregate_metric, outputs, *args):
         calls.append(jax.tree.map(np.shape, outputs))
-        return original(figure, outputs, *args)
+        return original(aggregate_metric, outputs, *args)
 
-    monkeypatch.setattr(figures, "_on_host", counted)
+    monkeypatch.setattr(aggregate, "_on_host", counted)
     tx = make(on_host("roc_auc", 0, asked), assess_mode=mode)
     jax.block_until_ready(once(tx))
     assert calls == [((4, N), (4, N))]
@@ -491,52 +491,66 @@ def test_other_trees_of_outputs():
 ONE = jnp.ones([N])
 
 
-def figure(metric=lambda outputs, weights: weights.sum(), outputs=ONE, samples=B):
-    return lambda w, x, y: metrics.Figure(metric, outputs, samples)
+def aggregate_metric(
+    metric=lambda outputs, weights: weights.sum(), outputs=ONE, samples=B
+):
+    return lambda w, x, y: metrics.AggregateMetric(metric, outputs, samples)
 
 
 BAD_FIGURES = {
     "different sizes": (
-        figure(outputs=(ONE, ONE[1:])),
+        aggregate_metric(outputs=(ONE, ONE[1:])),
         (ValueError, "assess_fn", "one leading size", f"[({N},), ({N - 1},)]"),
     ),
-    "no array": (figure(outputs=()), (ValueError, "arrays with one leading", "[]")),
-    "a scalar": (figure(outputs=(ONE, 1.0)), (ValueError, "leading size", "()")),
+    "no array": (
+        aggregate_metric(outputs=()),
+        (ValueError, "arrays with one leading", "[]"),
+    ),
+    "a scalar": (
+        aggregate_metric(outputs=(ONE, 1.0)),
+        (ValueError, "leading size", "()"),
+    ),
     "no example": (
-        figure(outputs=ONE[:0]),
+        aggregate_metric(outputs=ONE[:0]),
         (ValueError, "the outputs of assess_fn hold no example", "[(0,)]"),
     ),
     "a metric of each example": (
-        figure(lambda outputs, weights: outputs * weights),
+        aggregate_metric(lambda outputs, weights: outputs * weights),
         (TypeError, "the metric of assess_fn", "real scalar", f"({N},)"),
     ),
     "a metric of integers": (
-        figure(lambda outputs, weights: jnp.int32(1)),
+        aggregate_metric(lambda outputs, weights: jnp.int32(1)),
         (TypeError, "real scalar, got shape () of int32"),
     ),
     "a metric that returns nothing": (
-        figure(lambda outputs, weights: None),
+        aggregate_metric(lambda outputs, weights: None),
         (TypeError, "real scalar", "NoneType"),
     ),
     "no metric": (
-        figure(0.5),
+        aggregate_metric(0.5),
         (TypeError, "metric_fn", "assess_fn", "callable", "0.5"),
     ),
     "a metric with its own mind": (
-        figure(
+        aggregate_metric(
             lambda outputs, weights: metrics.roc_auc((outputs, ONE[1:] > 0), weights)
         ),
         (ValueError, "expected n examples, at least 1, everywhere", "'labels': 63"),
     ),
     "a metric in NumPy": (
-        figure(lambda outputs, weights: np.asarray(outputs).sum()),
+        aggregate_metric(lambda outputs, weights: np.asarray(outputs).sum()),
         (TypeError, "cannot be traced", "host_metric"),
     ),
-    "one sample": (figure(samples=1), (ValueError, "samples", "at least 2", "1")),
-    "negative samples": (figure(samples=-3), (ValueError, "samples", "-3")),
-    "samples no integer": (figure(samples=2.0), (TypeError, "samples", "2.0")),
+    "one sample": (
+        aggregate_metric(samples=1),
+        (ValueError, "samples", "at least 2", "1"),
+    ),
+    "negative samples": (aggregate_metric(samples=-3), (ValueError, "samples", "-3")),
+    "samples no integer": (
+        aggregate_metric(samples=2.0),
+        (TypeError, "samples", "2.0"),
+    ),
     "by name": (
-        lambda w, x, y: {"a": ONE, "b": figure(outputs=())(w, x, y)},
+        lambda w, x, y: {"a": ONE, "b": aggregate_metric(outputs=())(w, x, y)},
         (ValueError, "objective 'b'"),
     ),
     "shapes on the host": (
@@ -547,7 +561,7 @@ BAD_FIGURES = {
 
 
 @pytest.mark.parametrize("case", BAD_FIGURES)
-def test_mistakes_in_a_figure(case):
+def test_mistakes_in_an_aggregate_metric(case):
     assess_fn, (error, *parts) = BAD_FIGURES[case]
     with says(error, *parts):
         once(make(assess_fn))
