@@ -166,7 +166,7 @@ def gather(
     if axis_name is not None:
         valid = lax.psum((~valid).astype(jnp.int32), axis_name) == 0
 
-    def clean(values):
+    def clean(values: jax.Array) -> jax.Array:
         mask = valid.reshape((-1,) + (1,) * (values.ndim - 1))
         values = jnp.where(mask, values, 0)
         if axis_name is None:
