@@ -37,8 +37,8 @@ class Comparison(NamedTuple):
     Attributes:
       gain: ``[C]``, mean of candidate minus reference.
       stderr: ``[C]``, standard error of that mean; zero for exact figures.
-      z: ``[C]``, the evidence in standard normal units: where candidate and
-        reference are equally good, ``z`` is approximately N(0, 1).
+      z: ``[C]``, the evidence as a z value: where candidate and reference are equally
+        good, it is approximately N(0, 1).
     """
 
     gain: jax.Array
@@ -73,7 +73,7 @@ class Resampled(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """The scores of all candidates of a round, seen on the same examples.
+    """The scores of all candidates of a round, on the same examples.
 
     Attributes:
       scores: For each objective ``[C, N]``, or ``[C]`` where it is one figure; float32
@@ -242,7 +242,7 @@ def compare(
     r"""Paired comparison of every candidate with one of them.
 
     With :math:`D_i` the difference on example i, :math:`t = \bar D / (s / \sqrt N)`,
-    brought to standard normal units by Wallace's transformation
+    made a z value by Wallace's transformation
 
     .. math:: z = \frac{8\nu + 1}{8\nu + 3} \sqrt{\nu \ln(1 + t^2/\nu)},
               \qquad \nu = N - 1,
