@@ -15,8 +15,7 @@ import optax
 from jax import core, lax
 from jax.tree_util import Partial
 
-from optax_ev3._src.base import callbacks as named
-from optax_ev3._src.base import checks, trees
+from optax_ev3._src.base import callbacks, checks, trees
 
 
 def soft_target_loss(
@@ -175,14 +174,14 @@ def loss(
     hard = checks.real(hard, "hard")
     if not 0 <= hard <= 1:
         raise ValueError(f"hard must be from 0 to 1, got {hard}.")
-    named.check_callback(student, "student")
+    callbacks.check_callback(student, "student")
     if not callable(teacher):
         raise TypeError(
             f"teacher must be callable as teacher(**named), got {teacher!r}."
         )
-    wanted = named.free(student, 1).parameters
+    wanted = callbacks.free(student, 1).parameters
     if hard < 1:
-        wanted += named.free(teacher, 0).parameters
+        wanted += callbacks.free(teacher, 0).parameters
     if hard > 0:
         wanted.append(inspect.Parameter(labels, inspect.Parameter.KEYWORD_ONLY))
     signature = _signature(wanted, _PARAMS)
@@ -190,7 +189,7 @@ def loss(
     def mean(logits: Any, given: Mapping[str, Any]) -> Any:
         total = 0.0
         if hard < 1:
-            target = named.bind(teacher, "teacher", given, positional=0)()
+            target = callbacks.bind(teacher, "teacher", given, positional=0)()
             soft = soft_target_loss(logits, target, temperature, **options._asdict())
             total += (1 - hard) * soft.mean()
         if hard > 0:
@@ -199,7 +198,7 @@ def loss(
 
     def loss_fn(params: optax.Params, /, **given: Any) -> Any:
         signature.bind(params, **given)  # Or misspelt arguments would be ignored.
-        made = named.bind(student, "student", given)(params)
+        made = callbacks.bind(student, "student", given)(params)
         if not isinstance(made, tuple):
             return mean(made, given)
         if len(made) != 2:
@@ -304,7 +303,7 @@ def archived(student: Callable[..., Any], params: Any) -> Callable[..., Any]:
       Ding et al., `EV3: Ever Evolving Evaluator
       <https://arxiv.org/abs/2310.18893>`_, 2023.
     """
-    named.check_callback(student, "student")
+    callbacks.check_callback(student, "student")
     return Partial(_Archived(student), params)
 
 
@@ -315,11 +314,11 @@ class _Archived:
     student: Callable[..., Any]
 
     def __post_init__(self):
-        found = _signature(named.free(self.student, 1).parameters, _PARAMS)
+        found = _signature(callbacks.free(self.student, 1).parameters, _PARAMS)
         object.__setattr__(self, "__signature__", found)
 
     def __call__(self, params: optax.Params, /, **given: Any) -> Any:
-        made = named.bind(self.student, "archived student", given)(params)
+        made = callbacks.bind(self.student, "archived student", given)(params)
         return made[0] if isinstance(made, tuple) else made
 
 

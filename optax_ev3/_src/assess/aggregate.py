@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_ev3._src.base import callbacks as named
-from optax_ev3._src.base import checks, control, statistics, trees
+from optax_ev3._src.base import callbacks, checks, control, statistics, trees
 from optax_ev3._src.base.evidence import Resampled
 
 
@@ -96,7 +95,7 @@ def host_metric(
       >>> print(f"{optax.apply_updates(w, updates):.1f}")
       0.2
     """
-    named.check_callback(predict_fn, "predict_fn")
+    callbacks.check_callback(predict_fn, "predict_fn")
     if not callable(metric_fn):
         raise TypeError(f"metric_fn must be callable, got {metric_fn!r}.")
     _check_samples(samples)
@@ -104,7 +103,8 @@ def host_metric(
     if not checks.takes(metric_fn, len(given)):
         raise TypeError(
             f"metric_fn must be callable as metric_fn({', '.join(given)}), which "
-            f"samples={samples} asks for; its signature is {named.shown(metric_fn)}."
+            f"samples={samples} asks for; its signature is "
+            f"{callbacks.shown(metric_fn)}."
         )
 
     @functools.wraps(predict_fn)  # The signature says which arguments it is given.

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optax_ev3._src.assess.scores import Scores
-from optax_ev3._src.base import callbacks as named
-from optax_ev3._src.base import checks, control, evidence
+from optax_ev3._src.base import callbacks, checks, control, evidence
 
 
 class InChunks(NamedTuple):
@@ -33,19 +32,21 @@ def in_chunks(
 ) -> InChunks:
     r"""Assesses chunk after chunk of the examples, until the best candidate is clear.
 
-    The candidates are scored on the first chunk, then on the next, and so on, up to
-    where no other candidate would be shown to be better than the one with the highest
-    mean so far, if all examples were looked at. With :math:`f` the fraction of the
-    examples looked at so far, and :math:`z` by how many standard errors, in paired
-    differences, the best candidate is ahead of another one, that is where
+    The candidates are scored on the first chunk, then on the next, and so on, until no
+    other candidate is likely to be significantly better than the best one so far if all
+    examples are looked at. Let :math:`f` be the fraction of the examples looked at, and
+    let the best candidate be ahead of another one by :math:`z` standard errors of their
+    paired differences. Then on all examples, whose standard error is
+    :math:`\sqrt{f}` times as large, it is ahead by at least
+    :math:`(z - z_\alpha \sqrt{1 - f}) / \sqrt{f}` standard errors, with confidence
+    :math:`1 - \alpha`. The other one would be significantly better if that could be
+    below :math:`-z_\alpha`. So chunks end where, for each of the others,
 
-    .. math:: z \ge z_\alpha \left(\sqrt{1 - f} - \sqrt{f}\right)
+    .. math:: z \ge z_\alpha \left(\sqrt{1 - f} - \sqrt{f}\right).
 
-    for each of the others: even if the remaining examples favour that one by
-    :math:`z_\alpha` of their standard errors, it does not get ahead by
-    :math:`z_\alpha` standard errors on all of them. An easy decision takes one chunk,
-    and no decision takes more than half of the examples, rounded up to chunks.
-    ``ev3/examples`` in :func:`optax_ev3.summary` says how many were looked at.
+    An easy decision takes one chunk, and no decision takes more than half of the
+    examples, rounded up to chunks. ``ev3/examples`` in :func:`optax_ev3.summary` says
+    how many were looked at.
 
     The rule sees fewer examples, so it finds fewer candidates significantly better than
     the stable parameters. Examples that come in the same order in each round make all
@@ -92,19 +93,19 @@ def in_chunks(
       Lan, Simon and Halperin, `Stochastically curtailed tests in long-term clinical
       trials <https://doi.org/10.1080/07474948208836014>`_, 1982.
     """
-    named.check_callback(assess_fn, "assess_fn")
+    callbacks.check_callback(assess_fn, "assess_fn")
     if isinstance(slice_args, str):
         raise TypeError(
             f"slice_args must be a sequence of names, such as [{slice_args!r}], got "
             f"the string {slice_args!r}."
         )
     slice_args = tuple(dict.fromkeys(slice_args))
-    free = named.free(assess_fn, 1)
+    free = callbacks.free(assess_fn, 1)
     other = [k for k in slice_args if not (k in free.names or free.takes(k))]
     if other:
         raise ValueError(
             f"slice_args names {other}, which assess_fn does not take: its signature "
-            f"is {named.shown(assess_fn)}, and what functools.partial has bound is "
+            f"is {callbacks.shown(assess_fn)}, and what functools.partial has bound is "
             f"not cut."
         )
     if not slice_args and "chunk" not in free.names:
@@ -138,7 +139,7 @@ def bind(
             )
         cut[name] = part(cut[name], chunk, plan.chunks, name)
     which = {"chunk": chunk, "chunks": plan.chunks}
-    return named.bind(plan.assess_fn, "assess_fn", cut, offered, fixed=which)
+    return callbacks.bind(plan.assess_fn, "assess_fn", cut, offered, fixed=which)
 
 
 def part(tree: Any, chunk: Any, chunks: int, name: str) -> Any:

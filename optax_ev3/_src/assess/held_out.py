@@ -10,8 +10,7 @@ from jax import lax
 from jax.tree_util import keystr, tree_map_with_path
 
 from optax_ev3._src.assess.chunks import part
-from optax_ev3._src.base import callbacks as named
-from optax_ev3._src.base import checks, control
+from optax_ev3._src.base import callbacks, checks, control
 
 # More examples could not be walked through in 32-bit numbers, see _split.
 _MOST_SHUFFLED = 2**26
@@ -81,17 +80,17 @@ def held_out(
       >>> print(f"{optax.apply_updates(w, updates):.1f}")
       0.2
     """
-    named.check_callback(metric_fn, "metric_fn")
+    callbacks.check_callback(metric_fn, "metric_fn")
     data = tree_map_with_path(_numbers, data)
     size = _leading_size(data)
     draw = _Draw(size, _checked_size(batch_size, size, shuffle), shuffle)
     try:
-        named.signature(metric_fn).bind_partial("params", "batch")
+        callbacks.signature(metric_fn).bind_partial("params", "batch")
     except TypeError as error:
         raise TypeError(
             "metric_fn must take (params, batch), where batch has the structure of "
             "data, as its first two positional arguments; its signature is "
-            f"{named.shown(metric_fn)}."
+            f"{callbacks.shown(metric_fn)}."
         ) from error
 
     def assess_fn(
@@ -125,7 +124,9 @@ def held_out(
             "run_key": run_key,
             "axis_name": axis_name,
         }
-        bound = named.bind(metric_fn, "metric_fn", extra_args, offered, positional=2)
+        bound = callbacks.bind(
+            metric_fn, "metric_fn", extra_args, offered, positional=2
+        )
         return bound(params, batch)
 
     vars(assess_fn)["ev3_metric_fn"] = metric_fn

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from optax_ev3._src.assess import aggregate
 from optax_ev3._src.assess.chunks import InChunks
-from optax_ev3._src.base import callbacks as named
+from optax_ev3._src.base import callbacks
 
 
 @overload
@@ -68,7 +68,7 @@ def minimize(
     if isinstance(assess_fn, InChunks):
         inside = minimize(assess_fn.assess_fn, names)
         return assess_fn._replace(assess_fn=inside)
-    named.check_callback(assess_fn, "assess_fn")
+    callbacks.check_callback(assess_fn, "assess_fn")
     if isinstance(names, str):
         raise TypeError(
             f"names must be a sequence, such as [{names!r}], got {names!r}."

@@ -7,8 +7,7 @@ import jax
 
 from optax_ev3._src.assess import chunks, scores
 from optax_ev3._src.assess.scores import MODES, Scores
-from optax_ev3._src.base import callbacks as named
-from optax_ev3._src.base import trees
+from optax_ev3._src.base import callbacks, trees
 
 __all__ = ["MODES", "AssessFn", "Scores", "check", "score"]
 
@@ -19,9 +18,9 @@ def check(assess_fn: AssessFn, loss_fns: Iterable[Callable[..., Any] | None]) ->
     """Raises unless ``assess_fn`` can assess, and is none of the losses."""
     if isinstance(assess_fn, chunks.InChunks):
         assess_fn = assess_fn.assess_fn
-    named.check_callback(assess_fn, "assess_fn")
+    callbacks.check_callback(assess_fn, "assess_fn")
     metric_fn = getattr(assess_fn, "ev3_metric_fn", assess_fn)  # Of held_out.
-    if any(loss is not None and named.same(metric_fn, loss) for loss in loss_fns):
+    if any(loss is not None and callbacks.same(metric_fn, loss) for loss in loss_fns):
         raise ValueError(
             "the same function assesses and is a loss. Of scores higher is better: "
             "pass optax_ev3.minimize(loss) as assess_fn, or to held_out."
@@ -61,7 +60,7 @@ def score(
         return scores.score(bound, candidates, mode, key, axis_name)
 
     if not isinstance(assess_fn, chunks.InChunks):
-        return score_all(named.bind(assess_fn, "assess_fn", extra_args, offered))
+        return score_all(callbacks.bind(assess_fn, "assess_fn", extra_args, offered))
 
     def score_chunk(chunk: Any) -> Scores:
         return score_all(chunks.bind(assess_fn, extra_args, offered, chunk))
