@@ -429,7 +429,7 @@ def test_figures_with_resamples(name):
         lower[:2], gain - stats.norm.isf(ALPHA) * spread, atol=1e-4
     )
     # A few resamples are a few coins.
-    few = gather(evidence.Resampled(figures.figure, resamples[:, :3] * 1e-3))
+    few = gather(evidence.Resampled(figures.value, resamples[:, :3] * 1e-3))
     assert BOUNDS[name].p_value(few, "score", 2)[0] == pytest.approx(1 / 8)
     assert BOUNDS[name].lower(few, "score", 2, ALPHA)[0] == -np.inf
 

@@ -25,8 +25,8 @@ def paired_t() -> Bound:
 
     :math:`\bar D - t_{1-a, N-1}\, s / \sqrt N`, by Wallace's normal approximation, see
     :func:`optax_ev3.evidence.compare`. It is exact for normal differences, and close
-    for others if examples are many and tails are not too heavy. It serves figures with
-    resamples as well, with their spread as the standard error.
+    for others if examples are many and tails are not too heavy. It serves
+    aggregate metrics with resamples as well, with their spread as the standard error.
 
     Returns:
       The bound.

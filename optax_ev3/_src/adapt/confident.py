@@ -67,7 +67,7 @@ class ConfidentState(NamedTuple):
       pairs: ``[K, K]`` tally of each proposal against each other.
       stable: The trial of ``current`` against ``stable``.
       noise: ``[]`` root mean square of the steps in score, old ones fading; used with
-        exact figures only.
+        exact values only.
     """
 
     current: Tally
@@ -123,7 +123,7 @@ def confident(
     draw their examples from: where that is a small held-out set, used for many
     rounds, see :func:`optax_ev3.adapt.guarded`.
 
-    Exact figures (``assess_fn`` -> ``[]``) have no standard error; the root mean
+    Exact values (``assess_fn`` -> ``[]``) have no standard error; the root mean
     square step in score over past rounds stands in for it. Until there was a step,
     any difference counts.
 
@@ -355,7 +355,7 @@ def _root_mean_square(past: jax.Array, step: jax.Array) -> jax.Array:
 def _step(evidence: Evidence, gain: jax.Array, adopted: jax.Array) -> jax.Array:
     """Size of this round's step in score: of the smallest one if none was taken.
 
-    If standing still did not count, exact figures would find every step too bad for
+    If standing still did not count, exact values would find every step too bad for
     ever.
     """
     proposals = evidence.proposals

@@ -93,7 +93,7 @@ def lower_bound(select_alpha: float = 0.5, decide_alpha: float = 1.96) -> Rule:
       decide_alpha: :math:`\alpha_d`, in standard errors, at least 0.
 
     Returns:
-      A rule that takes one objective, of at least two examples or of exact figures.
+      A rule that takes one objective, of at least two examples or of exact values.
 
     Raises:
       ValueError: If an alpha is negative; at trace time, if there is one example.

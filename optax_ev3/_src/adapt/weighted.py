@@ -61,15 +61,15 @@ def weighted(
       rule: For the weighted sum; default :func:`optax_ev3.adapt.confident`.
 
     Returns:
-      A rule for these objectives. Their scores are single figures, or one for each of
+      A rule for these objectives. Their scores are single values, or one for each of
       the same examples, or both.
 
     Raises:
       TypeError: If an argument is of the wrong kind.
       ValueError: If there is no weight, one is negative, or all are zero; if targets
         are not those of the objectives; if there is a rate without targets, or it is
-        not above 0 and at most 1; at trace time, if figures with resamples are mixed
-        with others.
+        not above 0 and at most 1; at trace time, if aggregate metrics with resamples
+        are mixed with scores of examples.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_ev3
@@ -156,8 +156,8 @@ def _sum(evidence: Evidence, weights: Mapping[str, jax.Array]) -> Evidence:
     others = [name for name in weights if name not in resampled]
     if resampled and any(evidence.scores[name].ndim == 2 for name in others):
         raise ValueError(
-            f"adapt.weighted cannot add figures with resamples, {resampled}, to scores "
-            f"of examples, {others}. Return figures without resamples, samples=0."
+            f"adapt.weighted cannot add aggregate metrics with resamples, {resampled}, "
+            f"to scores of examples, {others}. Take no resamples, samples=0."
         )
 
     def total(values: Mapping[str, jax.Array]) -> jax.Array:

@@ -24,7 +24,7 @@ class Estimate(NamedTuple):
     Attributes:
       mean: ``[C]``.
       stderr: ``[C]``, standard deviation (ddof 1) over ``sqrt(N)``; zero for exact
-        figures.
+        values.
     """
 
     mean: jax.Array
@@ -36,7 +36,7 @@ class Comparison(NamedTuple):
 
     Attributes:
       gain: ``[C]``, mean of candidate minus reference.
-      stderr: ``[C]``, standard error of that mean; zero for exact figures.
+      stderr: ``[C]``, standard error of that mean; zero for exact values.
       z: ``[C]``, the evidence as a z value: where candidate and reference are equally
         good, it is approximately N(0, 1).
     """
@@ -47,14 +47,14 @@ class Comparison(NamedTuple):
 
 
 class Resampled(NamedTuple):
-    """A figure, and how it varies where the examples are drawn again.
+    """An aggregate metric, and how it varies where the examples are drawn again.
 
     Attributes:
-      figure: ``[C]``, on the examples as they are.
+      value: ``[C]``, on the examples as they are.
       resamples: ``[C, B]``, on B bootstrap samples, the same for all candidates.
     """
 
-    figure: jax.Array
+    value: jax.Array
     resamples: jax.Array
 
 
@@ -76,14 +76,14 @@ class Evidence:
     """The scores of all candidates of a round, on the same examples.
 
     Attributes:
-      scores: For each objective ``[C, N]``, or ``[C]`` where it is one figure; float32
+      scores: For each objective ``[C, N]``, or ``[C]`` where it is one value; float32
         or wider, higher is better. Rows of invalid candidates are zero.
       valid: ``[C]`` bool, false where the update or a score is not finite, or scores
         are too large to be added up.
       is_ascent: ``[C]`` bool, true where the update raises the explorer's loss to first
         order.
-      resamples: For objectives that are a figure of all examples together ``[C, B]``:
-        that figure on B bootstrap samples. Other figures are exact.
+      resamples: For objectives that are an aggregate metric of all examples ``[C, B]``:
+        its values on B bootstrap samples. Other single values are exact.
       binary: Names of the objectives whose scores are known to be 0 or 1, static.
       example_mask: ``[N]`` bool, the examples that were looked at; None for all. The
         scores of the others are zero.
@@ -135,7 +135,8 @@ def gather(
     """Collects scores into evidence, and says which candidates are valid.
 
     Args:
-      scores: For each objective ``[C, n]``, ``[C]``, or a figure with its resamples.
+      scores: For each objective ``[C, n]``, ``[C]``, or an aggregate metric with its
+        resamples.
       finite: ``[C]`` bool, whether each candidate's update is finite.
       is_ascent: ``[C]`` bool, see :class:`Evidence`.
       axis_name: Mapped axis over whose D devices examples are spread, so that N = nD,
@@ -149,7 +150,7 @@ def gather(
       The evidence of the round.
     """
     resamples = {k: v.resamples for k, v in scores.items() if isinstance(v, Resampled)}
-    plain = {k: v.figure if isinstance(v, Resampled) else v for k, v in scores.items()}
+    plain = {k: v.value if isinstance(v, Resampled) else v for k, v in scores.items()}
     if example_mask is not None:
         plain = {
             name: jnp.where(example_mask[None], values, 0)
@@ -176,7 +177,7 @@ def gather(
         return trees.unite(values, axis_name, axis=1)
 
     plain = {name: clean(values) for name, values in plain.items()}
-    # Figures of all examples together are the same on all devices.
+    # Aggregate metrics are of all examples, and the same on all devices.
     resamples = {k: jnp.where(valid[:, None], v, 0) for k, v in resamples.items()}
     if example_mask is not None and axis_name is not None:
         example_mask = trees.unite(example_mask, axis_name, axis=0)
@@ -223,7 +224,7 @@ def differences(evidence: Evidence, objective: str, reference: Index) -> Differe
       reference: Index of the reference, a Python or traced integer.
 
     Raises:
-      ValueError: If the objective is a single figure.
+      ValueError: If the objective is a single value.
     """
     values = each_example(evidence, objective)
     other = jnp.expand_dims(values[reference], 0)
@@ -254,16 +255,16 @@ def compare(
     units of rounding are ties, so that candidates which are the same but for the order
     of operations are not told apart.
 
-    Figures of all examples together are compared by the spread :math:`s^*` of their
-    differences over the bootstrap samples, :math:`z = D / s^*`, and the same limit for
-    B coins. Exact figures are compared with ``noise``, :math:`z = D / noise`; without
-    noise any difference is certain.
+    Aggregate metrics are compared by the spread :math:`s^*` of their differences over
+    the bootstrap samples, :math:`z = D / s^*`, and the same limit for B coins. Exact
+    values are compared with ``noise``, :math:`z = D / noise`; without noise any
+    difference is certain.
 
     Args:
       evidence: The scores of the round.
       objective: Which objective to compare.
       reference: Index of the reference, a Python or traced integer.
-      noise: ``[]``, standard deviation of the differences between exact figures.
+      noise: ``[]``, standard deviation of the differences between exact values.
 
     Returns:
       Gains, standard errors and z values, all ``[C]``; zero where the candidate or
@@ -313,7 +314,7 @@ def examples(evidence: Evidence) -> jax.Array:
 def count(evidence: Evidence, objective: str) -> jax.Array:
     """How many examples, or resamples, stand behind the scores: ``[]`` float.
 
-    Exact figures count as any number.
+    Exact values count as any number.
     """
     values = evidence.scores[objective]
     if values.ndim == 2:
@@ -358,7 +359,7 @@ def each_example(evidence: Evidence, objective: str, who: str = "this") -> jax.A
     """Scores ``[C, N]`` of one objective.
 
     Raises:
-      ValueError: If it is a single figure.
+      ValueError: If it is a single value.
     """
     values = evidence.scores[objective]
     if values.ndim == 1:
