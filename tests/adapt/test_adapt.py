@@ -640,7 +640,7 @@ class TestTrial:
         def run(key):
             def one(state, key):
                 data, rule_key = jax.random.split(key)
-                values = jax.random.normal(data, [count, 64])
+                values = jax.random.normal(data, [count, 24])
                 decision, state = self.rule.decide(gather(values), state, rule_key)
                 return state, decision.significant
 
