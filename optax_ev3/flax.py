@@ -1,4 +1,4 @@
-"""For Flax: a ``TrainState`` that hands extra arguments on, and growth for NNX."""
+"""For Flax: a ``TrainState`` that passes extra arguments on, and growth for NNX."""
 
 import dataclasses
 from typing import Any
@@ -86,7 +86,8 @@ def grow_nnx(
       larger: The larger model, freshly initialized; it takes on all variables of the
         smaller one, statistics of BatchNorm too, once all is known to fit.
       tx: The transformation of the larger model.
-      growth: How the one lies in the other; paths are those of the model's variables.
+      growth: Where the smaller model's arrays are in the larger one; paths are those
+        of the model's variables.
 
     Returns:
       An ``nnx.Optimizer`` for ``larger``.

@@ -258,8 +258,8 @@ def stored(logits: Any, size: int | None = None) -> Callable[..., jax.Array]:
             f"is example {wrong[0]}."
         )
 
-    # The last row stands for examples that are not there. With NaN from a select or
-    # jnp.take, optimized code of XLA for CPUs was seen to have finite exponentials.
+    # The last row stands for missing examples. NaN from a select or from jnp.take had
+    # finite exponentials in optimized code of XLA for CPUs.
     rows = jnp.pad(rows, [(0, 1), (0, 0)], constant_values=jnp.nan)
     return Partial(_look_up, rows)
 
@@ -309,7 +309,7 @@ def archived(student: Callable[..., Any], params: Any) -> Callable[..., Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Archived:
-    """Equal where its student is, so that a jitted function knows it again."""
+    """Equal if its student is, so that a jitted function does not compile again."""
 
     student: Callable[..., Any]
 
@@ -336,9 +336,9 @@ _PARAMS = inspect.Parameter("params", inspect.Parameter.POSITIONAL_ONLY)
 def _signature(
     wanted: Sequence[inspect.Parameter], *positional: inspect.Parameter
 ) -> inspect.Signature:
-    """Takes by keyword whatever is wanted; required is what anybody has no default for.
+    """Takes all wanted parameters by keyword; those without any default are required.
 
-    The defaults are for show: a callback that is not given an argument has its own.
+    The defaults are only shown: a callback that is not given an argument uses its own.
     """
     by_name, rest = {}, []
     for parameter in wanted:
@@ -363,7 +363,7 @@ def _signature(
 
 
 def _name(temperature: float, hard: float, options: _Options) -> str:
-    """Such as soft_T2_reverse: what differs from the default, and the temperature."""
+    """Such as soft_T2_reverse: the temperature, and what differs from the default."""
     if hard == 1:
         return "hard"
     return "".join(
@@ -380,8 +380,8 @@ def _name(temperature: float, hard: float, options: _Options) -> str:
 def _standardized(logits: jax.Array) -> jax.Array:
     """Mean 0 and standard deviation 1 over the classes; 0 where all are equal.
 
-    Nothing of it depends on where logits begin and how far they spread. So both are
-    taken away first, without gradients: equal logits then are exactly equal, squares
+    The result does not depend on the offset and the scale of the logits. So both are
+    removed first, without gradients: then equal logits are exactly equal, squares
     neither overflow nor vanish, and the gradient of the root stays finite.
     """
     highest = lax.stop_gradient(logits.max(axis=-1, keepdims=True))

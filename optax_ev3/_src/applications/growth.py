@@ -1,4 +1,4 @@
-"""Growth: parameters and the optimizer's state go on in a larger model."""
+"""Growth: moves parameters and the optimizer's state to a larger model."""
 
 import collections
 import logging
@@ -41,18 +41,19 @@ def grow(
     check: tuple[Callable[[Any], Any], Callable[[Any], Any]] | None = None,
     tolerance: float = 1e-5,
 ) -> Grown:
-    """Takes parameters and the optimizer's state along to a larger model.
+    """Moves parameters and the optimizer's state to a larger model.
 
-    Every array in the state that is like a parameter grows as that parameter does:
-    stable parameters, branches, averages, the inner optimizers' moments, of which those
-    of kept weights stay and new ones are as ``tx.init`` makes them, mostly zero. Of
-    optimizers that keep other shapes (factored moments), what changes its shape begins
-    anew. All else goes on: counts, history, what the rule remembers, evolved numbers,
-    also in the middle of a round. Only :func:`optax_ev3.should_grow` and
-    :func:`optax_ev3.stalled` count rounds from the growth on.
+    Every array in the state that mirrors a parameter grows as that parameter does:
+    stable parameters, branches, averages and the inner optimizers' moments. Moments of
+    kept weights stay; those of new weights are as ``tx.init`` makes them, mostly zero.
+    Where an optimizer keeps other shapes, such as factored moments, arrays that change
+    their shape are initialized again. Everything else stays as it is, in the middle of
+    a round too: counts, history, the rule's state, evolved hyperparameters. Only
+    :func:`optax_ev3.should_grow` and :func:`optax_ev3.stalled` count rounds from the
+    growth on.
 
-    It says what was done as one line of the logger ``optax_ev3``, at level INFO. Call
-    it outside ``jit``; the step of the larger model then compiles once.
+    The logger ``optax_ev3`` gets one line about it, at level INFO. Call this function
+    outside ``jit``; the step of the larger model then compiles once.
 
     Args:
       tx: The transformation of the larger model, with as many explorers and settings as
@@ -61,7 +62,7 @@ def grow(
       params: The smaller model's parameters; for Linen, all variables that the
         transformation sees, those of BatchNorm too.
       fresh: The larger model's, freshly initialized: a tree of arrays.
-      growth: How the one lies in the other.
+      growth: Where the smaller model's arrays are in the larger one.
       check: Two functions of parameters, the smaller and the larger model's, to outputs
         on some examples, trees of arrays of the same shapes.
       tolerance: How far the outputs may be apart: the largest difference in an array
@@ -108,7 +109,7 @@ def grow(
 
 
 def progress(state: Any) -> set[str]:
-    """The paths of what counts rounds without progress, in states of ev3."""
+    """The paths of the counters of rounds without progress, in states of ev3."""
 
     def is_state(node: Any) -> bool:
         return isinstance(node, EV3State)
@@ -126,13 +127,13 @@ def take_along(
     fresh: Any,
     counters: Container[str],
 ) -> Any:
-    """The state of the large model's transformation, from one newly made for it.
+    """The larger model's state, with all that the smaller model's state holds.
 
     Args:
       mappings: Where each parameter comes from.
-      state: The state of the small model's transformation.
-      fresh: That of the large model's, newly made.
-      counters: The paths of what counts anew, see :func:`progress`.
+      state: The state of the smaller model's transformation.
+      fresh: The initial state of the larger model's transformation.
+      counters: The paths of counters that start from zero, see :func:`progress`.
     """
     leaves = dict(leaves_with_path(state))
     owners = _owners(mappings, [path for path, _ in leaves_with_path(fresh)], leaves)
@@ -175,11 +176,11 @@ def _owners(
     paths: Sequence[Any],
     before: Mapping[Any, Any],
 ) -> dict[Any, Any]:
-    """By path in the state, the path of the parameter that an array is like.
+    """By path in the state, the path of the parameter that an array mirrors.
 
-    Explorers and their numbers may be called as parameters are. So where several fit,
-    it is the one that belongs to the most complete copy of the parameters' tree; and
-    what was in the state ``before`` is like no parameter that is new.
+    Explorers and hyperparameters may have the names of parameters. So where several
+    parameters fit, it is the one of the most complete copy of the parameters' tree. An
+    array that was in the state ``before`` mirrors no new parameter.
     """
     known = {mapping.old for mapping in mappings.values()}
     fits = {
@@ -201,7 +202,7 @@ def _owners(
 
 
 def _same(path: Any, old: Any, new: Any) -> Any:
-    """What is like no parameter goes on as it was."""
+    """The old array, which mirrors no parameter; raises unless it fits the new one."""
     found, expected = (
         "nothing" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
         for leaf in (old, new)
@@ -216,7 +217,7 @@ def _same(path: Any, old: Any, new: Any) -> Any:
 
 
 def _checked(check: Any, params: Any, larger: Any, tolerance: float) -> float:
-    """How far the outputs are apart; raises if too far."""
+    """The relative difference of the outputs; raises if it is too large."""
     pair = isinstance(check, Sequence) and len(check) == 2
     if not pair or not all(map(callable, check)):
         raise TypeError(
@@ -253,7 +254,7 @@ def _nan_last(number: float) -> float:
 
 
 def report(mappings: Mapping[Any, ArrayMapping], moved: str = "not checked") -> None:
-    """One line of what was done."""
+    """Logs in one line what has grown."""
     arrays = mappings.values()
     new = sum(one.old is None for one in arrays)
     wider = sum(one.positions is not None for one in arrays)

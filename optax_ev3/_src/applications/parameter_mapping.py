@@ -1,8 +1,8 @@
-"""Parameter mapping: where the arrays of a small model lie in those of a larger one.
+"""Parameter mapping: where the arrays of a small model are in those of a larger one.
 
 Every entry of a grown array is one of three: the old array's entry, an entry of the
-freshly initialized array, or zero. So the same map takes along whatever is like
-parameters: stable ones, branches, moments.
+freshly initialized array, or zero. So one mapping serves all trees that mirror the
+parameters: stable parameters, branches, moments.
 """
 
 import collections
@@ -27,14 +27,14 @@ Path = tuple[Any, ...]  # Of a leaf in a tree: keys of JAX.
 
 @dataclasses.dataclass(frozen=True)
 class Growth:
-    """How the arrays of a small model lie in those of a larger one.
+    """Where the arrays of a small model are in those of a larger one.
 
-    What is not said goes by paths: an array of the large model continues the one of the
-    small model that has the same path, and holds its entries first along every axis.
-    The other entries, and arrays that are new, are as the large model was initialized,
-    with one exception: in Flax's kernels, entries from new inputs to old outputs are
-    zero. So wider layers disturb nothing, and learn: the zeros have gradients at once,
-    what leads to the new units from the next step on.
+    By default, an array of the large model continues the array of the small model that
+    has the same path, and holds its entries first along every axis. The other entries,
+    and arrays that are new, are as the large model was initialized, with one exception:
+    in Flax's kernels, entries from new inputs to old outputs are zero. So wider layers
+    do not change the outputs. They learn all the same: the zeros have gradients at
+    once, the weights of the new units from the next step on.
 
     A path is the names on the way to an array, joined by ``/``, such as
     ``params/Dense_0/kernel`` or, of NNX, ``blocks/0/linear/kernel``. Patterns of whole
@@ -106,13 +106,13 @@ class Growth:
 def transplant(old: Any, fresh: Any, growth: Growth | None = None) -> Any:
     """Puts the arrays of a small model into those of a larger one.
 
-    For what no transformation sees, such as statistics that are kept apart;
-    :func:`grow` does it for parameters and state.
+    It is for trees that no transformation sees, such as statistics that are kept apart;
+    :func:`grow` does the same for parameters and state.
 
     Args:
       old: The small model's arrays, a tree.
       fresh: The large model's, freshly initialized.
-      growth: How the one lies in the other, see :class:`Growth`.
+      growth: Where the small model's arrays are in the larger one.
 
     Returns:
       A tree like ``fresh``, with its dtypes.
@@ -132,7 +132,7 @@ def transplant(old: Any, fresh: Any, growth: Growth | None = None) -> Any:
 
 
 class ArrayMapping(NamedTuple):
-    """Where an array of the small model lies in one of the large model.
+    """Where an array of the small model is in one of the large model.
 
     Attributes:
       old: Path of the array in the small model; None if it is new.
@@ -181,7 +181,7 @@ class ArrayMapping(NamedTuple):
 def array_mappings(
     old: Any, fresh: Any, growth: Growth | None
 ) -> dict[Any, ArrayMapping]:
-    """By path in the large model, where its arrays come from."""
+    """By path in the large model, where its arrays come from; raises if one is lost."""
     growth = Growth() if growth is None else growth
     if not isinstance(growth, Growth):
         raise TypeError(f"growth must be a Growth, got {type(growth).__name__}.")

@@ -1,4 +1,4 @@
-"""Chunks: as many of the examples as it takes to tell the best candidate.
+"""Chunks: assesses as many of the examples as it takes to find the best candidate.
 
 Dimensions: ``C`` candidates, ``n`` examples on this device, ``N`` on all devices.
 """
@@ -167,9 +167,9 @@ def score(
     """Scores of chunk after chunk until the best candidate is clear.
 
     Args:
-      plan: How to go on.
+      plan: What :func:`in_chunks` returned.
       score_chunk: Maps the number of a chunk to the scores of all candidates.
-      valid: ``[C]`` bool, the candidates that can be adopted if their scores are valid.
+      valid: ``[C]`` bool, the candidates whose updates are finite.
       axis_name: Mapped axis over which examples are spread, or None.
 
     Returns:
@@ -191,7 +191,7 @@ def score(
         )
     size = next(iter(shapes.values())).shape[1]
     n = plan.chunks * size
-    # Every device has scores of its own: shard_map wants that said from the start.
+    # Scores vary over devices: shard_map needs the zeros to be marked so, too.
     nothing = 0 if axis_name is None else 0 * lax.axis_index(axis_name)
     empty = {k: jnp.full([v.shape[0], n], nothing, v.dtype) for k, v in shapes.items()}
 
@@ -234,7 +234,7 @@ def _is_clear(found: evidence.Evidence, fraction: Any, plan: InChunks) -> jax.Ar
         mean = evidence.estimate(found, name).mean
         best = jnp.argmax(jnp.where(found.valid, mean, -jnp.inf))
         gain, stderr, z = evidence.compare(found, name, best)
-        # Nothing can be learnt of what is the same.
+        # Candidates that are the same need no decision.
         same = (gain == 0) & (stderr == 0)
         clear &= (same | ~found.valid | (-z >= margin)).all()
     return clear

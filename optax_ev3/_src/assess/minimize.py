@@ -95,7 +95,7 @@ def minimize(
 
 
 def _negated(value: Any) -> Any:
-    """Scores of the opposite order. What is no score stays: it is an error later."""
+    """Scores of the opposite order; other values stay, and are an error later."""
     if isinstance(value, aggregate.AggregateMetric):
         return dataclasses.replace(value, lower_is_better=not value.lower_is_better)
     if not hasattr(value, "dtype") and not isinstance(value, int | float):

@@ -1,4 +1,4 @@
-"""Assess: the user's scores of all candidates, on the same data."""
+"""Scores: what ``assess_fn`` returns for all candidates, on the same data."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -68,7 +68,7 @@ def score(
       TypeError, ValueError: Before anything is computed, if ``assess`` cannot be
         traced or does not return scores.
     """
-    # No gradient is taken through it, not even where that of an update is.
+    # No gradient is taken through scores, even where updates are differentiated.
     candidates = [
         batch._replace(tree=lax.stop_gradient(batch.tree)) for batch in candidates
     ]
@@ -120,7 +120,7 @@ def _score_batch(
     one: Callable[[Any], dict[str, Any]], batch: trees.Batch, axis_name: Any
 ) -> dict[str, Any]:
     """Scores of the trees of a batch, stacked; zeros where it rests."""
-    # Every device has scores of its own: shard_map wants that said of zeros, too.
+    # Scores vary over devices: shard_map needs zeros to be marked so, too.
     nothing = 0 if axis_name is None else 0 * lax.axis_index(axis_name)
 
     def score() -> dict[str, Any]:
@@ -156,7 +156,7 @@ def _objectives(output: Any) -> dict[str, Any]:
 
 
 def _what(name: str, objectives: Mapping[str, Any]) -> str:
-    """How messages call an objective."""
+    """The name of an objective in messages."""
     return "assess_fn" if objectives.keys() == {SCORE} else f"objective {name!r}"
 
 

@@ -1,4 +1,4 @@
-"""Named arguments: hand each callback just the extra arguments it asks for."""
+"""Callbacks: each gets the extra arguments that its signature names."""
 
 import functools
 import inspect
@@ -15,11 +15,11 @@ _POSITIONAL = (*_ONE_BY_POSITION, inspect.Parameter.VAR_POSITIONAL)
 
 
 class Free(NamedTuple):
-    """What is still free in a function.
+    """The parameters of a function that are not bound yet.
 
     Attributes:
-      parameters: The free ones, in their order.
-      filled: Names that are not: given by position, or bound by a partial.
+      parameters: Those that are free, in their order.
+      filled: Names of the others: given by position, or bound by a partial.
     """
 
     parameters: list[inspect.Parameter]
@@ -43,7 +43,7 @@ class Free(NamedTuple):
 
 
 def free(fn: Callable[..., Any], count: int) -> Free:
-    """What is free in ``fn`` beyond its first ``count`` positional parameters."""
+    """The free parameters of ``fn`` after its first ``count`` positional ones."""
     found = list(signature(fn).parameters.values())
     filled = set(_bound(fn))
     while found and count and found[0].kind in _ONE_BY_POSITION:
@@ -54,7 +54,7 @@ def free(fn: Callable[..., Any], count: int) -> Free:
 
 
 def signature(fn: Callable[..., Any]) -> inspect.Signature:
-    """As :func:`inspect.signature`, of all that can be called."""
+    """As :func:`inspect.signature`, for objects with a static ``__call__`` too."""
     call = inspect.getattr_static(type(fn), "__call__", None)
     if isinstance(call, staticmethod | classmethod):
         # Python would take away the first parameter, as that of the object.
@@ -72,13 +72,13 @@ def _bound(fn: Any) -> frozenset[str]:
         if isinstance(fn, functools.partial | functools.partialmethod):
             names |= fn.keywords.keys()
         elif "__signature__" in getattr(fn, "__dict__", {}):
-            break  # It says itself what it takes.
+            break  # Its signature is explicit.
         fn = _inside(fn)
     return frozenset(names)
 
 
 def _inside(fn: Any) -> Any:
-    """What a callable calls, as far as :mod:`inspect` would follow it, or None."""
+    """The function that a callable wraps, as :mod:`inspect` follows it, or None."""
     if isinstance(fn, functools.partial | functools.partialmethod):
         return fn.func
     if isinstance(fn, types.MethodType):
@@ -88,17 +88,17 @@ def _inside(fn: Any) -> Any:
         if isinstance(inside, functools.partialmethod):
             return inside
     called = getattr(fn, "__wrapped__", type(fn).__call__)
-    # What is written in C ends the search: its own call is such a descriptor, too.
+    # Functions written in C end the search: their own call is such a descriptor, too.
     return None if isinstance(called, types.WrapperDescriptorType) else called
 
 
 def same(fn: Callable[..., Any], other: Callable[..., Any]) -> bool:
-    """Whether two callables are one; methods are made anew wherever they are read."""
+    """Whether two callables are the same; each access makes a new bound method."""
     return fn is other or (isinstance(fn, types.MethodType) and fn == other)
 
 
 def shown(fn: Callable[..., Any]) -> str:
-    """The signature as messages show it: without defaults, which may be arrays."""
+    """The signature for messages: without defaults, which may be arrays."""
     empty = inspect.Parameter.empty
     found = signature(fn).parameters.values()
     return str(
@@ -107,10 +107,10 @@ def shown(fn: Callable[..., Any]) -> str:
 
 
 class Opaque:
-    """A function that other libraries do not take apart.
+    """A function whose closure other libraries do not rebuild.
 
-    Optimistix rebuilds the closures of an optimizer as pytrees, those of the callbacks
-    in it as well, which are then called as ``(*args, **kwargs)`` and name nothing.
+    Optimistix rebuilds the closures of an optimizer as pytrees. Callbacks in them would
+    then be called as ``(*args, **kwargs)``, and their signatures would name nothing.
     """
 
     def __init__(self, fn: Callable[..., Any]):
