@@ -274,8 +274,12 @@ def make(name, rule="greedy", **kwargs):
     return optax_ev3.ev3(inner, assess_fn, **kwargs)
 
 
+def start():
+    return {"w": jnp.array([0.25, -0.5, 2.0])}
+
+
 def run(tx, rounds, wrap=jax.jit):
-    w = {"w": jnp.array([0.25, -0.5, 2.0])}
+    w = start()
     state = tx.init(w)
     step = wrap(stepper(tx))
     for _ in range(rounds):
@@ -323,8 +327,20 @@ def test_history_and_summary_hold_what_is_released():
     assert past["significant"].any()
 
 
-@pytest.mark.parametrize("restart", ["always", "significant", "behind", "never"])
+RESTARTS = ["always", "significant", "behind", "never"]
+
+
+@pytest.mark.parametrize("restart", RESTARTS)
 @pytest.mark.parametrize("name", GUARDS)
+def test_types_with_trajectories(name, restart):
+    tx = make(name, "confident", trajectory_length=2, restart=restart)
+    w = start()
+    state = tx.init(w)
+    _, new = jax.eval_shape(tx.update, w, state, w, batch=weights())
+    assert_same_types(new, state)
+
+
+@pytest.mark.parametrize("name, restart", [*zip(GUARDS, RESTARTS, strict=True)])
 def test_with_trajectories(name, restart):
     tx = make(name, "confident", trajectory_length=2, restart=restart)
     w, state = run(tx, 6)
@@ -351,16 +367,18 @@ def test_over_devices(with_guard):
     guard = public.ladder() if with_guard else None
     tx = make("ladder", guard=guard, axis_name="i")
     one = make("ladder", guard=guard)
-    w = {"w": jnp.array([0.25, -0.5, 2.0])}
+    w = start()
     batch = weights(32)
 
     def update(tx, batch):
         return tx.update({"w": w["w"] - 1}, tx.init(w), w, batch=batch)
 
-    parts = jax.vmap(lambda b: update(tx, b), axis_name="i")(batch.reshape(8, 4))
+    mapped = jax.vmap(lambda b: update(tx, b), axis_name="i")
+    parts = jax.jit(mapped)(batch.reshape(8, 4))
+    whole = jax.jit(lambda b: update(one, b))(batch)
     for device in (0, 7):
         mine = jax.tree.map(lambda x, d=device: x[d], parts)
-        assert_close(mine, update(one, batch), rtol=1e-4, atol=1e-5)
+        assert_close(mine, whole, rtol=1e-4, atol=1e-5)
 
 
 # What guards are for.

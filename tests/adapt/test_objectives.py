@@ -286,9 +286,10 @@ def test_the_history_holds_priorities():
     tx = make(rule)
     w = jnp.zeros([])
     state, weights = tx.init(w), []
+    update = jax.jit(tx.update)
     for _ in range(5):
         weights.append([float(state.rule_state.weights[k]) for k in ("small", "fit")])
-        updates, state = jax.jit(tx.update)(jax.grad(loss)(w), state, w)
+        updates, state = update(jax.grad(loss)(w), state, w)
         w = optax.apply_updates(w, updates)
     past = optax_ev3.history(state)
     assert past["objectives"].tolist() == ["small", "fit"]
@@ -296,7 +297,7 @@ def test_the_history_holds_priorities():
     # In the first round all of the way is left to all targets.
     assert len(np.unique(past["priorities"][:, 0])) == 4
     tx = make(RULES["lexicographic"])
-    _, state = tx.update(w, tx.init(w), w)
+    _, state = jax.jit(tx.update)(w, tx.init(w), w)
     assert np.isnan(optax_ev3.history(state)["priorities"]).all()
 
 
@@ -425,5 +426,5 @@ def test_weighted_sums_of_resampled_figures():
         return {**mixed(w), "fit": assess(w)["fit"].mean()}
 
     tx = optax_ev3.ev3([optax.sgd(0.1)], both, adapt=rule)
-    updates, _ = tx.update(w - 1, tx.init(w), w)
+    updates, _ = jax.jit(tx.update)(w - 1, tx.init(w), w)
     assert float(updates) == pytest.approx(0.1)
