@@ -655,14 +655,14 @@ def test_bad_held_out_data(case):
 # Numbers that are not finite.
 
 
-def poisoned(value=jnp.nan, when=lambda count: count >= 0):
-    """SGD with a counter, whose update is ``value`` in some rounds."""
+def poisoned(when=lambda count: count >= 0):
+    """SGD with a counter, whose update is ``poison`` in some rounds."""
 
-    def update(updates, count, params=None):
-        bad = jnp.where(when(count), value, 1.0)
+    def update(updates, count, params=None, *, poison=jnp.nan):
+        bad = jnp.where(when(count), poison, 1.0)
         return jax.tree.map(lambda u: -0.1 * u * bad, updates), count + 1
 
-    return optax.GradientTransformation(lambda w: jnp.int32(0), update)
+    return optax.GradientTransformationExtraArgs(lambda w: jnp.int32(0), update)
 
 
 def start():
@@ -727,26 +727,29 @@ def test_round_of_bad_gradients_changes_nothing(rule, where, bad):
     assert_identical((after, after_state), (expected, expected_state))
 
 
+@functools.cache
+def beside_poison(rule):
+    """Compiled once for all kinds of poison."""
+    inner = {"bad": poisoned(), "sgd": SGD, "late": poisoned(when=lambda n: n == 2)}
+    tx = ev3(inner, score, adapt=RULES[rule]())
+    return tx, jax.jit(tx.update)
+
+
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
 @pytest.mark.parametrize("rule", RULES)
 def test_bad_explorer_among_good_ones(rule, value):
-    inner = {
-        "bad": poisoned(value),
-        "sgd": SGD,
-        "late": poisoned(when=lambda n: n == 2),
-    }
-    tx = ev3(inner, score, adapt=RULES[rule]())
+    tx, update = beside_poison(rule)
     w = start()
     state = tx.init(w)
-    update = jax.jit(tx.update)
     for seed in range(6):
-        updates, state = update(gradients(w), state, w, batch=weights(seed=seed))
+        extra = {"batch": weights(seed=seed), "poison": value}
+        updates, state = update(gradients(w), state, w, **extra)
         w = optax.apply_updates(w, updates)
         assert_finite((updates, state))
     past = optax_ev3.history(state)
     adopted = past["adopted"]
     assert 0 not in adopted
-    assert not set(adopted[2:]) & {2}  # Its third update was NaN, and so is each later:
+    assert not set(adopted[2:]) & {2}  # Its third update was bad, and so is each later:
     assert int(state.explorers["late"].opt_state) == 2  # its state is held there.
     assert int(state.explorers["bad"].opt_state) == 0
     assert np.isnan(past["mean"][:, 0]).all()
@@ -761,20 +764,26 @@ def test_bad_explorer_among_good_ones(rule, value):
     assert int(figures["ev3/skipped"]) == 0
 
 
+@functools.cache
+def with_a_bad_score(rule, single):
+    # The bigger step alone leads below 3, where one of the scores goes bad.
+    def assess_fn(w, bad):
+        scores = -jnp.square(w["w"] - 1)
+        scores = scores.at[0].set(jnp.where(w["w"][0] < 3, bad, scores[0]))
+        return scores.sum() if single else scores
+
+    inner = {"big": optax.sgd(0.4), "small": optax.sgd(0.05)}
+    tx = ev3(inner, assess_fn, adapt=RULES[rule]())
+    return tx, jax.jit(tx.update)
+
+
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
 @pytest.mark.parametrize("single", [False, True], ids=["examples", "exact"])
 @pytest.mark.parametrize("rule", RULES)
 def test_score_of_one_candidate_not_finite(rule, single, value):
-    # The bigger step alone leads below 3, where one of the scores goes bad.
-    def assess_fn(w):
-        scores = -jnp.square(w["w"] - 1)
-        scores = scores.at[0].set(jnp.where(w["w"][0] < 3, value, scores[0]))
-        return scores.sum() if single else scores
-
-    inner = {"big": optax.sgd(0.4), "small": optax.sgd(0.05)}
-    tx, w = ev3(inner, assess_fn, adapt=RULES[rule]()), start()
+    (tx, update), w = with_a_bad_score(rule, single), start()
     state = tx.init(w)
-    updates, state = jax.jit(tx.update)(gradients(w), state, w)
+    updates, state = update(gradients(w), state, w, bad=value)
     past = optax_ev3.history(state)
     assert past["adopted"].tolist() != [0]
     assert np.isnan(past["mean"][0, 0])
@@ -782,19 +791,19 @@ def test_score_of_one_candidate_not_finite(rule, single, value):
     assert_finite((updates, state))
 
 
-@pytest.mark.parametrize("value", [jnp.nan, -jnp.inf])
 @pytest.mark.parametrize("rule", RULES)
-def test_goes_back_to_stable_when_all_else_is_broken(rule, value):
-    def assess_fn(w, batch):
-        return jnp.where(w["w"].sum() > 5, value, score(w, batch))
+def test_goes_back_to_stable_when_all_else_is_broken(rule):
+    def assess_fn(w, batch, bad):
+        return jnp.where(w["w"].sum() > 5, bad, score(w, batch))
 
     tx, w = ev3([SGD], assess_fn, adapt=RULES[rule]()), {"w": jnp.array([8.0, 8.0])}
     good = {"w": jnp.array([2.0, 2.0])}
-    state = tx.init(good)
-    updates, new = jax.jit(tx.update)(gradients(w), state, w, batch=weights())
-    np.testing.assert_array_equal(optax.apply_updates(w, updates)["w"], [2.0, 2.0])
-    assert_identical(new.stable, good)
-    assert_finite(new)
+    state, update = tx.init(good), jax.jit(tx.update)
+    for bad in (jnp.nan, -jnp.inf):
+        updates, new = update(gradients(w), state, w, batch=weights(), bad=bad)
+        np.testing.assert_array_equal(optax.apply_updates(w, updates)["w"], [2.0, 2.0])
+        assert_identical(new.stable, good)
+        assert_finite(new)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -813,9 +822,9 @@ def test_inner_state_is_held_whoever_is_adopted():
     inner = {"bad": poisoned(when=lambda n: n == 1), "momentum": optax.sgd(0.1, 0.9)}
     tx, w = ev3(inner, score, adapt=always(2)), start()  # Always stays.
     state = tx.init(w)
-    counts = []
+    counts, update = [], jax.jit(tx.update)
     for _ in range(4):
-        _, state = tx.update(gradients(w), state, w, batch=weights())
+        _, state = update(gradients(w), state, w, batch=weights())
         counts.append(int(state.explorers["bad"].opt_state))
     assert counts == [1, 1, 1, 1]
     # The other's momentum: g (1 + 0.9 + 0.81 + 0.729).

@@ -249,8 +249,16 @@ def test_decisions_of_the_wrong_kind(decision, parts):
 
 # Candidates, not only updates.
 
-every_dtype = pytest.mark.parametrize(
-    "dtype", [jnp.float16, jnp.bfloat16, jnp.float32], ids=lambda d: d.__name__
+DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+# Each strategy with two dtypes in turn.
+strategies_and_dtypes = pytest.mark.parametrize(
+    "strategy, dtype",
+    [
+        pytest.param(name, dtype, id=f"{name}-{dtype.__name__}")
+        for i, name in enumerate(STRATEGIES)
+        for dtype in (DTYPES[i % 3], DTYPES[(i + 1) % 3])
+    ],
 )
 
 
@@ -294,8 +302,7 @@ def train(tx, w, rounds):
     return seen, updates
 
 
-@every_dtype
-@every_strategy
+@strategies_and_dtypes
 def test_parameters_that_overflow_are_not_adopted(strategy, dtype):
     tx = optax_ev3.ev3(
         {"over": adds(0.8), "still": adds(0.0)},
@@ -360,8 +367,7 @@ def test_averages_do_not_overflow(index, dtype):
     assert int(optax_ev3.summary(state)["ev3/overruled"]) == 0
 
 
-@every_dtype
-@every_strategy
+@strategies_and_dtypes
 def test_updates_over_the_whole_range_are_finite(strategy, dtype):
     """From 0.8 back to the stable parameters at -0.8 of the largest number."""
     stable = 2 + len(STRATEGIES[strategy].get("combine", ()))
