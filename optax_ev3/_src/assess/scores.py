@@ -1,6 +1,6 @@
 """Scores: what ``assess_fn`` returns for all candidates, on the same data."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ from jax import lax
 
 from optax_ev3._src.assess import aggregate
 from optax_ev3._src.base import checks, control, trees, xla
+from optax_ev3._src.base.evidence import Resampled
 
 MODES = ("unroll", "vmap", "map")
 
@@ -36,7 +37,7 @@ class Scores(NamedTuple):
       example_mask: ``[n]`` bool, the examples that were looked at; None for all.
     """
 
-    values: dict[str, Any]
+    values: Mapping[str, jax.Array | Resampled]
     binary: frozenset[str]
     example_mask: jax.Array | None = None
 
@@ -46,7 +47,7 @@ def score(
     candidates: Sequence[trees.Batch],
     mode: str,
     key: jax.Array,
-    axis_name: Any = None,
+    axis_name: Hashable = None,
 ) -> Scores:
     """Scores of all candidates.
 
@@ -97,7 +98,7 @@ def _score(
     assess: Callable[[Any], Any],
     candidates: Sequence[trees.Batch],
     mode: str,
-    axis_name: Any,
+    axis_name: Hashable,
 ) -> dict[str, Any]:
     """By objective the scores of all candidates, or their outputs, stacked."""
 
@@ -117,7 +118,7 @@ def _score(
 
 
 def _score_batch(
-    one: Callable[[Any], dict[str, Any]], batch: trees.Batch, axis_name: Any
+    one: Callable[[Any], dict[str, Any]], batch: trees.Batch, axis_name: Hashable
 ) -> dict[str, Any]:
     """Scores of the trees of a batch, stacked; zeros where it rests."""
     # Scores vary over devices: shard_map needs zeros to be marked so, too.

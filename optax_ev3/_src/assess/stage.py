@@ -1,6 +1,6 @@
 """Assess: the scores of all candidates of a round."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,7 +36,7 @@ def score(
     key: jax.Array,
     extra_args: Mapping[str, Any],
     offered: Mapping[str, Any],
-    axis_name: Any = None,
+    axis_name: Hashable = None,
 ) -> Scores:
     """Scores of all candidates, on all examples or on as many chunks as it takes.
 
@@ -62,7 +62,7 @@ def score(
     if not isinstance(assess_fn, chunks.InChunks):
         return score_all(callbacks.bind(assess_fn, "assess_fn", extra_args, offered))
 
-    def score_chunk(chunk: Any) -> Scores:
+    def score_chunk(chunk: int | jax.Array) -> Scores:
         return score_all(chunks.bind(assess_fn, extra_args, offered, chunk))
 
     return chunks.score(assess_fn, score_chunk, valid, axis_name)
