@@ -25,7 +25,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import optax_ev3
-from optax_ev3 import distillation, evidence, growth
+from optax_ev3 import distillation, evidence, explore, growth
 from optax_ev3.models.linen import ResNet
 
 
@@ -466,8 +466,7 @@ def transformation(setting, model, teachers, decide, seed):
             for one in optax_ev3.product(optimizers, losses)
         ],
         log_likelihood,
-        trajectory_length=setting.length,
-        combine=[optax_ev3.combine.trajectory_average()],
+        explore=explore.rounds(setting.length, averages=[explore.trajectory_average()]),
         adapt=None if decide else always_on(),
         key=seed,
     )

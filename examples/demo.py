@@ -27,7 +27,6 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentF
 from tqdm import tqdm
 
 import optax_ev3
-from optax_ev3 import adapt, combine, explore
 
 SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each method.", lower_bound=2)
 GRADIENTS = flags.DEFINE_integer(
@@ -76,16 +75,7 @@ def loss(params, batch):
 
 def recommended():
     """The setting of docs/settings.md: independent branches that race."""
-    return optax_ev3.ev3(
-        {name: optax_ev3.explorer(tx, loss) for name, tx in INNER.items()},
-        assess_fn=log_likelihood,
-        trajectory_length=BLOCK,
-        restart="never",
-        restart_state="copy",
-        race=explore.Racing(2, 8),
-        combine=[combine.trajectory_average(), combine.branch_average()],
-        adapt=adapt.greedy(),
-    )
+    return optax_ev3.portfolio(log_likelihood, loss, inner=INNER)
 
 
 def one_step():

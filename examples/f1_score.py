@@ -14,7 +14,7 @@ import optax
 from absl import app, flags, logging
 
 import optax_ev3
-from optax_ev3 import combine, metrics
+from optax_ev3 import explore, metrics
 
 STEPS = flags.DEFINE_integer("steps", 500, "Training steps.", lower_bound=0)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the parameters and the batches.")
@@ -67,9 +67,7 @@ def train(steps: int, seed: int) -> float:
         ),
         assess_fn=optax_ev3.held_out(f1, held_out),
         # F1 is coarse: long trajectories move it by more than its noise.
-        trajectory_length=50,
-        restart="never",
-        combine=[combine.trajectory_average()],
+        explore=explore.branches(50, averages=[explore.trajectory_average()]),
         key=seed,
     )
 

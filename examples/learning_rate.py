@@ -17,7 +17,7 @@ import optax
 from absl import app, flags, logging
 
 import optax_ev3
-from optax_ev3 import plot
+from optax_ev3 import explore, plot
 
 STEPS = flags.DEFINE_integer("steps", 1000, "Training steps at most.", lower_bound=1)
 START = flags.DEFINE_float("start", 1e-5, "Learning rate at the start.", 1e-7, 10.0)
@@ -63,12 +63,13 @@ def evolving(data, start: float, seed: int):
         {"adam": optax_ev3.evolve(optax.adam, {"learning_rate": rate}, population=4)},
         optax_ev3.held_out(log_likelihood, data.held_out),
         loss_fn=loss,
-        trajectory_length=10,
-        trajectory_growth=1.1,
-        max_trajectory_length=100,
-        restart="significant",
-        restart_state="copy",
-        combine=[optax_ev3.combine.trajectory_average()],
+        explore=explore.branches(
+            10,
+            growth=1.1,
+            max_length=100,
+            restart=explore.worse_than("adopted", inner_state="copy"),
+            averages=[explore.trajectory_average()],
+        ),
         history_length=200,
         key=seed,
     )

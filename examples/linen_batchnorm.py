@@ -16,6 +16,7 @@ from absl import app, flags, logging
 from flax import linen as nn
 
 import optax_ev3
+from optax_ev3 import explore
 
 STEPS = flags.DEFINE_integer("steps", 300, "Training steps.", lower_bound=0)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the parameters and the batches.")
@@ -83,8 +84,7 @@ def train(steps: int, seed: int) -> float:
             for one in optax_ev3.product(optimizers, [plain, smoothed, noisy])
         ],
         assess_fn=log_likelihood,
-        trajectory_length=20,
-        combine=[optax_ev3.combine.trajectory_average()],
+        explore=explore.rounds(20, averages=[explore.trajectory_average()]),
         key=seed,
     )
 

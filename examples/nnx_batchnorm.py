@@ -16,6 +16,7 @@ from absl import app, flags, logging
 from flax import nnx
 
 import optax_ev3
+from optax_ev3 import explore
 
 STEPS = flags.DEFINE_integer("steps", 300, "Training steps.", lower_bound=0)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the parameters and the batches.")
@@ -77,8 +78,7 @@ def train(steps: int, seed: int) -> float:
             for name, one in optimizers.items()
         },
         assess_fn=assess_fn,
-        trajectory_length=20,
-        restart="never",
+        explore=explore.branches(20),
         key=seed,
     )
     optimizer = nnx.Optimizer(model, tx, wrt=TRAINED)

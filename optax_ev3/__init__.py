@@ -2,7 +2,6 @@
 
 from optax_ev3 import (
     adapt,
-    combine,
     distillation,
     evidence,
     explore,
@@ -13,18 +12,16 @@ from optax_ev3._src.assess.aggregate import host_metric
 from optax_ev3._src.assess.chunks import in_chunks
 from optax_ev3._src.assess.held_out import held_out
 from optax_ev3._src.assess.minimize import minimize
+from optax_ev3._src.base.states import EV3State, ExplorerState
 from optax_ev3._src.ev3 import ev3
-from optax_ev3._src.explore.evolve import evolve, found_schedule, log_uniform, uniform
+from optax_ev3._src.explore.evolve import evolve
 from optax_ev3._src.explore.explorers import Explorer, explorer, product, sweep
+from optax_ev3._src.explore.ranges import log_uniform, uniform
 from optax_ev3._src.history.progress import credit, should_grow, stalled
-from optax_ev3._src.history.record import (
-    EV3State,
-    ExplorerState,
-    history,
-    stable_params,
-    summary,
-)
+from optax_ev3._src.history.report import history, stable_params, summary
+from optax_ev3._src.history.schedule import found_schedule
 from optax_ev3._src.keep_params import keep_params
+from optax_ev3._src.presets import paper, portfolio
 
 __version__ = "0.1.0"
 
@@ -33,7 +30,6 @@ __all__ = [
     "Explorer",
     "ExplorerState",
     "adapt",
-    "combine",
     "credit",
     "distillation",
     "ev3",
@@ -51,6 +47,8 @@ __all__ = [
     "log_uniform",
     "metrics",
     "minimize",
+    "paper",
+    "portfolio",
     "product",
     "should_grow",
     "stable_params",

@@ -2,7 +2,6 @@
 
 from optax_ev3._src.adapt.bounds import betting, mcnemar, paired_t, standard
 from optax_ev3._src.adapt.corrections import bonferroni, corrected, max_t
-from optax_ev3._src.adapt.guards import Guard, ladder, thresholdout
 from optax_ev3._src.base.decision import Bound
 from optax_ev3._src.base.evidence import (
     Comparison,
@@ -25,7 +24,6 @@ __all__ = [
     "Differences",
     "Estimate",
     "Evidence",
-    "Guard",
     "Resampled",
     "betting",
     "bonferroni",
@@ -34,7 +32,6 @@ __all__ = [
     "differences",
     "estimate",
     "gather",
-    "ladder",
     "max_t",
     "mcnemar",
     "paired_t",
@@ -42,5 +39,4 @@ __all__ = [
     "spend",
     "standard",
     "take",
-    "thresholdout",
 ]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from optax_ev3._src.applications import plot_data
-from optax_ev3._src.history import record
+from optax_ev3._src.history import schedule
 
 try:
     from matplotlib.axes import Axes
@@ -296,7 +296,7 @@ def _draw_hyperparam(past: plot_data.Past, name: str, axes: Axes) -> None:
         ms=size - 1,
         label="all members",
     )
-    member = record.winners(past.names, past.adopted, group)
+    member = schedule.winners(past.names, past.adopted, group)
     at = np.flatnonzero((member >= 0) & (member < values.shape[1]))
     chosen = values[at, member[at]]
     width = _line_width(past)

@@ -48,7 +48,7 @@ def keep_params(
     inner = optax.with_extra_args_support(tx)
 
     def init_fn(params: optax.Params) -> KeptParams:
-        return KeptParams(jax.tree.map(trees.own, params), inner.init(params))
+        return KeptParams(jax.tree.map(trees.owned_copy, params), inner.init(params))
 
     def update_fn(
         updates: optax.Updates,
@@ -58,7 +58,7 @@ def keep_params(
     ) -> tuple[optax.Updates, KeptParams]:
         start: Any = state.kept_params if params is None else params
         updates, new = inner.update(updates, state.inner_state, start, **extra_args)
-        moved = jax.tree.map(trees.own, optax.apply_updates(start, updates))
+        moved = jax.tree.map(trees.owned_copy, optax.apply_updates(start, updates))
         return updates, KeptParams(moved, new)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

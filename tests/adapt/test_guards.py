@@ -11,8 +11,7 @@ from helpers import assert_close, assert_same_types, score, stepper, weights
 from scipy import stats
 
 import optax_ev3
-from optax_ev3 import adapt
-from optax_ev3 import evidence as public
+from optax_ev3 import adapt, explore
 from optax_ev3._src.base import evidence
 
 KEY = jax.random.key(0)
@@ -89,8 +88,8 @@ def test_ladder_is_numpys(kind, scale):
     kwargs = dict(THRESHOLDS[kind])
     if "step" in kwargs:
         kwargs["step"] *= scale
-    guard, oracle = public.ladder(**kwargs), Ladder(**kwargs)
-    memory = guard.init(KEY)
+    guard, oracle = adapt.ladder(**kwargs), Ladder(**kwargs)
+    memory = guard.init()
     rng = np.random.default_rng(0)
     better = worse = 0
     for number in range(12):
@@ -113,9 +112,9 @@ def test_ladder_is_numpys(kind, scale):
 
 @pytest.mark.parametrize("kind", THRESHOLDS)
 def test_ladder_tells_nothing_within_the_threshold(kind):
-    guard = public.ladder(**THRESHOLDS[kind])
+    guard = adapt.ladder(**THRESHOLDS[kind])
     rng = np.random.default_rng(1)
-    memory = guard.init(KEY)
+    memory = guard.init()
     for _ in range(5):
         shared = rng.normal(size=N)
         own = rng.normal(size=(4, N))
@@ -128,9 +127,9 @@ def test_ladder_tells_nothing_within_the_threshold(kind):
 
 
 def test_ladders_score_of_stable_moves_when_it_is_replaced_only():
-    guard = public.ladder(step=0.5)
+    guard = adapt.ladder(step=0.5)
     rng = np.random.default_rng(2)
-    memory = guard.init(KEY)
+    memory = guard.init()
     before = None
     for promoted in (None, 0, None, 1, None):
         shift = np.array([[2], [-2], [0], [0]])
@@ -149,16 +148,16 @@ def test_ladder_tells_gains_far_below_one_in_n():
     shift = np.array([[3], [-3], [0]])
     values = 1e-3 * (shared + 1e-3 * (rng.normal(size=(3, N)) + shift))
     values[2] = 1e-3 * shared
-    found, _, _ = released(public.ladder(), public.ladder().init(KEY), values)
+    found, _, _ = released(adapt.ladder(), adapt.ladder().init(), values)
     assert found[0] > found[2] > found[1]
 
 
 def test_ladder_of_what_is_not_valid():
-    guard = public.ladder()
+    guard = adapt.ladder()
     rng = np.random.default_rng(4)
     values = rng.normal(size=(4, N)) * 0.1 - 5
     values[3] = np.nan
-    found, seen, memory = released(guard, guard.init(KEY), values)
+    found, seen, memory = released(guard, guard.init(), values)
     assert int(memory.rounds) == 0
     memory = settled(guard, memory, seen)
     values[3] = values[2]
@@ -171,7 +170,7 @@ def test_ladder_of_what_is_not_valid():
 
 
 def test_ladder_seldom_tells_of_noise():
-    guard = public.ladder(0.9)
+    guard = adapt.ladder(0.9)
     scores = np.random.default_rng(5).normal(size=(400, 20, 4, 32))
 
     def run(scores):
@@ -179,7 +178,7 @@ def test_ladder_seldom_tells_of_noise():
             seen, memory = guard.release(gather(values), memory, KEY)
             return memory, (seen.scores["score"] != seen.scores["score"][-1]).any()
 
-        return jax.lax.scan(one, guard.init(KEY), scores)[1].any()
+        return jax.lax.scan(one, guard.init(), scores)[1].any()
 
     share = float(jax.jit(jax.vmap(run))(jnp.asarray(scores, jnp.float32)).mean())
     # Somewhat beyond nominal: normal quantiles for 32 examples.
@@ -190,24 +189,23 @@ def test_ladder_seldom_tells_of_noise():
 
 
 def test_thresholdout_tells_training_scores_while_they_agree():
-    guard = public.thresholdout(threshold=1.0, noise=0.01)
+    guard = adapt.thresholdout(threshold=1.0, noise=0.01)
     values = np.random.default_rng(0).normal(size=(4, N))
     train = values + 0.3
-    memory = guard.init(KEY)
+    _, _, memory = released(guard, guard.init(), values, train=train)
     found, seen, after = released(guard, memory, values, train=train)
     assert list(seen.scores) == ["score"]
     np.testing.assert_allclose(found, train.mean(1), rtol=1e-4, atol=1e-6)
     assert_close(after, memory)
+    assert after.noise != 0
 
 
 def test_thresholdout_adds_noise_to_what_it_tells():
-    guard = public.thresholdout("seen", threshold=0.1, noise=0.01, budget=10_000)
+    guard = adapt.thresholdout("seen", threshold=0.1, noise=0.01, budget=10_000)
     values = np.random.default_rng(1).normal(size=(4, N)).astype(np.float32)
 
     def errors(key):
-        seen, memory = guard.release(
-            gather(values, seen=values + 3), guard.init(KEY), key
-        )
+        seen, memory = guard.release(gather(values, seen=values + 3), guard.init(), key)
         return seen.scores["score"] - values.mean(1), memory
 
     keys = jax.random.split(KEY, 500)
@@ -221,18 +219,18 @@ def test_thresholdout_adds_noise_to_what_it_tells():
 
 
 def test_thresholdout_without_noise_is_exact():
-    guard = public.thresholdout(threshold=0.5, noise=0.0)
+    guard = adapt.thresholdout(threshold=0.5, noise=0.0)
     values = np.zeros([4, N])
     train = values + np.array([[0.4], [0.6], [-0.6], [0.0]])
-    found, _, memory = released(guard, guard.init(KEY), values, train=train)
+    found, _, memory = released(guard, guard.init(), values, train=train)
     np.testing.assert_allclose(found, [0.4, 0, 0, 0], atol=1e-6)
     assert int(memory.budget) == 1000 - 2
 
 
 def test_thresholdout_keeps_to_its_budget():
-    guard = public.thresholdout(threshold=0.1, noise=0.0, budget=6)
+    guard = adapt.thresholdout(threshold=0.1, noise=0.0, budget=6)
     values, train = np.zeros([4, N]), np.ones([4, N])
-    memory = guard.init(KEY)
+    memory = guard.init()
     left, told = [], []
     for _ in range(3):
         found, _, memory = released(guard, memory, values, train=train)
@@ -243,10 +241,10 @@ def test_thresholdout_keeps_to_its_budget():
 
 
 def test_thresholdout_spends_nothing_on_what_is_not_valid():
-    guard = public.thresholdout(threshold=0.1, noise=0.0, budget=2)
+    guard = adapt.thresholdout(threshold=0.1, noise=0.0, budget=2)
     values, train = np.zeros([4, N]), np.ones([4, N])
     values[0] = np.nan
-    found, _, memory = released(guard, guard.init(KEY), values, train=train)
+    found, _, memory = released(guard, guard.init(), values, train=train)
     np.testing.assert_allclose(found, [0, 0, 0, 1])
     assert int(memory.budget) == 0
 
@@ -259,10 +257,10 @@ def both(params, batch):
 
 
 GUARDS = {
-    "ladder": (public.ladder(), score),
-    "parameter-free": (public.ladder(None), score),
-    "step": (public.ladder(step=0.25), score),
-    "thresholdout": (public.thresholdout(threshold=0.5), both),
+    "ladder": (adapt.ladder(), score),
+    "parameter-free": (adapt.ladder(None), score),
+    "step": (adapt.ladder(step=0.25), score),
+    "thresholdout": (adapt.thresholdout(threshold=0.5), both),
 }
 RULES = {"greedy": adapt.greedy, "confident": adapt.confident}
 
@@ -270,8 +268,8 @@ RULES = {"greedy": adapt.greedy, "confident": adapt.confident}
 def make(name, rule="greedy", **kwargs):
     guard, assess_fn = GUARDS[name]
     inner = {"adam": optax.adam(0.1), "sgd": optax.sgd(0.1)}
-    kwargs = {"adapt": RULES[rule](), "guard": guard, **kwargs}
-    return optax_ev3.ev3(inner, assess_fn, **kwargs)
+    rule = adapt.guarded(RULES[rule](), guard)
+    return optax_ev3.ev3(inner, assess_fn, **{"adapt": rule, **kwargs})
 
 
 def start():
@@ -327,13 +325,18 @@ def test_history_and_summary_hold_what_is_released():
     assert past["significant"].any()
 
 
-RESTARTS = ["always", "significant", "behind", "never"]
+RESTARTS = {
+    "always": explore.rounds(2),
+    "adopted": explore.branches(2, restart=explore.worse_than("adopted")),
+    "start": explore.branches(2, restart=explore.worse_than("start")),
+    "never": explore.branches(2),
+}
 
 
 @pytest.mark.parametrize("restart", RESTARTS)
 @pytest.mark.parametrize("name", GUARDS)
 def test_types_with_trajectories(name, restart):
-    tx = make(name, "confident", trajectory_length=2, restart=restart)
+    tx = make(name, "confident", explore=RESTARTS[restart])
     w = start()
     state = tx.init(w)
     _, new = jax.eval_shape(tx.update, w, state, w, batch=weights())
@@ -342,7 +345,7 @@ def test_types_with_trajectories(name, restart):
 
 @pytest.mark.parametrize("name, restart", [*zip(GUARDS, RESTARTS, strict=True)])
 def test_with_trajectories(name, restart):
-    tx = make(name, "confident", trajectory_length=2, restart=restart)
+    tx = make(name, "confident", explore=RESTARTS[restart])
     w, state = run(tx, 6)
     assert_same_types(state, tx.init(w))
     assert len(optax_ev3.history(state)["round"]) == 3
@@ -351,12 +354,13 @@ def test_with_trajectories(name, restart):
 def test_restarts_go_by_what_is_released():
     """A guard that tells nothing leaves every branch where it is."""
     inner = [optax.sgd(0.1), optax.sgd(-0.1)]
-    kwargs = {"restart": "significant", "adapt": adapt.greedy(), "inner": inner}
+    strategy = explore.branches(1, restart=explore.worse_than("adopted"))
+    deaf = adapt.guarded(adapt.greedy(), adapt.ladder(step=1e6))
     ends = {}
-    for name, guard in {"none": None, "deaf": public.ladder(step=1e6)}.items():
-        tx = optax_ev3.ev3(assess_fn=score, guard=guard, key=1, **kwargs)
+    for name, rule in {"none": adapt.greedy(), "deaf": deaf}.items():
+        tx = optax_ev3.ev3(inner, score, explore=strategy, adapt=rule, key=1)
         _, state = run(tx, 1)
-        ends[name] = [np.asarray(x["w"]) for x in state.trajectory.ends.values()]
+        ends[name] = [np.asarray(x["w"]) for x in state.explore.branches.ends.values()]
     assert (ends["none"][0] == ends["none"][1]).all()
     assert (ends["deaf"][0] != ends["deaf"][1]).any()
 
@@ -364,9 +368,11 @@ def test_restarts_go_by_what_is_released():
 @pytest.mark.parametrize("with_guard", [False, True])
 def test_over_devices(with_guard):
     """All devices are told the same."""
-    guard = public.ladder() if with_guard else None
-    tx = make("ladder", guard=guard, axis_name="i")
-    one = make("ladder", guard=guard)
+    rule = adapt.greedy()
+    if with_guard:
+        rule = adapt.guarded(rule, adapt.ladder())
+    tx = make("ladder", adapt=rule, axis_name="i")
+    one = make("ladder", adapt=rule)
     w = start()
     batch = weights(32)
 
@@ -384,7 +390,7 @@ def test_over_devices(with_guard):
 # What guards are for.
 
 
-def gap(guard, runs=12, rounds=200, examples=100):
+def gap(rule, runs=12, rounds=200, examples=100):
     """Told less true accuracy, where labels are coins: nothing can be learnt of them.
 
     Explorers are random steps; a candidate's predictions on an example are right with
@@ -405,8 +411,7 @@ def gap(guard, runs=12, rounds=200, examples=100):
         tx = optax_ev3.ev3(
             [random_step(1), random_step(2), random_step(3)],
             lambda w: ((jnp.asarray(x) @ w > 0) == labels).astype(jnp.float32),
-            adapt=adapt.greedy(),
-            guard=guard,
+            adapt=rule,
             assess_mode="vmap",
         )
         w = jnp.ones([30])
@@ -425,51 +430,54 @@ def gap(guard, runs=12, rounds=200, examples=100):
 
 
 def test_less_is_learnt_by_heart():
-    free, guarded = gap(None), gap(public.ladder())
+    free = gap(adapt.greedy())
+    guarded = gap(adapt.guarded(adapt.greedy(), adapt.ladder()))
     assert free > 0.1
     assert guarded < 0.5 * free
 
 
 # Mistakes.
 
+
+def guarded(assess_fn, guard):
+    rule = adapt.guarded(adapt.greedy(), guard)
+    return optax_ev3.ev3([optax.sgd(0.1)], assess_fn, adapt=rule)
+
+
 BAD = {
-    "certain": (lambda: public.ladder(1.0), "confidence must be above 0.5", "1.0"),
-    "a coin": (lambda: public.ladder(0.5), "below 1, or None", "0.5"),
-    "in percent": (lambda: public.ladder(95), "below 1, or None", "95"),
-    "no step": (lambda: public.ladder(step=0), "step must be above 0", "0"),
-    "step back": (lambda: public.ladder(step=-0.1), "step must be above 0", "-0.1"),
+    "certain": (lambda: adapt.ladder(1.0), "confidence must be above 0.5", "1.0"),
+    "a coin": (lambda: adapt.ladder(0.5), "below 1, or None", "0.5"),
+    "in percent": (lambda: adapt.ladder(95), "below 1, or None", "95"),
+    "no step": (lambda: adapt.ladder(step=0), "step must be above 0", "0"),
+    "step back": (lambda: adapt.ladder(step=-0.1), "step must be above 0", "-0.1"),
     "threshold": (
-        lambda: public.thresholdout(threshold=-1),
+        lambda: adapt.thresholdout(threshold=-1),
         "threshold must be at least 0",
         "-1",
     ),
     "noise": (
-        lambda: public.thresholdout(noise=float("nan")),
+        lambda: adapt.thresholdout(noise=float("nan")),
         "noise must be at least 0",
         "nan",
     ),
-    "budget": (lambda: public.thresholdout(budget=0), "at least 1 release", "0"),
+    "budget": (lambda: adapt.thresholdout(budget=0), "at least 1 release", "0"),
     "figures": (
-        lambda: run(optax_ev3.ev3([optax.sgd(0.1)], exact, guard=public.ladder()), 1),
+        lambda: run(guarded(exact, adapt.ladder()), 1),
         "ladder needs a score for each example",
         "single figure",
     ),
     "two objectives": (
-        lambda: run(optax_ev3.ev3([optax.sgd(0.1)], both, guard=public.ladder()), 1),
+        lambda: run(guarded(both, adapt.ladder()), 1),
         "takes one objective",
         "train",
     ),
     "one objective": (
-        lambda: run(
-            optax_ev3.ev3([optax.sgd(0.1)], score, guard=public.thresholdout()), 1
-        ),
+        lambda: run(guarded(score, adapt.thresholdout()), 1),
         "thresholdout needs two objectives, 'train' and a held-out one",
         "['score']",
     ),
     "no such objective": (
-        lambda: run(
-            optax_ev3.ev3([optax.sgd(0.1)], both, guard=public.thresholdout("fit")), 1
-        ),
+        lambda: run(guarded(both, adapt.thresholdout("fit")), 1),
         "'fit' and a held-out one",
         "['test', 'train']",
     ),
@@ -487,7 +495,15 @@ def test_mistakes(case):
         make_it()
 
 
-@pytest.mark.parametrize("guard", [public.ladder, 0.1, "ladder"])
+@pytest.mark.parametrize("guard", [adapt.ladder, 0.1, "ladder"])
 def test_guard_must_be_one(guard):
-    with pytest.raises(TypeError, match="guard must be a guard, such as"):
-        optax_ev3.ev3([optax.sgd(0.1)], score, guard=guard)
+    with pytest.raises(TypeError, match="takes a guard second"):
+        adapt.guarded(adapt.greedy(), guard)
+
+
+def test_a_guarded_rule_must_be_one_of_a_single_objective():
+    with pytest.raises(TypeError, match="takes a rule first"):
+        adapt.guarded(adapt.greedy, adapt.ladder())
+    several = adapt.lexicographic({"a": 0.1, "b": 0.1})
+    with pytest.raises(ValueError, match=r"one objective, the rule takes \['a', 'b'\]"):
+        adapt.guarded(several, adapt.ladder())

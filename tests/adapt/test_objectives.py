@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import optax_ev3
-from optax_ev3 import adapt, metrics
+from optax_ev3 import adapt, explore, metrics
 from optax_ev3._src.base import evidence
 
 KEY = jax.random.key(0)
@@ -247,8 +247,12 @@ def make(rule, **kwargs):
 @pytest.mark.parametrize("length", [1, 3])
 @pytest.mark.parametrize("name", RULES)
 def test_trains(name, length):
-    kwargs = {} if length == 1 else {"loss_fn": loss, "restart": "significant"}
-    tx = make(RULES[name], trajectory_length=length, **kwargs)
+    kwargs = {}
+    if length > 1:
+        restart = explore.worse_than("adopted")
+        strategy = explore.branches(length, restart=restart)
+        kwargs = {"loss_fn": loss, "explore": strategy}
+    tx = make(RULES[name], **kwargs)
     w = jnp.zeros([])
     start = tx.init(w)
 

@@ -8,7 +8,7 @@ import pytest
 from helpers import assert_identical
 
 import optax_ev3
-from optax_ev3 import adapt, evidence
+from optax_ev3 import adapt, evidence, explore
 
 
 def noisy(w, batch):
@@ -36,7 +36,7 @@ def decisions(rule, rounds=12, **kwargs):
     generator = np.random.default_rng(0)
     while int(state.ev3_round) < rounds:
         w, state = step(w, state, jnp.asarray(generator.normal(1, 1, 8), jnp.float32))
-    return (w, state.rule_state.inner, state.record.adopted, state.record.mean)
+    return (w, state.rule_state.inner, state.history.adopted, state.history.mean)
 
 
 WITHIN = {
@@ -51,7 +51,7 @@ BOLD = {"clip": 10.0, "prior_rounds": 1.0}
     ("kwargs", "same", "other"),
     [
         ({}, PATIENT, BOLD),
-        ({"trajectory_length": 2, "restart": "never"}, BOLD, PATIENT),
+        ({"explore": explore.branches(2)}, BOLD, PATIENT),
     ],
     ids=["one_step", "never"],
 )
@@ -71,14 +71,14 @@ def own_guard():
         figures = {"score": seen.scores["score"].mean(axis=1)}
         return evidence.Evidence(figures, seen.valid, seen.is_ascent), memory
 
-    return evidence.Guard(lambda key: (), release, lambda memory, *_: memory)
+    return adapt.Guard(lambda: (), release, lambda memory, *_: memory)
 
 
 GUARDS = {
-    "none": lambda: None,
-    "ladder": evidence.ladder,
-    "thresholdout": evidence.thresholdout,
-    "own": own_guard,
+    "none": lambda rule: rule,
+    "ladder": lambda rule: adapt.guarded(rule, adapt.ladder()),
+    "thresholdout": lambda rule: adapt.guarded(rule, adapt.thresholdout()),
+    "own": lambda rule: adapt.guarded(rule, own_guard()),
 }
 
 
@@ -103,15 +103,15 @@ def test_rules_see_the_past_under_a_guard(name, length):
     tx = optax_ev3.ev3(
         [optax.sgd(0.1), optax.sgd(-0.1)],
         lambda w: {k: -(w**2) * jnp.ones([8]) for k in objectives},
-        adapt=adapt.Rule(init, decide),
-        guard=GUARDS[name](),
-        trajectory_length=length,
+        adapt=GUARDS[name](adapt.Rule(init, decide)),
+        explore=explore.rounds(length),
     )
     w = jnp.ones([])
     state = tx.init(w)
     for _ in range(4 * length):
         updates, state = jax.jit(tx.update)(2 * w, state, w)
         w = optax.apply_updates(w, updates)
-    rounds, credit = state.rule_state
+    rule_state = state.rule_state if name == "none" else state.rule_state.rule_state
+    rounds, credit = rule_state
     assert int(rounds) == 123
     assert credit[0] > 0 > credit[1]

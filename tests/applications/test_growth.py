@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from optax import contrib
 
 import optax_ev3
-from optax_ev3 import adapt, combine, evidence, explore
+from optax_ev3 import adapt, explore
 from optax_ev3.growth import Growth, grow, transplant
 
 # optax warns of changes to come in some of its own defaults.
@@ -137,7 +137,7 @@ def assert_corners(state, before, into):
     state, before, into = map(flat, (state, before, into))
     assert state.keys() == into.keys()
     for path, array in state.items():
-        if path.endswith(".record.since"):
+        if path.endswith(".history.since"):
             assert array == 0, path
             continue
         expected = corner(before[path], into[path]) if path in before else into[path]
@@ -289,9 +289,9 @@ def _two():
     return {"adam": optax.adam(0.02), "sgd": optax.sgd(0.05, momentum=0.9)}
 
 
-def _long(**kwargs):
-    kwargs = {"trajectory_length": 5, **kwargs}
-    return ev3(loss_fn=loss, adapt=always(0), **kwargs)
+def _long(strategy=None, **kwargs):
+    strategy = strategy or explore.rounds(5)
+    return ev3(loss_fn=loss, adapt=always(0), explore=strategy, **kwargs)
 
 
 TRANSFORMATIONS = {
@@ -330,14 +330,12 @@ TRANSFORMATIONS = {
     "lbfgs": lambda: ev3([optax.lbfgs(memory_size=2)], loss_fn=loss),
     "noise": lambda: ev3([optax.chain(optax.ema(0.9), optax.sgd(0.02))], key=3),
     "trajectory": lambda: _long(
-        combine=[
-            combine.trajectory_average(),
-            combine.branch_average(0.9),
-        ]
+        explore.rounds(
+            3, averages=[explore.trajectory_average(), explore.branch_average(0.9)]
+        )
     ),
-    "turns": lambda: _long(gradients="turns"),
-    "never": lambda: _long(restart="never"),
-    "guard": lambda: ev3(guard=evidence.ladder(), race=explore.Racing(2)),
+    "never": lambda: _long(explore.branches(3, racing=explore.Racing(2))),
+    "guard": lambda: ev3(adapt=adapt.guarded(adapt.confident(), adapt.ladder())),
     "multi_steps": lambda: optax.MultiSteps(optax.adam(0.02), 2),
 }
 
@@ -413,7 +411,9 @@ def test_factored_moments_begin_anew():
     state = filled(jax.eval_shape(tx.init, params))
     params, grown = grow(tx, state, params, network((4, 6), 1))
     into = tx.init(params)
-    old, new, init = (s.explorers["explorer_0"].opt_state for s in (state, grown, into))
+    old, new, init = (
+        s.explore.explorers["explorer_0"].opt_state for s in (state, grown, into)
+    )
     old, new, init = map(flat, (old, new, init))
     for path, array in new.items():
         same = old[path].shape == array.shape
@@ -432,7 +432,7 @@ def test_history_is_the_same_and_progress_counts_anew():
     params = network((4, 4))
     state = filled(jax.eval_shape(tx.init, params))
     assert optax_ev3.should_grow(state, 1)
-    state = state._replace(record=state.record._replace(rounds=jnp.int32(20)))
+    state = state._replace(history=state.history._replace(rounds=jnp.int32(20)))
     grown = grow(tx, state, params, *larger()).state
     assert not optax_ev3.should_grow(grown, 1)
     assert not optax_ev3.stalled(grown, 8)
@@ -446,9 +446,9 @@ def test_history_is_the_same_and_progress_counts_anew():
 def test_goes_on_in_the_middle_of_a_round():
     tx = _long(history_length=4)
     params, state = train(tx, network((4, 4)), 7)
-    assert (int(state.ev3_round), int(state.trajectory.step)) == (1, 2)
+    assert (int(state.ev3_round), int(state.explore.branches.step)) == (1, 2)
     params, state = grow(tx, state, params, *larger("wider"))
-    assert int(state.trajectory.step) == 2
+    assert int(state.explore.branches.step) == 2
     step = jax.jit(stepper(tx))
     rounds = []
     for _ in range(8):
@@ -1058,7 +1058,7 @@ def test_digits_with_growth():
     tx = optax_ev3.ev3(
         {"adam": optax.adam(3e-3), "sgd": optax.sgd(0.1)},
         lambda params, batch: -nll(params, batch),
-        trajectory_length=5,
+        explore=explore.rounds(5),
         adapt=adapt.lower_bound(),
     )
 
@@ -1098,7 +1098,7 @@ def test_only_the_counter_of_ev3_begins_anew(length, chained):
     tx = optax_ev3.ev3(
         [optax.adam(0.1)],
         lambda p: -(p["record"]["since"] ** 2),
-        trajectory_length=length,
+        explore=explore.rounds(length),
         adapt=optax_ev3.adapt.greedy(),
     )
     tx = optax.chain(optax.clip(1.0), tx) if chained else tx
@@ -1112,6 +1112,6 @@ def test_only_the_counter_of_ev3_begins_anew(length, chained):
     fresh = {"record": {"since": jnp.zeros([3])}}
     grown = grow(tx, state, params, fresh)
     before, after = (x[1] if chained else x for x in (state, grown.state))
-    assert (int(before.record.since) > 0, int(after.record.since)) == (True, 0)
+    assert (int(before.history.since) > 0, int(after.history.since)) == (True, 0)
     moments = [optax.tree.get(x, "mu")["record"]["since"] for x in (before, after)]
     np.testing.assert_array_equal(moments[1][:2], moments[0])

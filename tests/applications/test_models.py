@@ -12,6 +12,7 @@ from helpers import assert_finite, lenient, says
 
 import optax_ev3
 import optax_ev3.flax
+from optax_ev3 import explore
 from optax_ev3.growth import Growth, grow
 from optax_ev3.models import linen, nnx
 
@@ -330,7 +331,7 @@ def test_nnx_takes_everything_along():
     tx = optax_ev3.ev3(
         {"adam": optax.adam(0.01), "sgd": optax.sgd(0.1, momentum=0.9)},
         lambda params: jnp.zeros([]),
-        trajectory_length=3,
+        explore=explore.rounds(3),
     )
     model = nnx.ResNet(2, (1,), 3, filters=2, rngs=flax_nnx.Rngs(0))
     optimizer = flax_nnx.Optimizer(model, tx, wrt=flax_nnx.Param)
@@ -444,7 +445,7 @@ def test_resnets_train_and_grow():
         return optax_ev3.ev3(
             {"adam": optax_ev3.explorer(optax.adam(0.01), loss, merge_fn=merge)},
             lambda variables: -nll(model.apply(variables, jnp.asarray(X))),
-            trajectory_length=2,
+            explore=explore.rounds(2),
         )
 
     def run(model, variables, state, steps):

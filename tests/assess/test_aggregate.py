@@ -11,7 +11,7 @@ from helpers import assert_close, assert_identical, assert_same_types, says
 from sklearn.metrics import f1_score, roc_auc_score
 
 import optax_ev3
-from optax_ev3 import adapt, metrics
+from optax_ev3 import adapt, explore, metrics
 from optax_ev3._src.assess import aggregate
 from optax_ev3._src.base import evidence
 
@@ -428,7 +428,7 @@ def test_one_call_to_the_host_for_all_candidates(mode, monkeypatch):
 
 def test_trajectories_ask_at_the_end_of_a_round_only():
     asked = []
-    tx = make(on_host("roc_auc", 0, asked), trajectory_length=3)
+    tx = make(on_host("roc_auc", 0, asked), explore=explore.rounds(3))
     w, state = W, tx.init(W)
     step = jax.jit(tx.update)
     many = []

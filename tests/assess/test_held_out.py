@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import optax_ev3
-from optax_ev3 import held_out
+from optax_ev3 import explore, held_out
 from optax_ev3._src.assess.held_out import _split
 
 SIZE, BATCH = 10, 4
@@ -37,7 +37,7 @@ def drawn(rounds, assess_fn=None, key=0, calls=1):
     width = jax.eval_shape(functools.partial(assess_fn, **offered), 0.0).shape
     rule = remembering(lambda candidates: (candidates, *width), lambda scores: scores)
     tx = optax_ev3.ev3(
-        [optax.sgd(1.0)], assess_fn, adapt=rule, key=key, trajectory_length=calls
+        [optax.sgd(1.0)], assess_fn, adapt=rule, key=key, explore=explore.rounds(calls)
     )
     return np.asarray(run(tx, rounds * calls)[calls - 1 :: calls])
 
@@ -129,7 +129,7 @@ def test_named_arguments_and_a_key_of_its_own():
     tx = optax_ev3.ev3([optax.sgd(1.0)], assess_fn, adapt=always(0))
     w = jnp.float32(2.0)
     _, state = tx.update(w, tx.init(w), w, scale=100.0)
-    assert abs(float(state.record.mean[0, 0]) - 101) < 4
+    assert abs(float(state.history.mean[0, 0]) - 101) < 4
     with pytest.raises(TypeError, match=r"metric_fn.*'scale'"):
         tx.update(w, tx.init(w), w)
 
@@ -160,7 +160,7 @@ def test_each_device_draws_its_own():
     assert len(np.unique(found[:, 0], axis=0)) >= 7
     # The record has the mean over all of them.
     np.testing.assert_allclose(
-        out.record.mean[0, 0], found.mean(axis=(0, 2)), rtol=1e-5
+        out.history.mean[0, 0], found.mean(axis=(0, 2)), rtol=1e-5
     )
 
 
@@ -202,7 +202,7 @@ def test_the_callers_batch_is_for_others(name):
         w = jnp.float32(2.0)
         extras = {name: jnp.full([3], 100.0), "scale": 2.0}
         _, state = tx.update(w, tx.init(w), w, **extras)
-        np.testing.assert_allclose(state.record.mean[0], 2 * _data().mean())
+        np.testing.assert_allclose(state.history.mean[0], 2 * _data().mean())
 
 
 # Shuffled epochs.
@@ -310,7 +310,7 @@ def test_shuffled_on_a_mesh():
         state = mapped(state)
     # Three batches of 16 are two epochs of 24.
     alone = walked(24, 16, 12)[:3].mean(axis=1)
-    np.testing.assert_allclose(state.record.mean[:3, 1], alone, rtol=1e-6)
+    np.testing.assert_allclose(state.history.mean[:3, 1], alone, rtol=1e-6)
 
 
 def test_shuffled_runs_side_by_side():
@@ -321,7 +321,7 @@ def test_shuffled_runs_side_by_side():
         def body(state, _):
             return tx.update(w, state, w)[1], None
 
-        return lax.scan(body, tx.init(w), length=5)[0].record.mean[:5, 1]
+        return lax.scan(body, tx.init(w), length=5)[0].history.mean[:5, 1]
 
     found = jax.jit(jax.vmap(run))(jnp.arange(3))
     for key in range(3):
@@ -339,7 +339,7 @@ def test_shuffled_metrics_get_named_arguments():
     state = tx.init(w)
     for _ in range(2):
         _, state = tx.update(w, state, w, scale=5.0)
-    np.testing.assert_array_equal(state.record.mean[:2, 0], [5, 10])
+    np.testing.assert_array_equal(state.history.mean[:2, 0], [5, 10])
 
 
 # Mistakes.

@@ -12,7 +12,7 @@ import pytest
 from helpers import assert_close, assert_same_types
 
 import optax_ev3
-from optax_ev3 import combine, metrics
+from optax_ev3 import explore, metrics
 
 X = jnp.asarray(np.random.default_rng(0).normal(3.0, 1.0, 64), jnp.float32)
 FAR = {"good": optax.sgd(0.1), "bad": optax.sgd(-0.1)}
@@ -148,8 +148,7 @@ def test_in_trajectories_scan_and_vmap():
     tx = optax_ev3.ev3(
         {"s": optax_ev3.sweep(optax.sgd, learning_rate=[0.01, 0.1]), **FAR},
         in_chunks(),
-        trajectory_length=2,
-        combine=[combine.trajectory_average()],
+        explore=explore.rounds(2, averages=[explore.trajectory_average()]),
     )
 
     def train(w):
@@ -179,7 +178,7 @@ def test_devices_stop_together():
         return tx.update(2 * (w - X.mean()), tx.init(w), w, x=x)
 
     updates, state = jax.vmap(update, axis_name="i")(X.reshape(4, 16))
-    examples = state.record.examples[:, 0]
+    examples = state.history.examples[:, 0]
     assert (examples == examples[0]).all() and examples[0] % 16 == 0
     alone, _ = step(whole, whole.init(w), w)
     assert_close(updates, jnp.broadcast_to(alone, [4]))

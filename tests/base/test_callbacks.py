@@ -19,7 +19,7 @@ def scores_of(assess_fn, extras, **kwargs):
     tx = optax_ev3.ev3([optax.sgd(1.0)], assess_fn, adapt=always(0), **kwargs)
     w = jnp.array(2.0)
     _, state = tx.update(jnp.array(1.0), tx.init(w), w, **extras)
-    return np.asarray(state.record.mean[0])
+    return np.asarray(state.history.mean[0])
 
 
 def positional_shift(fn):
@@ -280,7 +280,7 @@ def means(assess_fn, rounds=3, key=0, **extras):
     state, found = tx.init(w), []
     for _ in range(rounds):
         _, state = tx.update(jnp.array(1.0), state, w, **extras)
-        found.append(np.asarray(state.record.mean[int(state.ev3_round) - 1]))
+        found.append(np.asarray(state.history.mean[int(state.ev3_round) - 1]))
     return np.array(found)
 
 
@@ -314,7 +314,7 @@ def _with_key(key):
     state = tx.init(w)
     for _ in range(2):
         _, state = tx.update(jnp.array(1.0), state, w, key=key)
-    return np.asarray(state.record.mean[:2, 1])
+    return np.asarray(state.history.mean[:2, 1])
 
 
 def test_key_is_not_forced_on_kwargs():
@@ -353,7 +353,7 @@ def test_axis_name_is_offered_and_others_stay_as_they_were():
     w = jnp.array(2.0)
     update = jax.vmap(lambda w: tx.update(w, tx.init(w), w)[1], axis_name="devices")
     state = update(jnp.stack([w, w]))
-    np.testing.assert_allclose(state.record.mean[:, 0, 1], 2.5)
+    np.testing.assert_allclose(state.history.mean[:, 0, 1], 2.5)
 
     def without(params, axis_name="default"):
         assert axis_name is None
@@ -528,7 +528,7 @@ def test_evolved_numbers_are_those_of_the_member():
     tx = optax_ev3.ev3([optax_ev3.explorer(group, loss)], lambda p: p, adapt=always(0))
     w = jnp.array(2.0)
     state = tx.init(w)
-    first = state.explorers["explorer_0"].evolution.hyperparams["rate"][0]
+    first = state.explore.explorers["explorer_0"].evolution.hyperparams["rate"][0]
     updates, _ = tx.update(w, state, w, rate=100.0)
     np.testing.assert_allclose(updates, -first, rtol=1e-6)
     assert len(rates) > 0

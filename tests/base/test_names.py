@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import optax_ev3
-from optax_ev3 import adapt, combine
+from optax_ev3 import adapt, explore
 
 # MLflow's own check of a metric's name, and what tensorboardX replaces.
 MLFLOW = re.compile(r"^[/\w.\- ]*$")
@@ -43,12 +43,14 @@ def every_kind():
         inner,
         lambda w: {"good": -w, "bad": w},
         adapt=adapt.constrained("good", {"bad": 1.0}),
-        trajectory_length=2,
+        explore=explore.rounds(
+            2,
+            averages=[
+                explore.trajectory_average(),
+                explore.branch_average(),
+            ],
+        ),
         loss_fn=loss,
-        combine=[
-            combine.trajectory_average(),
-            combine.branch_average(),
-        ],
     )
 
 
@@ -108,7 +110,7 @@ def test_names_that_are_taken(name):
 def test_the_adopted_one_is_told_by_name(length):
     inner = {"bad": optax.sgd(-0.1), "good": SGD}
     tx = optax_ev3.ev3(
-        inner, lambda w: -loss(w), adapt=adapt.greedy(), trajectory_length=length
+        inner, lambda w: -loss(w), adapt=adapt.greedy(), explore=explore.rounds(length)
     )
     w = jnp.ones([2])
     state = tx.init(w)

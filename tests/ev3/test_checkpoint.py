@@ -22,7 +22,7 @@ from helpers import (
 )
 
 import optax_ev3
-from optax_ev3 import adapt, combine, explore
+from optax_ev3 import adapt, explore
 
 # Orbax and its dependencies warn of their own deprecations.
 pytestmark = [
@@ -120,7 +120,10 @@ def test_rounds_differ():
     tx, _, middle, end = middle_and_end("greedy")
     start = tx.init(params())
     for one, other in ((start, middle[1]), (middle[1], end[1])):
-        for get in (lambda s: s.ev3_round, lambda s: s.explorers["noisy"].opt_state):
+        for get in (
+            lambda s: s.ev3_round,
+            lambda s: s.explore.explorers["noisy"].opt_state,
+        ):
             leaves = jax.tree.leaves(get(one)), jax.tree.leaves(get(other))
             pairs = zip(*leaves, strict=True)
             assert any(not np.array_equal(a, b) for a, b in pairs)
@@ -185,7 +188,7 @@ def test_another_length_of_history():
     state = transformation("greedy", history_length=4).init(w)
     other = transformation("greedy", history_length=5)
     with pytest.raises(
-        ValueError, match=r"does not belong.*record.*int32\[4\], expected int32\[5\]"
+        ValueError, match=r"does not belong.*history.*int32\[4\], expected int32\[5\]"
     ):
         other.update(w, state, w, batch=weights())
 
@@ -205,7 +208,10 @@ def test_restored_without_its_structure():
         (lambda: (ev3_of(), {"w": jnp.ones([4])}), r"\['w'\].*float32\[4\]"),
         (lambda: (ev3_of(optax.sgd(0.1)), {"w": jnp.ones([3])}), r"count.*nothing"),
         (lambda: (ev3_of(rule=adapt.greedy()), {"w": jnp.ones([3])}), "rule_state"),
-        (lambda: (ev3_of(trajectory_length=2), {"w": jnp.ones([3])}), "trajectory"),
+        (
+            lambda: (ev3_of(explore=explore.rounds(2)), {"w": jnp.ones([3])}),
+            "branches",
+        ),
     ],
 )
 def test_state_of_another_transformation_or_other_parameters(other, where):
@@ -225,11 +231,10 @@ def ev3_of(inner=None, rule=None, **kwargs):
 
 STRATEGIES = {
     "one_step": {},
-    "own": {"trajectory_length": 3},
-    "shared": {"trajectory_length": 3, "gradients": "shared"},
-    "turns": {"trajectory_length": 2, "gradients": "turns"},
-    "never": {"trajectory_length": 3, "restart": "never"},
-    "race": {"restart": "never", "race": explore.Racing(1, 4)},
+    "own": {"explore": explore.rounds(3)},
+    "shared": {"explore": explore.rounds(3, gradients="shared")},
+    "never": {"explore": explore.branches(3)},
+    "race": {"explore": explore.branches(1, racing=explore.Racing(1, 4))},
 }
 
 
@@ -245,15 +250,15 @@ def _pairs():
 
     yield "sweeps", sweep(0.3, 1e-4), {}, sweep(1e-4, 0.3), {}
     averages = [
-        combine.trajectory_average(),
-        combine.branch_average(),
+        explore.trajectory_average(),
+        explore.branch_average(),
     ]
     yield (
         "combined",
         sgd,
-        {"combine": averages, "trajectory_length": 3},
+        {"explore": explore.rounds(3, averages=averages)},
         sgd,
-        {"combine": averages[::-1], "trajectory_length": 3},
+        {"explore": explore.rounds(3, averages=averages[::-1])},
     )
 
 

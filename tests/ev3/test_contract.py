@@ -33,6 +33,7 @@ from helpers import (
 from jax import lax
 
 import optax_ev3
+from optax_ev3 import explore
 
 P = jax.sharding.PartitionSpec
 every_rule = pytest.mark.parametrize("rule", RULES)
@@ -216,7 +217,7 @@ def test_vmap_over_seeds_equals_separate_runs(rule):
     for seed in range(2):
         alone = separate(seeds[seed])
         assert_close(jax.tree.map(lambda x, i=seed: x[i], together), alone)
-    noise = together[1].record.mean[:, 0]
+    noise = together[1].history.mean[:, 0]
     assert len(np.unique(noise, axis=0)) == 2  # The seeds did differ.
 
 
@@ -298,10 +299,10 @@ def test_tree_map_params_reaches_what_is_like_params(rule):
     )
     like_params = {"b": "params", "w": "params"}
     assert marked.stable == like_params
-    adam = marked.explorers["adam"].opt_state[0]
+    adam = marked.explore.explorers["adam"].opt_state[0]
     assert adam.mu == adam.nu == like_params
     assert (adam.count, marked.ev3_round, marked.ev3_key) == ("other",) * 3
-    assert set(jax.tree.leaves((marked.record, marked.rule_state))) == {"other"}
+    assert set(jax.tree.leaves((marked.history, marked.rule_state))) == {"other"}
 
 
 def test_tree_get_finds_our_fields():
@@ -323,8 +324,6 @@ def _inject(rule):
         static_args=(
             "assess_fn",
             "loss_fn",
-            "trajectory_length",
-            "trajectory_growth",
             "history_length",
         ),
     )
@@ -422,7 +421,7 @@ def test_injected_key_and_history():
     assert_identical(
         state.inner_state.ev3_key, transformation("greedy").init(w).ev3_key
     )
-    assert state.inner_state.record.adopted.shape == (64,)
+    assert state.inner_state.history.adopted.shape == (64,)
 
 
 HOLES = {
@@ -519,7 +518,7 @@ def test_libraries_that_take_closures_apart():
             fn,
             loss_fn=lambda w: loss(w),
             adapt=rule,
-            trajectory_length=length,
+            explore=explore.rounds(length),
         )
         solver = optimistix.OptaxMinimiser(tx, rtol=0.0, atol=0.0)
         start = jnp.zeros([])
@@ -543,7 +542,7 @@ def test_libraries_that_take_closures_apart():
 @pytest.mark.parametrize("length", [1, 3])
 def test_keep_params(length):
     """A loop that passes none trains as the one that does."""
-    tx = transformation("greedy", trajectory_length=length)
+    tx = transformation("greedy", explore=explore.rounds(length))
     kept = optax_ev3.keep_params(tx)
 
     @jax.jit

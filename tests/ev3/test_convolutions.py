@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 import optax_ev3
-from optax_ev3 import adapt, combine, explore
+from optax_ev3 import adapt, explore
 from optax_ev3._src.base import xla
 
 LAST, FIRST = ("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")
@@ -202,33 +202,32 @@ def loss(params, x, y):
     return -score(params, x, y).mean()
 
 
-def racing(**kwargs):
-    return {"trajectory_length": 2, "race": explore.Racing(1, 4), **kwargs}
-
-
+RACE = {"explore": explore.branches(2, racing=explore.Racing(1, 4))}
 ADAMS = [optax.adam(0.1), optax.adam(0.2)]
 OWN = [optax_ev3.explorer(tx, loss) for tx in ADAMS]
 SWEEP = optax_ev3.sweep(optax.adam, learning_rate=[0.1, 0.2])
 SETTINGS = {
     "one step": {},
-    "one step, own losses, a race": {"inner": OWN, "race": explore.Racing(1)},
+    "one step, own losses": {"inner": OWN},
     "assessed in a loop": {"assess_mode": "map"},
     "assessed at once": {"assess_mode": "vmap"},
     "assessed in chunks": {"assess_fn": optax_ev3.in_chunks(score, 2, ["x", "y"])},
-    "own gradients": {"loss_fn": loss, "trajectory_length": 2},
-    "own gradients, a race": racing(loss_fn=loss),
-    "own losses, a race": racing(inner=OWN),
-    "shared gradients, a race": racing(gradients="shared"),
-    "turns": {"gradients": "turns", "trajectory_length": 2},
+    "own gradients": {"loss_fn": loss, "explore": explore.rounds(2)},
+    "own gradients, a race": {"loss_fn": loss, **RACE},
+    "own losses, a race": {"inner": OWN, **RACE},
+    "shared gradients, a race": RACE,
     "a sweep": {"inner": [SWEEP]},
-    "a sweep, own losses, a race": racing(inner=[optax_ev3.explorer(SWEEP, loss)]),
-    "recommended": racing(
-        inner=OWN,
-        restart="never",
-        restart_state="copy",
-        combine=[combine.trajectory_average(), combine.branch_average()],
-        adapt=adapt.greedy(),
-    ),
+    "a sweep, own losses, a race": {"inner": [optax_ev3.explorer(SWEEP, loss)], **RACE},
+    "recommended": {
+        "inner": OWN,
+        "explore": explore.branches(
+            2,
+            restart=explore.never(inner_state="copy"),
+            averages=[explore.trajectory_average(), explore.branch_average()],
+            racing=explore.Racing(1, 4),
+        ),
+        "adapt": adapt.greedy(),
+    },
 }
 
 

@@ -10,25 +10,31 @@ import pytest
 from helpers import RULES, assert_finite, transformation, weights
 
 import optax_ev3
-from optax_ev3 import adapt, combine, evidence, explore
+from optax_ev3 import adapt, explore
 
 STRATEGIES = {
     "one_step": {},
-    "own": {"trajectory_length": 2, "gradients": "own"},
-    "shared": {"trajectory_length": 2, "gradients": "shared"},
-    "turns": {"trajectory_length": 2, "gradients": "turns"},
-    "never": {"trajectory_length": 2, "restart": "never", "restart_state": "copy"},
-    "behind": {"trajectory_length": 2, "restart": "behind", "restart_state": "new"},
-    "race": {"race": explore.Racing(1, 4)},
-    "apart": {"restart": "never", "race": explore.Racing(1, 4)},
-    "averages": {
-        "trajectory_length": 2,
-        "combine": [
-            combine.trajectory_average(),
-            combine.branch_average(),
-        ],
+    "own": {"explore": explore.rounds(2, gradients="own")},
+    "shared": {"explore": explore.rounds(2, gradients="shared")},
+    "never": {
+        "explore": explore.branches(2, restart=explore.never(inner_state="copy")),
     },
-    "guard": {"guard": evidence.ladder()},
+    "behind": {
+        "explore": explore.branches(
+            2, restart=explore.worse_than("start", inner_state="new")
+        ),
+    },
+    "race": {"explore": explore.branches(1, racing=explore.Racing(1, 4))},
+    "averages": {
+        "explore": explore.rounds(
+            2,
+            averages=[
+                explore.trajectory_average(),
+                explore.branch_average(),
+            ],
+        ),
+    },
+    "guard": {"rule": adapt.guarded(adapt.greedy(), adapt.ladder())},
 }
 
 
@@ -75,10 +81,11 @@ def run(tx, jitted, steps=5, read=optax_ev3.summary):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_whole_steps(strategy):
-    kwargs = {"loss_fn": loss, "assess_fn": score, **STRATEGIES[strategy]}
-    tx = transformation("greedy", inner=explorers(), **kwargs)
+    kwargs = {"loss_fn": loss, "assess_fn": score, "rule": "greedy"}
+    kwargs |= STRATEGIES[strategy]
+    tx = transformation(inner=explorers(), **kwargs)
     with debugging(infs=True):
-        found, state = run(tx, jitted=True, steps=12 if strategy == "turns" else 5)
+        found, state = run(tx, jitted=True)
         optax_ev3.credit(state)
         jax.jit(optax_ev3.should_grow, static_argnums=1)(state, 2)
     for figures in found:
@@ -100,7 +107,7 @@ def test_eager_steps(strategy):
 @pytest.mark.parametrize("rule", RULES)
 def test_rules(rule, length):
     with debugging(infs=True):
-        tx = transformation(rule, assess_fn=score, trajectory_length=length)
+        tx = transformation(rule, assess_fn=score, explore=explore.rounds(length))
         assert_finite(run(tx, jitted=True)[0])
 
 

@@ -10,7 +10,7 @@ import pytest
 from helpers import always
 
 import optax_ev3
-from optax_ev3 import adapt
+from optax_ev3 import adapt, explore
 
 X = jnp.linspace(-1.0, 1.0, 8)
 
@@ -127,9 +127,9 @@ def test_integers_and_keys_among_the_parameters():
 
 
 TRAJECTORIES = {
-    "own": {"trajectory_length": 3, "loss_fn": loss},
-    "shared": {"trajectory_length": 3, "gradients": "shared"},
-    "never": {"trajectory_length": 3, "loss_fn": loss, "restart": "never"},
+    "own": {"explore": explore.rounds(3), "loss_fn": loss},
+    "shared": {"explore": explore.rounds(3, gradients="shared")},
+    "never": {"explore": explore.branches(3), "loss_fn": loss},
 }
 
 

@@ -17,31 +17,29 @@ from helpers import (
 )
 
 import optax_ev3
-from optax_ev3 import adapt, combine, evidence, explore
+from optax_ev3 import adapt, evidence, explore
 from optax_ev3._src.base import control
 
 OWN = [optax_ev3.explorer(tx, loss) for tx in explorers().values()]
 SWEEP = optax_ev3.sweep(optax.adam, learning_rate=[0.1, 0.2])
-RACE = {"race": explore.Racing(1, 3), "trajectory_length": 2}
+RACE = {"explore": explore.branches(2, racing=explore.Racing(1, 3))}
 SETTINGS = {
     "one step": {},
-    "one step, a sweep, a race": {
-        "inner": [SWEEP],
-        "race": explore.Racing(1),
-        "assess_mode": "map",
-    },
+    "one step, a sweep": {"inner": [SWEEP], "assess_mode": "map"},
     "assessed in chunks": {"assess_fn": optax_ev3.in_chunks(score, 2, ["batch"])},
     "own gradients, a race": {"loss_fn": loss, **RACE},
     "own losses, a race": {"inner": OWN, **RACE},
-    "shared gradients": {"gradients": "shared", "trajectory_length": 2},
-    "turns": {"gradients": "turns", "trajectory_length": 1, "restart_state": "new"},
+    "shared gradients": {"explore": explore.rounds(2, gradients="shared")},
+    "new": {"explore": explore.rounds(1, restart_state="new")},
     "a sweep, own losses, a race": {"inner": [optax_ev3.explorer(SWEEP, loss)], **RACE},
     "recommended": {
         "inner": OWN,
-        **RACE,
-        "restart": "never",
-        "restart_state": "copy",
-        "combine": [combine.trajectory_average(), combine.branch_average()],
+        "explore": explore.branches(
+            2,
+            restart=explore.never(inner_state="copy"),
+            averages=[explore.trajectory_average(), explore.branch_average()],
+            racing=explore.Racing(1, 3),
+        ),
         "rule": "greedy",
     },
 }
@@ -73,7 +71,7 @@ def test_errors_come_in_the_first_call():
     def matrix(params, batch):
         return jnp.ones([2, 2]) * batch.sum()
 
-    tx = transformation(assess_fn=matrix, trajectory_length=3)
+    tx = transformation(assess_fn=matrix, explore=explore.rounds(3))
     with says(ValueError, "scores of shape [n]"):
         stepper(tx)(START, tx.init(START), weights())
 

@@ -18,7 +18,7 @@ from helpers import (
 )
 
 import optax_ev3
-from optax_ev3 import adapt, ev3, explorer, held_out
+from optax_ev3 import adapt, ev3, explore, explorer, held_out
 
 SGD = optax.sgd(0.1)
 
@@ -47,9 +47,9 @@ BAD_ARGUMENTS = {
         lambda: ev3((one for one in [SGD]), metric),
         (TypeError, "sequence", "such as a list", "generator"),
     ),
-    "combine a generator": (
-        lambda: ev3([SGD], metric, combine=(x for x in [])),
-        (TypeError, "combine must be a sequence", "generator"),
+    "averages from a generator": (
+        lambda: explore.rounds(2, averages=(x for x in [])),
+        (TypeError, "averages must be a sequence", "generator"),
     ),
     "numbers from a generator": (
         lambda: optax_ev3.sweep(optax.adam, learning_rate=(x for x in [0.1])),
@@ -108,62 +108,76 @@ BAD_ARGUMENTS = {
         lambda: ev3([SGD], metric, loss_fn="mse"),
         (TypeError, "loss_fn must be callable", "'mse'", "str"),
     ),
-    "trajectory_length zero": (
-        lambda: ev3([SGD], metric, trajectory_length=0),
-        (ValueError, "trajectory_length", "at least 1", "0"),
+    "length zero": (
+        lambda: explore.rounds(0),
+        (ValueError, "length", "at least 1", "0"),
     ),
     "own gradients without a loss": (
-        lambda: ev3([SGD], metric, gradients="own"),
+        lambda: ev3([SGD], metric, explore=explore.rounds(2, gradients="own")),
         (ValueError, 'gradients="own"', "loss_fn"),
     ),
     "gradients": (
-        lambda: ev3([SGD], metric, gradients="all"),
-        (ValueError, "gradients", "'own', 'shared', 'turns'", "'all'"),
+        lambda: explore.branches(gradients="all"),
+        (ValueError, "gradients", "'own', 'shared'", "'all'"),
     ),
-    "restart": (
-        lambda: ev3([SGD], metric, restart="sometimes"),
-        (ValueError, "restart", "'significant', 'behind', 'never'", "'sometimes'"),
+    "strategy by its name": (
+        lambda: ev3([SGD], metric, explore="rounds"),
+        (TypeError, "explore must be a strategy", "explore.one_step()", "'rounds'"),
+    ),
+    "strategy not called": (
+        lambda: ev3([SGD], metric, explore=explore.branches),
+        (TypeError, "explore must be a strategy", "function"),
+    ),
+    "restart by its name": (
+        lambda: explore.branches(restart="never"),
+        (TypeError, "restart", "explore.never()", "explore.worse_than", "'never'"),
+    ),
+    "restart always": (
+        lambda: explore.branches(restart=explore.Restart()),
+        (TypeError, "explore.rounds", "Restart"),
+    ),
+    "worse than what": (
+        lambda: explore.worse_than("best"),
+        (ValueError, "reference", "'adopted', 'start'", "'best'"),
     ),
     "restart_state": (
-        lambda: ev3([SGD], metric, restart_state="old"),
+        lambda: explore.rounds(2, restart_state="old"),
         (ValueError, "restart_state", "'keep', 'new', 'copy'", "'old'"),
     ),
-    "turns that go on": (
-        lambda: ev3([SGD], metric, gradients="turns", restart="never"),
-        (ValueError, 'gradients="turns"', 'restart="always"', "'never'"),
+    "inner_state": (
+        lambda: explore.never(inner_state="old"),
+        (ValueError, "inner_state", "'keep', 'new', 'copy'", "'old'"),
     ),
     "growth below 1": (
-        lambda: ev3([SGD], metric, trajectory_growth=0.9),
-        (ValueError, "trajectory_growth", "at least 1", "0.9"),
+        lambda: explore.rounds(2, growth=0.9),
+        (ValueError, "growth", "at least 1", "0.9"),
     ),
     "growth a string": (
-        lambda: ev3([SGD], metric, trajectory_growth="fast"),
-        (TypeError, "trajectory_growth", "float", "'fast'"),
+        lambda: explore.rounds(2, growth="fast"),
+        (TypeError, "growth", "float", "'fast'"),
     ),
     "growth to less": (
-        lambda: ev3([SGD], metric, trajectory_length=5, max_trajectory_length=4),
-        (ValueError, "max_trajectory_length", "at least trajectory_length, 5", "4"),
+        lambda: explore.rounds(5, max_length=4),
+        (ValueError, "max_length", "at least length, 5", "4"),
     ),
-    "combine no sequence": (
-        lambda: ev3([SGD], metric, combine=optax_ev3.combine.trajectory_average()),
-        (TypeError, "combine must be a sequence"),
+    "averages no sequence": (
+        lambda: explore.rounds(2, averages=explore.trajectory_average()),
+        (TypeError, "averages must be a sequence"),
     ),
-    "combine of something else": (
-        lambda: ev3([SGD], metric, combine=["average"]),
-        (TypeError, "optax_ev3.combine", "'average'"),
+    "averages of something else": (
+        lambda: explore.rounds(2, averages=["average"]),
+        (TypeError, "explore.trajectory_average()", "'average'"),
     ),
-    "combine twice the same": (
-        lambda: ev3(
-            [SGD], metric, combine=[optax_ev3.combine.trajectory_average()] * 2
-        ),
-        (ValueError, "more than one TrajectoryAverage"),
+    "averages twice the same": (
+        lambda: explore.rounds(2, averages=[explore.trajectory_average()] * 2),
+        (ValueError, "more than once", "TrajectoryAverage"),
     ),
     "decay of branches": (
-        lambda: optax_ev3.combine.branch_average(0.0),
+        lambda: explore.branch_average(0.0),
         (ValueError, "decay", "between 0 and 1", "0.0"),
     ),
     "decay of one": (
-        lambda: optax_ev3.combine.branch_average(1.0),
+        lambda: explore.branch_average(1.0),
         (ValueError, "decay", "between 0 and 1", "1.0"),
     ),
     "sweep of structures": (
@@ -193,7 +207,7 @@ BAD_ARGUMENTS = {
         lambda: ev3(
             {"a": SGD, "average/a": SGD},
             metric,
-            combine=[optax_ev3.combine.trajectory_average()],
+            explore=explore.rounds(2, averages=[explore.trajectory_average()]),
         ),
         (ValueError, "different names", "average/a"),
     ),
@@ -205,9 +219,9 @@ BAD_ARGUMENTS = {
         lambda: optax_ev3.explorer(SGD, merge_fn=3),
         (TypeError, "merge_fn", "callable", "3"),
     ),
-    "trajectory_length a float": (
-        lambda: ev3([SGD], metric, trajectory_length=1.0),
-        (TypeError, "trajectory_length", "integer", "1.0", "float", "static_args"),
+    "length a float": (
+        lambda: explore.rounds(1.0),
+        (TypeError, "length", "integer", "1.0", "float", "static_args"),
     ),
     "history_length zero": (
         lambda: ev3([SGD], metric, history_length=0),
@@ -454,14 +468,18 @@ def test_state_that_changes_its_shape(length):
         return {"seen": (jnp.zeros([2]),)}
 
     odd = optax.GradientTransformation(init, update)
-    tx, w = ev3({"a": SGD, "odd": odd}, metric, trajectory_length=length), jnp.ones([3])
+    tx, w = (
+        ev3({"a": SGD, "odd": odd}, metric, explore=explore.rounds(length)),
+        jnp.ones([3]),
+    )
     with says(ValueError, "'odd'", "['seen'][0]", "float32[2]", "float32[3]", "init"):
         tx.update(w, tx.init(w), w)
 
 
 def _with_state(state, change):
-    one = state.explorers["a"]
-    return state._replace(explorers={"a": one._replace(opt_state=change(one))})
+    one = state.explore.explorers["a"]
+    explorers = {"a": one._replace(opt_state=change(one))}
+    return state._replace(explore=state.explore._replace(explorers=explorers))
 
 
 RESTORED = {
@@ -476,8 +494,8 @@ RESTORED = {
             "tx.init(params)",
         ),
     ),
-    "record in a dict": (
-        lambda state: state._replace(record=state.record._asdict()),
+    "history in a dict": (
+        lambda state: state._replace(history=state.history._asdict()),
         (ValueError, "rounds", "nothing"),
     ),
     "typed key": (
@@ -499,7 +517,10 @@ RESTORED = {
 @pytest.mark.parametrize("case", RESTORED)
 def test_states_of_another_structure(case, length):
     change, (error, *parts) = RESTORED[case]
-    tx, w = ev3({"a": optax.adam(0.1)}, metric, trajectory_length=length), jnp.ones([3])
+    tx, w = (
+        ev3({"a": optax.adam(0.1)}, metric, explore=explore.rounds(length)),
+        jnp.ones([3]),
+    )
     with says(error, *parts):
         tx.update(w, change(tx.init(w)), w)
 
@@ -509,11 +530,13 @@ def test_states_of_another_structure(case, length):
     "kwargs",
     [
         {},
-        {"trajectory_length": 2},
-        {"trajectory_length": 2, "loss_fn": lambda w: jnp.square(w["a"]["b"]).sum()},
-        {"trajectory_length": 2, "gradients": "turns"},
+        {"explore": explore.rounds(2)},
+        {
+            "explore": explore.rounds(2),
+            "loss_fn": lambda w: jnp.square(w["a"]["b"]).sum(),
+        },
     ],
-    ids=["one step", "shared", "own", "turns"],
+    ids=["one step", "shared", "own"],
 )
 def test_gradients_of_another_structure(kwargs, adaptive):
     class Frozen(dict):
@@ -554,7 +577,7 @@ def test_raw_key_of_another_implementation():
 
 @pytest.mark.parametrize("length", [1, 2])
 def test_errors_of_callbacks_name_a_wrapper_that_flattens(length):
-    tx = ev3([SGD], lambda w: -jnp.square(w["a"]), trajectory_length=length)
+    tx = ev3([SGD], lambda w: -jnp.square(w["a"]), explore=explore.rounds(length))
     around, w = optax.flatten(tx), {"a": jnp.ones([3])}
     with pytest.raises(TypeError) as found:
         around.update(w, around.init(w), w)
@@ -605,9 +628,9 @@ def test_history_outside_of_transformations():
 
 
 def test_numbers_injected_as_hyperparameters():
-    made = optax.inject_hyperparams(ev3, static_args=("assess_fn", "history_length"))
+    made = optax.inject_hyperparams(ev3, static_args=("assess_fn",))
     tx, w = made(inner=[SGD], assess_fn=metric), jnp.ones([3])
-    with says(TypeError, "trajectory_length", "static_args"):
+    with says(TypeError, "history_length", "static_args"):
         jax.jit(tx.update)(w, tx.init(w), w)
 
 
@@ -703,19 +726,19 @@ def test_round_of_bad_gradients_changes_nothing(rule, where, bad):
     updates, skipped = update(gradients(w, bad), state, w, batch=good)
     assert_identical(updates, jax.tree.map(jnp.zeros_like, w))
     explorers = {
-        name: one._replace(skipped=state.explorers[name].skipped)
-        for name, one in skipped.explorers.items()
+        name: one._replace(skipped=state.explore.explorers[name].skipped)
+        for name, one in skipped.explore.explorers.items()
     }
     counters = {
         "ev3_round": state.ev3_round,
         "ev3_calls": state.ev3_calls,
-        "explorers": explorers,
+        "explore": skipped.explore._replace(explorers=explorers),
     }
     assert_identical(skipped._replace(**counters), state)
     figures, before = optax_ev3.summary(skipped), optax_ev3.summary(state)
     assert int(figures.pop("ev3/skipped")) == 1
     assert int(before.pop("ev3/skipped")) == 0
-    steps = [f"ev3/skipped_steps/{name}" for name in state.explorers]
+    steps = [f"ev3/skipped_steps/{name}" for name in state.explore.explorers]
     for name in ("ev3/round", "ev3/calls", *steps):
         assert int(figures.pop(name)) == int(before.pop(name)) + 1
     assert_identical(figures, before)
@@ -750,8 +773,10 @@ def test_bad_explorer_among_good_ones(rule, value):
     adopted = past["adopted"]
     assert 0 not in adopted
     assert not set(adopted[2:]) & {2}  # Its third update was bad, and so is each later:
-    assert int(state.explorers["late"].opt_state) == 2  # its state is held there.
-    assert int(state.explorers["bad"].opt_state) == 0
+    assert (
+        int(state.explore.explorers["late"].opt_state) == 2
+    )  # its state is held there.
+    assert int(state.explore.explorers["bad"].opt_state) == 0
     assert np.isnan(past["mean"][:, 0]).all()
     assert np.isnan(past["mean"][2:, 2]).all()
     assert np.isfinite(past["mean"][:2, 2]).all()
@@ -814,7 +839,7 @@ def test_stays_where_nothing_is_valid(rule):
     updates, new = jax.jit(tx.update)(gradients(w), state, w)
     assert_identical(updates, jax.tree.map(jnp.zeros_like, w))
     assert_identical(new.stable, state.stable)
-    assert_identical(new.record, state.record)
+    assert_identical(new.history, state.history)
     assert int(optax_ev3.summary(new)["ev3/skipped"]) == 1
 
 
@@ -825,10 +850,10 @@ def test_inner_state_is_held_whoever_is_adopted():
     counts, update = [], jax.jit(tx.update)
     for _ in range(4):
         _, state = update(gradients(w), state, w, batch=weights())
-        counts.append(int(state.explorers["bad"].opt_state))
+        counts.append(int(state.explore.explorers["bad"].opt_state))
     assert counts == [1, 1, 1, 1]
     # The other's momentum: g (1 + 0.9 + 0.81 + 0.729).
-    trace = state.explorers["momentum"].opt_state[0].trace["w"]
+    trace = state.explore.explorers["momentum"].opt_state[0].trace["w"]
     np.testing.assert_allclose(trace, 3.439 * gradients(w)["w"], rtol=1e-5)
 
 

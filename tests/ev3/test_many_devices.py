@@ -22,7 +22,7 @@ from helpers import (
 from jax import lax
 
 import optax_ev3
-from optax_ev3 import adapt, evidence, metrics
+from optax_ev3 import adapt, explore, metrics
 
 P = jax.sharding.PartitionSpec
 
@@ -143,7 +143,7 @@ def test_many_devices_decide_like_one(how, rule, scores, inner):
             again = jax.tree.map(lambda x: x[7], all_devices)
             assert_identical(again, (updates_many, state_many))
         assert_close(updates_many, updates, rtol=1e-4, atol=1e-5)
-        assert_close(state_many.record, state.record, rtol=1e-4, atol=1e-5)
+        assert_close(state_many.history, state.history, rtol=1e-4, atol=1e-5)
         assert_same_types(state_many, state)
         w_many = optax.apply_updates(w_many, updates_many)
 
@@ -157,13 +157,13 @@ def _decided_alone(rule, scores, inner):
     return run_alone(transformation(rule, **_many(scores, inner)), 2)[1]
 
 
-@pytest.mark.parametrize("gradients", ["own", "shared", "turns"])
+@pytest.mark.parametrize("gradients", ["own", "shared"])
 def test_many_devices_walk_like_one(gradients):
     kwargs = {
         "loss_fn": loss,
-        "trajectory_length": 2,
-        "gradients": gradients,
-        "combine": [optax_ev3.combine.trajectory_average()],
+        "explore": explore.rounds(
+            2, gradients=gradients, averages=[optax_ev3.explore.trajectory_average()]
+        ),
     }
     one = transformation("greedy", **kwargs)
     many = transformation("greedy", axis_name="i", **kwargs)
@@ -174,7 +174,7 @@ def test_many_devices_walk_like_one(gradients):
     for seed, (updates, state) in enumerate(run_alone(one, 5)[1]):
         updates_many, state_many = mapped(w_many, state_many, weights(32, seed))
         assert_close(updates_many, updates, rtol=1e-4, atol=1e-5)
-        assert_close(state_many.record, state.record, rtol=1e-4, atol=1e-5)
+        assert_close(state_many.history, state.history, rtol=1e-4, atol=1e-5)
         w_many = optax.apply_updates(w_many, updates_many)
 
 
@@ -198,7 +198,7 @@ ASSESSMENTS = {
     "figure": lambda: {"assess_fn": _figure},
     "host": lambda: {"assess_fn": optax_ev3.host_metric(score, _mean, samples=8)},
     "chunks": _in_chunks,
-    "ladder": lambda: {"guard": evidence.ladder(), "rule": "greedy"},
+    "ladder": lambda: {"rule": adapt.guarded(adapt.greedy(), adapt.ladder())},
     "parts": lambda: {"rule": adapt.choose_and_confirm()},
 }
 
@@ -228,7 +228,7 @@ def test_every_assessment_decides_like_on_one(how, assessment):
         updates_many, state_many = step(w_many, state_many, batch)
         assert_close(updates_many, updates, rtol=1e-4, atol=1e-5)
         if (how, assessment) != ("shard_map", "chunks"):
-            assert_close(state_many.record, state.record, rtol=1e-4, atol=1e-5)
+            assert_close(state_many.history, state.history, rtol=1e-4, atol=1e-5)
         w_many = optax.apply_updates(w_many, updates_many)
 
 

@@ -7,21 +7,22 @@ import optax
 import pytest
 
 import optax_ev3
-from optax_ev3 import combine, explore
+from optax_ev3 import explore
 
 PARAMS = {"w": jnp.ones([3, 4]), "b": jnp.ones([4])}
 STRATEGIES = {
     "one_step": {},
-    "own": {"trajectory_length": 2},
-    "shared": {"trajectory_length": 2, "gradients": "shared"},
-    "turns": {"trajectory_length": 2, "gradients": "turns"},
-    "never": {"restart": "never", "race": explore.Racing(1, 4)},
+    "own": {"explore": explore.rounds(2)},
+    "shared": {"explore": explore.rounds(2, gradients="shared")},
+    "never": {"explore": explore.branches(1, racing=explore.Racing(1, 4))},
     "averages": {
-        "trajectory_length": 2,
-        "combine": [
-            combine.trajectory_average(),
-            combine.branch_average(),
-        ],
+        "explore": explore.rounds(
+            2,
+            averages=[
+                explore.trajectory_average(),
+                explore.branch_average(),
+            ],
+        ),
     },
 }
 
@@ -99,10 +100,10 @@ def test_the_state_itself_is_the_same(strategy):
     state = tx.init(PARAMS)
     _, after = jax.jit(tx.update)(PARAMS, state, PARAMS)
     assert jax.tree.structure(after) == jax.tree.structure(state)
-    moment = state.explorers["sweep"].opt_state[0].mu
+    moment = state.explore.explorers["sweep"].opt_state[0].mu
     assert {k: v.shape for k, v in moment.items()} == {"w": (2, 3, 4), "b": (2, 4)}
     np.testing.assert_array_equal(moment["w"], 0)
     # No placeholder is an empty tree, nor the other way round.
     sweep = optax_ev3.sweep(optax.adam, learning_rate=[0.1, 0.2])
-    empty = optax_ev3.ev3([sweep], lambda p: 0.0, trajectory_length=2).init({})
-    assert jax.tree.leaves(empty.explorers["adam"].opt_state[0].mu) == []
+    empty = optax_ev3.ev3([sweep], lambda p: 0.0, explore=explore.rounds(2)).init({})
+    assert jax.tree.leaves(empty.explore.explorers["adam"].opt_state[0].mu) == []

@@ -15,7 +15,6 @@ from scipy import stats
 
 from optax_ev3 import (
     adapt,
-    combine,
     credit,
     ev3,
     explore,
@@ -24,8 +23,7 @@ from optax_ev3 import (
     stalled,
     summary,
 )
-from optax_ev3._src.explore import averages as combined
-from optax_ev3._src.history import record
+from optax_ev3._src.history import schedule
 
 # Names whose alphabetical order, that of transformed dictionaries, is another.
 RATES = {"fast": 0.5, "even": 0.25, "dull": 0.125}
@@ -293,9 +291,9 @@ def test_found_inside_of_other_states(loop, jitted):
 
 def test_winners_of_a_group_are_its_ends_and_averages():
     members = ["adam/0", "adam/1", "sgd", "adamw/0"]
-    kinds = [combine.branch_average(), combine.trajectory_average()]
-    names = [*members, *combined.names(kinds, members), "current"]
-    owners = record.winners(names, range(len(names)), "adam")
+    averages = [f"{k}/{x}" for k in ("branch_average", "average") for x in members]
+    names = [*members, *averages, "current"]
+    owners = schedule.winners(names, range(len(names)), "adam")
     assert owners.tolist() == [0, 1, -1, -1] * 3 + [-1]
 
 
@@ -318,25 +316,25 @@ class Touchy:
 
 
 class Namesake(NamedTuple):
-    record: object
+    history: object
 
 
 @pytest.mark.parametrize("read", [summary, stable_params, history, credit, stalled])
 def test_found_by_its_type(read):
-    """Other nodes are asked for nothing, and may have a record of their own."""
+    """Other nodes are asked for nothing, and may have a history of their own."""
     state = states(9)[4]
     read_it = functools.partial(read, rounds=8) if read is stalled else read
     expected = read_it(state)
     tree = {
         "a": Touchy(jnp.ones([])),
         "b": Touchy([state]),
-        "c": Namesake(state.record),
+        "c": Namesake(state.history),
     }
     found = read_it(tree)
     for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         np.testing.assert_array_equal(one, other)
     with pytest.raises(ValueError, match="found 0 in dict"):
-        read_it({"c": Namesake(state.record)})
+        read_it({"c": Namesake(state.history)})
 
 
 @pytest.mark.parametrize("length", [1, 3])
@@ -345,7 +343,7 @@ def test_an_inner_optimizer_with_a_state_that_answers_no_question(length):
         lambda params: Touchy(jnp.zeros([])),
         lambda updates, state, params=None: (updates, Touchy(state.child + 1)),
     )
-    tx = ev3([inner, optax.sgd(0.1)], lambda w: -(w**2), trajectory_length=length)
+    tx = ev3([inner, optax.sgd(0.1)], lambda w: -(w**2), explore=explore.rounds(length))
     w = jnp.float32(2)
     state = tx.init(w)
     for _ in range(3):
@@ -356,7 +354,11 @@ def test_an_inner_optimizer_with_a_state_that_answers_no_question(length):
 
 def test_summary_of_a_paused_explorer_has_its_last_score():
     inner = {"good": optax.sgd(0.1), "bad": optax.sgd(-0.1)}
-    tx = ev3(inner, lambda w: -(w**2), adapt=adapt.greedy(), race=explore.Racing(1, 4))
+    tx = ev3(
+        inner,
+        lambda w: -(w**2),
+        explore=explore.branches(1, racing=explore.Racing(1, 4)),
+    )
     w, shown = jnp.float32(1), []
     state = tx.init(w)
     update = jax.jit(tx.update)

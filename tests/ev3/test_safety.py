@@ -11,7 +11,13 @@ import pytest
 from helpers import STRATEGIES, assert_finite, assert_identical, says
 
 import optax_ev3
-from optax_ev3 import adapt, combine, evidence
+from optax_ev3 import adapt, evidence, explore
+
+
+def averages_of(strategy):
+    """Which averages are candidates."""
+    return STRATEGIES[strategy].get("explore", explore.one_step()).averages
+
 
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 
@@ -101,7 +107,7 @@ def bad_index(kind, strategy):
     """The index; None for the number of candidates."""
     if BAD[kind] is not None:
         return BAD[kind]
-    averages = len(STRATEGIES[strategy].get("combine", ()))
+    averages = len(averages_of(strategy))
     return 3 * (1 + averages) + 2
 
 
@@ -142,7 +148,7 @@ def test_bad_candidates_are_not_promoted(strategy, kind):
     assert float(optax_ev3.stable_params(state)) == start
     assert int(optax_ev3.summary(state)["ev3/overruled"]) == 1
     assert int(optax_ev3.summary(state)["ev3/significant"]) == 0
-    assert int(state.record.since) == 2
+    assert int(state.history.since) == 2
 
 
 @every_strategy
@@ -177,8 +183,8 @@ def test_a_guard_makes_nothing_valid():
         figures = {"score": jnp.arange(5.0)}
         return evidence.Evidence(figures, jnp.ones([5], bool), seen.is_ascent), memory
 
-    guard = evidence.Guard(lambda key: (), release, lambda memory, *_: memory)
-    tx = optax_ev3.ev3(inner(), score, adapt=second(1), guard=guard)
+    guard = adapt.Guard(lambda: (), release, lambda memory, *_: memory)
+    tx = optax_ev3.ev3(inner(), score, adapt=adapt.guarded(second(1), guard))
     w = jnp.ones([])
     _, state = tx.update(w, tx.init(w), w)
     updates, state = tx.update(w, state, w)
@@ -328,7 +334,7 @@ def test_parameters_that_overflow_are_not_adopted(strategy, dtype):
 def test_inner_state_of_an_explorer_that_overflows_is_held():
     tx = optax_ev3.ev3([adds(0.8), adds(0.0)], signs)
     seen, _ = train(tx, {"w": share(jnp.float32, 0.8)}, 3)
-    counts = [int(x.opt_state) for x in seen[-1][1].explorers.values()]
+    counts = [int(x.opt_state) for x in seen[-1][1].explore.explorers.values()]
     assert counts == [0, 3]
 
 
@@ -341,21 +347,20 @@ def test_member_of_a_sweep_that_overflows_is_invalid_alone():
     w = {"w": share(jnp.float32, 0.9)}
     grads = {"w": share(jnp.float32, -0.15)}
     _, state = jax.jit(tx.update)(grads, tx.init(w), w)
-    assert np.asarray(state.record.valid[0]).tolist() == [1, 0, 1, 1]
+    assert np.asarray(state.history.valid[0]).tolist() == [1, 0, 1, 1]
 
 
 @every_dtype
 @pytest.mark.parametrize("index", range(1, 3))
 def test_averages_do_not_overflow(index, dtype):
     averages = [
-        combine.trajectory_average(),
-        combine.branch_average(),
+        explore.trajectory_average(),
+        explore.branch_average(),
     ]
     tx = optax_ev3.ev3(
         [adds(0.0, -0.9, -0.9)],
         signs,
-        trajectory_length=3,
-        combine=averages,
+        explore=explore.rounds(3, averages=averages),
         adapt=adapt.Rule(
             lambda explorers: (),
             lambda *_: (adapt.Decision(jnp.int32(index), jnp.asarray(True)), ()),
@@ -370,8 +375,8 @@ def test_averages_do_not_overflow(index, dtype):
 @strategies_and_dtypes
 def test_updates_over_the_whole_range_are_finite(strategy, dtype):
     """From 0.8 back to the stable parameters at -0.8 of the largest number."""
-    stable = 2 + len(STRATEGIES[strategy].get("combine", ()))
-    length = STRATEGIES[strategy].get("trajectory_length", 1)
+    stable = 2 + len(averages_of(strategy))
+    length = 2 if STRATEGIES[strategy] else 1
 
     def decide(evidence, memory, key):
         del evidence, key

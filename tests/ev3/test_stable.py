@@ -11,11 +11,10 @@ from optax_ev3 import adapt, explore
 
 STRATEGIES = {
     "one_step": {},
-    "own": {"trajectory_length": 2, "gradients": "own"},
-    "shared": {"trajectory_length": 2, "gradients": "shared"},
-    "turns": {"trajectory_length": 2, "gradients": "turns"},
-    "never": {"trajectory_length": 2, "restart": "never"},
-    "race": {"restart": "never", "race": explore.Racing(1, 4)},
+    "own": {"explore": explore.rounds(2, gradients="own")},
+    "shared": {"explore": explore.rounds(2, gradients="shared")},
+    "never": {"explore": explore.branches(2)},
+    "race": {"explore": explore.branches(1, racing=explore.Racing(1, 4))},
 }
 STABLE = 3  # The candidate, behind two explorers and current.
 
@@ -45,7 +44,7 @@ def transformation(strategy, rule):
 
 
 def round_of(tx, strategy):
-    calls = {"one_step": 1, "race": 1, "turns": 4}.get(strategy, 2)
+    calls = {"one_step": 1, "race": 1}.get(strategy, 2)
 
     @jax.jit
     def step(w, state):
@@ -75,8 +74,7 @@ def test_stable_parameters_are_those_adopted_bit_for_bit(strategy, dtype):
     assert np.asarray(w).tobytes() != promoted
 
 
-# Turns go back to where the round began by themselves.
-@pytest.mark.parametrize("strategy", [x for x in STRATEGIES if x != "turns"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(
     "dtype, stable, away, reached",
     [(jnp.float32, 0.1, 1e10, 0), (jnp.bfloat16, 0.01, 3, 0.015625)],

@@ -19,7 +19,7 @@ from helpers import (
 )
 
 import optax_ev3
-from optax_ev3 import adapt, combine, evidence, explore, metrics
+from optax_ev3 import adapt, evidence, explore, metrics
 
 
 @functools.partial(
@@ -96,42 +96,40 @@ def _evolving():
 # What one-step rounds and trajectories can be, as arguments of ev3.
 STRATEGIES = {
     "one step": {},
-    "one step, race": {"race": explore.Racing(1)},
-    "own": {"loss_fn": loss, "trajectory_length": 2},
-    "shared": {"trajectory_length": 2, "restart_state": "new"},
-    "turns": {"trajectory_length": 2, "gradients": "turns"},
+    "own": {"loss_fn": loss, "explore": explore.rounds(2)},
+    "shared": {"explore": explore.rounds(2, restart_state="new")},
     "never": {
         "loss_fn": loss,
-        "trajectory_length": 2,
-        "restart": "never",
-        "race": explore.Racing(1),
-        "combine": [combine.branch_average()],
+        "explore": explore.branches(
+            2, racing=explore.Racing(1), averages=[explore.branch_average()]
+        ),
     },
     "significant": {
-        "trajectory_length": 2,
-        "restart": "significant",
-        "restart_state": "copy",
-        "combine": [combine.trajectory_average()],
+        "explore": explore.branches(
+            2,
+            restart=explore.worse_than("adopted", inner_state="copy"),
+            averages=[explore.trajectory_average()],
+        ),
     },
     "behind": {
-        "trajectory_length": 2,
-        "restart": "behind",
-        "restart_state": "new",
-        "race": explore.Racing(1),
+        "explore": explore.branches(
+            2,
+            restart=explore.worse_than("start", inner_state="new"),
+            racing=explore.Racing(1),
+        ),
     },
     "sweep": {"inner": _sweep()},
     "sweep, copy": {
         "inner": _sweep() | two(),
-        "trajectory_length": 2,
-        "restart_state": "copy",
-        "combine": [combine.trajectory_average()],
+        "explore": explore.rounds(
+            2, restart_state="copy", averages=[explore.trajectory_average()]
+        ),
     },
     "evolve": {"inner": _evolving()},
     "evolve, own": {
         "inner": _evolving(),
         "loss_fn": loss,
-        "trajectory_length": 2,
-        "restart": "behind",
+        "explore": explore.branches(2, restart=explore.worse_than("start")),
     },
 }
 
@@ -151,10 +149,10 @@ RULES = {
     "constrained": _several(adapt.constrained("a", {"b": 1.0})),
     "weighted": _several(adapt.weighted({"a": 1.0, "b": 0.5})),
     "lexicographic": _several(adapt.lexicographic({"a": 0.0, "b": 0.0})),
-    "ladder": {"guard": evidence.ladder()},
+    "ladder": {"adapt": adapt.guarded(adapt.confident(), adapt.ladder())},
     "thresholdout": {
         "assess_fn": lambda w, x: {"score": score(w, x), "train": score(w, 2 * x)},
-        "guard": evidence.thresholdout(budget=10),
+        "adapt": adapt.guarded(adapt.confident(), adapt.thresholdout(budget=10)),
     },
     "vmap": {"assess_mode": "vmap"},
     "map": {"assess_mode": "map"},
@@ -326,7 +324,7 @@ GIVEN = {
 @pytest.mark.parametrize(
     "setting, given",
     [
-        *((setting, "float0") for setting in ("one step", "own", "turns", "never")),
+        *((setting, "float0") for setting in ("one step", "own", "never")),
         ("shared", "zeros"),
         ("own", "None"),
     ],
@@ -337,7 +335,7 @@ def test_frozen_leaves_stay_and_others_train_like_optax(setting, given):
     if "loss_fn" in kwargs:
         kwargs["loss_fn"] = loss_mixed
     if setting == "never":
-        kwargs |= {"combine": (), "race": None}
+        kwargs["explore"] = explore.branches(2)
     tx = transformation(**{**kwargs, "adapt": always(0)})
     step, traces = traced(mixed_stepper(tx, form=GIVEN[given]))
     plain = optax.with_extra_args_support(inner)
@@ -392,7 +390,7 @@ def test_booleans_integers_and_bytes_are_led_exactly_to_any_target(start):
     }
     for length in (1, 2):
         tx = optax_ev3.ev3(
-            inner, lambda p: p["w"], adapt=always(2), trajectory_length=length
+            inner, lambda p: p["w"], adapt=always(2), explore=explore.rounds(length)
         )
         w, state = here, tx.init(here)._replace(stable=there)
         for _ in range(length):
@@ -419,11 +417,11 @@ def mixed_rest():
     return {k: v for k, v in mixed().items() if k != "w"}
 
 
-@pytest.mark.parametrize("setting", ["one step", "own", "shared", "turns", "never"])
+@pytest.mark.parametrize("setting", ["one step", "own", "shared", "never"])
 def test_counters_and_flags_come_from_merge_fn(setting):
-    kwargs = {**STRATEGIES[setting], "assess_fn": score_mixed, "combine": ()}
-    kwargs.pop("loss_fn", None)
-    kwargs.pop("race", None)
+    kwargs = {**STRATEGIES[setting], "assess_fn": score_mixed}
+    if kwargs.pop("loss_fn", None) and setting == "never":
+        kwargs["explore"] = explore.branches(2)
     one = optax_ev3.explorer(frozen(optax.sgd(0.1)), counted, merge_fn=_merged)
     tx = transformation(**{**kwargs, "inner": [one], "adapt": always(0)})
     w = mixed()
@@ -444,8 +442,7 @@ def test_averages_take_over_what_is_no_float():
     tx = transformation(
         inner=[one],
         assess_fn=score_mixed,
-        trajectory_length=2,
-        combine=[combine.trajectory_average()],
+        explore=explore.rounds(2, averages=[explore.trajectory_average()]),
         adapt=always(1),
     )
     w = mixed()
@@ -480,7 +477,7 @@ def test_integers_that_are_not_frozen_change_as_in_optax(length):
     inner = optax.chain(optax.add_decayed_weights(7.36), optax.scale(-0.1))
     w = {"n": jnp.array([5, -5, 100], jnp.int32), "w": jnp.ones([2])}
     tx = optax_ev3.ev3(
-        [inner], lambda p: p["w"], adapt=always(0), trajectory_length=length
+        [inner], lambda p: p["w"], adapt=always(0), explore=explore.rounds(length)
     )
     state, expected, plain_state = tx.init(w), w, inner.init(w)
     for _ in range(2):
@@ -499,7 +496,7 @@ def test_keys_among_parameters_can_be_donated_and_belong_to_the_caller():
         inner=[frozen(optax.sgd(0.1))],
         assess_fn=score_mixed,
         loss_fn=loss_mixed,
-        trajectory_length=2,
+        explore=explore.rounds(2),
     )
     state = tx.init(w)
     step = jax.jit(mixed_stepper(tx), donate_argnums=1)
@@ -514,7 +511,11 @@ def test_keys_among_parameters_can_be_donated_and_belong_to_the_caller():
 @pytest.mark.parametrize("length", [1, 2])
 def test_own_losses_over_an_axis_with_leaves_that_are_no_floats(length):
     inner = [optax_ev3.explorer(frozen(optax.sgd(0.1)), loss_mixed)]
-    kwargs = {"assess_fn": score_mixed, "adapt": always(0), "trajectory_length": length}
+    kwargs = {
+        "assess_fn": score_mixed,
+        "adapt": always(0),
+        "explore": explore.rounds(length),
+    }
     one = transformation(inner=inner, **kwargs)
     many = transformation(inner=inner, axis_name="i", **kwargs)
     grads = jax.grad(loss_mixed, allow_int=True)(mixed(), X)
@@ -596,8 +597,8 @@ JUDGED = {
         adapt.weighted({"a": 1.0, "b": 0.5}, targets={"a": -1.0, "b": -1.0}, rate=0.1)
     ),
     "max_t": {"adapt": adapt.greedy(correction="max_t")},
-    "ladder, step": {"guard": evidence.ladder(step=0.1)},
-    "growing": {"trajectory_length": 2, "trajectory_growth": 1.5},
+    "ladder, step": {"adapt": adapt.guarded(adapt.confident(), adapt.ladder(step=0.1))},
+    "growing": {"explore": explore.rounds(2, growth=1.5)},
     **{k: {"adapt": adapt.choose_and_confirm(bound=v)} for k, v in BOUNDS.items()},
     **{
         f"lexicographic, {k}": _several(
@@ -654,7 +655,7 @@ def test_corrections_promote_nothing(count):
 
 
 @pytest.mark.parametrize("promotion", ["standard", "strict"])
-@pytest.mark.parametrize("setting", ["one step", "own", "shared", "turns"])
+@pytest.mark.parametrize("setting", ["one step", "own", "shared"])
 def test_python_and_numpy_numbers_train_eagerly(setting, promotion):
     w = {"python": 1.0, "float64": np.float64(2.0), "float32": np.float32(3.0)}
 

@@ -9,7 +9,7 @@ from helpers import always, assert_close, assert_identical
 from helpers.trajectories import alone, data, loss, run, score, start
 
 import optax_ev3
-from optax_ev3 import adapt, combine
+from optax_ev3 import adapt, explore
 
 RATES = [0.001, 0.01, 0.1]
 
@@ -22,7 +22,7 @@ def candidates(state):
 @pytest.mark.parametrize("own", [True, False])
 def test_sweep_equals_explorers_one_by_one(length, own):
     kwargs = {
-        "trajectory_length": length,
+        "explore": explore.rounds(length),
         "loss_fn": loss if own else None,
         "adapt": adapt.lower_bound(),
     }
@@ -39,13 +39,15 @@ def test_sweep_equals_explorers_one_by_one(length, own):
     assert candidates(state)[1] == "adam/learning_rate_0.001"
     assert_close(w, expected, 1e-4, 1e-5)
     # z values multiply rounding by how large scores are, compared with their spread.
-    assert_close(state.record.z, other.record.z, 1e-3, 1e-3)
-    records = [x.record._replace(z=()) for x in (state, other)]
+    assert_close(state.history.z, other.history.z, 1e-3, 1e-3)
+    records = [x.history._replace(z=()) for x in (state, other)]
     assert_close(*records, 1e-4, 1e-5)
     assert_close(optax_ev3.summary(state), optax_ev3.summary(other), 1e-4, 1e-5)
     for i, rate in enumerate(RATES):
-        mine = jax.tree.map(lambda x, i=i: x[i], state.explorers["adam"].opt_state)
-        theirs = other.explorers[f"adam/learning_rate_{rate}"].opt_state
+        mine = jax.tree.map(
+            lambda x, i=i: x[i], state.explore.explorers["adam"].opt_state
+        )
+        theirs = other.explore.explorers[f"adam/learning_rate_{rate}"].opt_state
         assert_close(mine, theirs, 1e-4, 1e-5)
 
 
@@ -65,7 +67,7 @@ def test_sweep_with_a_loss_and_a_name_of_its_own():
 
     swept = optax_ev3.sweep(optax.sgd, learning_rate=[0.01])
     inner = [optax_ev3.explorer(swept, other, "ten"), optax.sgd(0.1)]
-    tx = optax_ev3.ev3(inner, score, trajectory_length=3, adapt=always(0))
+    tx = optax_ev3.ev3(inner, score, explore=explore.rounds(3), adapt=always(0))
     w, state = run(tx, 3)[-1]
     assert candidates(state)[0] == "ten/learning_rate_0.01"
     assert_close(w, alone(optax.sgd(0.1), 3, start())[0], 1e-4, 1e-5)
@@ -80,7 +82,7 @@ def test_product_is_every_loss_with_every_optimizer():
     grid = optax_ev3.product(optimizers, {"l2": loss, "l1": robust})
     names = ["sgd/l2", "adam/l2", "sgd/l1", "adam/l1"]
     assert [one.name for one in grid] == names
-    tx = optax_ev3.ev3(grid, score, trajectory_length=2, restart="never")
+    tx = optax_ev3.ev3(grid, score, explore=explore.branches(2))
     w = start()
     _, state = run(tx, 2, w)[-1]
     for name, fn in [("sgd/l2", loss), ("sgd/l1", robust)]:
@@ -88,7 +90,7 @@ def test_product_is_every_loss_with_every_optimizer():
         for call in range(2):
             grads = jax.grad(fn)(expected, data(call))
             expected = jax.tree.map(lambda p, g: p - 0.1 * g, expected, grads)
-        assert_close(state.trajectory.ends[name], expected, 1e-4, 1e-5)
+        assert_close(state.explore.branches.ends[name], expected, 1e-4, 1e-5)
 
 
 def test_names_of_losses_in_a_product():
@@ -127,7 +129,11 @@ def test_auxiliary_outputs_are_merged(length, gives_aux):
         "own": optax_ev3.explorer(optax.adam(0.01), loss_aux, merge_fn=merge),
     }
     tx = optax_ev3.ev3(
-        inner, score_only, loss_fn=loss_aux, trajectory_length=length, adapt=always(0)
+        inner,
+        score_only,
+        loss_fn=loss_aux,
+        explore=explore.rounds(length),
+        adapt=always(0),
     )
     w = with_mean()
     state = tx.init(w)
@@ -159,7 +165,7 @@ def test_auxiliary_outputs_are_merged(length, gives_aux):
 def test_losses_that_do_not_fit(loss_fn, merge_fn, kind, message, length):
     w = with_mean()
     one = optax_ev3.explorer(optax.sgd(0.1), loss_fn, merge_fn=merge_fn)
-    tx = optax_ev3.ev3([one], score_only, trajectory_length=length)
+    tx = optax_ev3.ev3([one], score_only, explore=explore.rounds(length))
     with pytest.raises(kind, match=message):
         jax.eval_shape(tx.update, w, tx.init(w), w, batch=data(0), held=data(1))
 
@@ -178,20 +184,20 @@ def test_losses_get_a_key_of_the_call_the_same_for_all():
 
     inner = {"a": optax.sgd(0.1), "b": optax.sgd(0.1)}
     made = {k: optax_ev3.explorer(one, noisy) for k, one in inner.items()}
-    tx = optax_ev3.ev3(made, score, trajectory_length=4)
+    tx = optax_ev3.ev3(made, score, explore=explore.rounds(4))
     seen = run(tx, 3)
     for _, state in seen:
-        ends = state.trajectory.ends
+        ends = state.explore.branches.ends
         assert_close(ends["a"], ends["b"], 1e-5, 1e-6)
-    means = [float(s.trajectory.ends["a"]["v"].mean()) for _, s in seen]
+    means = [float(s.explore.branches.ends["a"]["v"].mean()) for _, s in seen]
     steps = np.diff([0.3, *means])
     plain = [
-        float(s.trajectory.ends["a"]["v"].mean())
+        float(s.explore.branches.ends["a"]["v"].mean())
         for _, s in run(
             optax_ev3.ev3(
                 {"a": optax_ev3.explorer(optax.sgd(0.1), loss)},
                 score,
-                trajectory_length=4,
+                explore=explore.rounds(4),
             ),
             3,
         )
@@ -208,8 +214,7 @@ def test_trajectory_average_is_the_mean_of_the_parameters_after_each_step():
         {"a": optax.adam(0.05), "b": optax.sgd(0.2)},
         score,
         loss_fn=loss,
-        trajectory_length=5,
-        combine=[combine.trajectory_average()],
+        explore=explore.rounds(5, averages=[explore.trajectory_average()]),
         adapt=always(3),
     )
     visible, state = run(tx, 5)[-1]
@@ -218,7 +223,7 @@ def test_trajectory_average_is_the_mean_of_the_parameters_after_each_step():
     assert_close(visible, mean, 1e-4, 1e-5)
     names = ["a", "b", "average/a", "average/b", "current", "stable"]
     assert candidates(state) == names
-    assert int(state.trajectory.lead) == 1  # The explorer whose average it is.
+    assert int(state.explore.branches.lead) == 1  # The explorer whose average it is.
 
 
 def branch_mean(path, decay):
@@ -239,22 +244,23 @@ def test_branch_average_goes_on_over_rounds(gradients):
         },
         score,
         loss_fn=loss,
-        trajectory_length=3,
-        gradients=gradients,
-        restart="never",
-        combine=[combine.branch_average(0.8), combine.trajectory_average()],
+        explore=explore.branches(
+            3,
+            gradients=gradients,
+            averages=[explore.branch_average(0.8), explore.trajectory_average()],
+        ),
         adapt=always(0),
     )
     names = ["a", "b/learning_rate_0.1", "b/learning_rate_0.2"]
     seen = [state for _, state in run(tx, 11)]
     state = seen[-1]
     for name in ("a", "b"):
-        path = [s.trajectory.ends[name] for s in seen]
-        means = state.trajectory.means[name]
+        path = [s.explore.branches.ends[name] for s in seen]
+        means = state.explore.branches.means[name]
         assert_close(means[0], branch_mean(path, 0.8), 1e-4, 1e-5)
         # Of the last, unfinished round: the two stand in the order in which they came.
         assert_close(means[1], branch_mean(path[9:], 0.99), 1e-4, 1e-5)
-    assert state.trajectory.age.tolist() == [11] * 3
+    assert state.explore.branches.age.tolist() == [11] * 3
     wanted = [f"{kind}/{n}" for kind in ("branch_average", "average") for n in names]
     assert candidates(state) == [*names, *wanted, "current", "stable"]
 
@@ -266,12 +272,11 @@ def test_branch_average_begins_anew_where_a_branch_does(adopted):
         {"a": optax.sgd(0.05), "b": optax.sgd(0.2)},
         score,
         loss_fn=loss,
-        trajectory_length=3,
-        combine=[combine.branch_average(0.8)],
+        explore=explore.rounds(3, averages=[explore.branch_average(0.8)]),
         adapt=always(adopted),
     )
     seen = run(tx, 5)
-    paths = {k: [s.trajectory.ends[k] for _, s in seen] for k in ("a", "b")}
+    paths = {k: [s.explore.branches.ends[k] for _, s in seen] for k in ("a", "b")}
     end = alone(optax.sgd(0.05), 3, start())[0]
     first_mean = branch_mean(
         [alone(optax.sgd(0.05), n, start())[0] for n in (1, 2, 3)], 0.8
@@ -279,24 +284,9 @@ def test_branch_average_begins_anew_where_a_branch_does(adopted):
     assert_close(seen[2][0], first_mean if adopted else end, 1e-4, 1e-5)
     # The call that ends a round returns the branches as they begin the next one.
     first = 0 if adopted == 0 else 3
-    found = seen[-1][1].trajectory.means
+    found = seen[-1][1].explore.branches.means
     assert_close(found["a"][0], branch_mean(paths["a"][first:], 0.8), 1e-4, 1e-5)
     assert_close(found["b"][0], branch_mean(paths["b"][3:], 0.8), 1e-4, 1e-5)
-
-
-def test_branch_average_counts_the_calls_that_were_a_branchs_turn():
-    tx = optax_ev3.ev3(
-        {"a": optax.sgd(0.05), "b": optax.sgd(0.2)},
-        score,
-        trajectory_length=3,
-        gradients="turns",
-        combine=[combine.branch_average(0.8)],
-        adapt=always(0),
-    )
-    seen = [state.trajectory for _, state in run(tx, 14)]
-    path = [s.ends["a"] for call, s in enumerate(seen) if call % 6 < 3]
-    assert_close(seen[-1].means["a"][0], branch_mean(path, 0.8), 1e-4, 1e-5)
-    assert seen[-1].age.tolist() == [8, 0]
 
 
 def test_branch_average_of_a_branch_that_broke_begins_anew():
@@ -311,15 +301,13 @@ def test_branch_average_of_a_branch_that_broke_begins_anew():
         {"a": optax.sgd(0.05), "b": breaks()},
         score,
         loss_fn=loss,
-        trajectory_length=3,
-        restart="never",
-        combine=[combine.branch_average(0.8)],
+        explore=explore.branches(3, averages=[explore.branch_average(0.8)]),
         adapt=always(0),
     )
     seen = run(tx, 7)
-    path = [s.trajectory.ends["b"] for _, s in seen]
-    assert seen[3][1].trajectory.age.tolist() == [4, 0]
-    found = seen[6][1].trajectory.means["b"][0]  # Before it breaks again.
+    path = [s.explore.branches.ends["b"] for _, s in seen]
+    assert seen[3][1].explore.branches.age.tolist() == [4, 0]
+    found = seen[6][1].explore.branches.means["b"][0]  # Before it breaks again.
     assert_close(found, branch_mean(path[4:7], 0.8), 1e-4, 1e-5)
 
 
@@ -328,15 +316,16 @@ def test_branches_go_on_from_an_adopted_average_with_their_own_states():
         {"a": optax.adam(0.05), "b": optax.sgd(0.2)},
         score,
         loss_fn=loss,
-        trajectory_length=3,
-        combine=[combine.trajectory_average()],
+        explore=explore.rounds(3, averages=[explore.trajectory_average()]),
         adapt=always(2),
     )
     visible, state = run(tx, 3)[-1]
-    for end in state.trajectory.ends.values():
+    for end in state.explore.branches.ends.values():
         assert_identical(end, visible)
     assert_close(
-        state.explorers["a"].opt_state, alone(optax.adam(0.05), 3, start())[1], 1e-4
+        state.explore.explorers["a"].opt_state,
+        alone(optax.adam(0.05), 3, start())[1],
+        1e-4,
     )
 
 
@@ -345,9 +334,7 @@ def test_average_that_stays_visible_while_runs_go_on():
         {"a": optax.adam(0.05), "b": optax.sgd(0.2)},
         score,
         loss_fn=loss,
-        trajectory_length=3,
-        restart="never",
-        combine=[combine.trajectory_average()],
+        explore=explore.branches(3, averages=[explore.trajectory_average()]),
         adapt=always(3),
     )
     seen = run(tx, 5)
@@ -355,4 +342,4 @@ def test_average_that_stays_visible_while_runs_go_on():
     assert_identical(seen[4][0], seen[2][0])
     for name, one in {"a": optax.adam(0.05), "b": optax.sgd(0.2)}.items():
         end, _ = alone(one, 5, start())
-        assert_close(seen[4][1].trajectory.ends[name], end, 1e-4, 1e-5)
+        assert_close(seen[4][1].explore.branches.ends[name], end, 1e-4, 1e-5)

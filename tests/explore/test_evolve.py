@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import optax_ev3
-from optax_ev3 import adapt, evolve, log_uniform, uniform
+from optax_ev3 import adapt, evolve, explore, log_uniform, uniform
 from optax_ev3._src.explore import evolve as evolution
 
 KEY = jax.random.key(0)
@@ -185,7 +185,9 @@ def test_what_the_history_says_is_what_was_tried():
 
 
 @pytest.mark.parametrize("start", [1e-4, 1.0])
-@pytest.mark.parametrize("kwargs", [{}, {"trajectory_length": 3, "loss_fn": loss}])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"explore": explore.rounds(3), "loss_fn": loss}]
+)
 def test_finds_a_rate_that_works(start, kwargs):
     """The loss is (w - 3)^2 times 0.38: a rate of 1.3 goes there in one step."""
     group = sgd(start, low=1e-6, high=1e3)
@@ -196,7 +198,7 @@ def test_finds_a_rate_that_works(start, kwargs):
 
 
 def test_saved_and_restored_or_donated_it_goes_on_as_before():
-    tx = optax_ev3.ev3({"sgd": sgd()}, score, trajectory_length=2, loss_fn=loss)
+    tx = optax_ev3.ev3({"sgd": sgd()}, score, explore=explore.rounds(2), loss_fn=loss)
     w, state, _ = run(tx, 5)
     saved = serialization.to_bytes(state)
     restored = serialization.from_bytes(tx.init(w), saved)
@@ -215,7 +217,7 @@ def test_made_under_jit():
         w = jnp.zeros([])
         tx = optax_ev3.ev3({"sgd": sgd()}, score, key=key)
         _, state = tx.update(jax.grad(loss)(w), tx.init(w), w)
-        return state.explorers["sgd"].evolution.hyperparams["learning_rate"]
+        return state.explore.explorers["sgd"].evolution.hyperparams["learning_rate"]
 
     found = jax.jit(jax.vmap(one))(jnp.arange(3))
     assert found.shape == (3, 4) and len(np.unique(found)) > 4
@@ -238,7 +240,10 @@ def test_comes_back_from_rates_that_overflow():
 
 def test_branches_that_go_on_keep_their_rates():
     """Nothing is significant on one example: no branch restarts, no rate moves."""
-    kwargs = {"trajectory_length": 2, "loss_fn": loss, "restart": "significant"}
+    kwargs = {
+        "explore": explore.branches(2, restart=explore.worse_than("adopted")),
+        "loss_fn": loss,
+    }
     tx = optax_ev3.ev3({"sgd": sgd()}, lambda w: score(w)[:1], **kwargs)
     rates = optax_ev3.history(run(tx, 12)[1])["hyperparams/sgd/learning_rate"]
     assert (rates == rates[0]).all()
@@ -256,7 +261,7 @@ def test_a_loss_may_have_hyperparameters(length):
 
     group = evolve(lambda: optax.sgd(0.1), {"scale": log_uniform(1e-3, 10.0, 1e-3)})
     one = optax_ev3.explorer(group, scaled, name="scaled")
-    tx = optax_ev3.ev3([one], score, trajectory_length=length)
+    tx = optax_ev3.ev3([one], score, explore=explore.rounds(length))
     w, state, _ = run(tx, 60)
     assert abs(float(w) - 3) < 0.3
     past = optax_ev3.history(state)["hyperparams/scaled/scale"]
@@ -295,7 +300,7 @@ def test_beside_other_explorers():
 def test_two_hyperparameters():
     space = {"learning_rate": log_uniform(1e-3, 1.0, 0.01), "momentum": uniform(0, 0.9)}
     group = evolve(optax.sgd, space)
-    tx = optax_ev3.ev3({"sgd": group}, score, trajectory_length=4, loss_fn=loss)
+    tx = optax_ev3.ev3({"sgd": group}, score, explore=explore.rounds(4), loss_fn=loss)
     w, state, _ = run(tx, 120)
     assert abs(float(w) - 3) < 0.1
     past = optax_ev3.history(state)
@@ -309,7 +314,7 @@ class TestSchedule:
             {"sgd": sgd()},
             score,
             adapt=adapt.greedy(),
-            trajectory_length=length,
+            explore=explore.rounds(length),
             loss_fn=loss,
             **kwargs,
         )

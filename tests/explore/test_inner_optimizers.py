@@ -22,6 +22,7 @@ from helpers import (
 from optax import contrib
 
 import optax_ev3
+from optax_ev3 import explore
 
 # optax warns of changes to come in some of its own defaults.
 pytestmark = pytest.mark.filterwarnings(
@@ -347,7 +348,7 @@ def test_equals_the_optimizer_alone(name):
         assert_same_types(w, start)
         moved = any(not np.array_equal(w[k], start[k]) for k in start)
         assert moved == (name not in _STILL)
-        inner = state.explorers["tried"].opt_state
+        inner = state.explore.explorers["tried"].opt_state
         raw = jax.tree.map(_raw, alone_state)
         assert_close(inner, raw, rtol=1e-4, atol=1e-5)
         assert all(leaf.dtype.kind != "V" for leaf in jax.tree.leaves(state))
@@ -368,7 +369,9 @@ def test_typed_keys_keep_their_implementation(impl):
     for step in trajectories(tx, ours, params(), 2):
         updates, expected, state = step[:3]
         assert_close(updates, expected)
-    keys = [x for x in jax.tree.leaves(state.explorers) if x.dtype == jnp.uint32]
+    keys = [
+        x for x in jax.tree.leaves(state.explore.explorers) if x.dtype == jnp.uint32
+    ]
     assert [x.shape for x in keys] == [{"rbg": (4,), "threefry2x32": (2,)}[impl]]
 
 
@@ -555,7 +558,11 @@ def test_learning_rate_set_in_mid_run(rate, dtype, length):
     tx = optax.inject_hyperparams(optax.sgd)(learning_rate=0.5)
     length, loss_fn = LENGTHS[length]
     ours = optax_ev3.ev3(
-        [tx], lambda w: -w, adapt=always(0), trajectory_length=length, loss_fn=loss_fn
+        [tx],
+        lambda w: -w,
+        adapt=always(0),
+        explore=explore.rounds(length),
+        loss_fn=loss_fn,
     )
     with x64(dtype == "float64"):
         w = jnp.array([4.0, 2.0], dtype)
@@ -594,7 +601,11 @@ def test_inner_state_that_turns_from_integer_to_float(length, count):
     (start, step), (length, loss_fn) = COUNTS[count], LENGTHS[length]
     tx, w = counting(start, step), jnp.array([1.0])
     ours = optax_ev3.ev3(
-        [tx], lambda w: -w, adapt=always(0), trajectory_length=length, loss_fn=loss_fn
+        [tx],
+        lambda w: -w,
+        adapt=always(0),
+        explore=explore.rounds(length),
+        loss_fn=loss_fn,
     )
     update, state = jax.jit(ours.update), ours.init(w)
     expected, alone = w, tx.init(w)
@@ -604,7 +615,7 @@ def test_inner_state_that_turns_from_integer_to_float(length, count):
         updates, alone = tx.update(expected, alone, expected)
         expected = optax.apply_updates(expected, updates)
         assert_close(w, expected)
-    assert float(state.explorers["explorer_0"].opt_state) == 4 * step == alone
+    assert float(state.explore.explorers["explorer_0"].opt_state) == 4 * step == alone
     assert update._cache_size() == 1
 
 
@@ -614,7 +625,7 @@ def test_members_of_a_sweep_whose_state_turns_to_float():
     state = ours.init(w)
     for _ in range(4):
         _, state = jax.jit(ours.update)(w, state, w)
-    (group,) = state.explorers.values()
+    (group,) = state.explore.explorers.values()
     np.testing.assert_array_equal(group.opt_state, [2.0, 1.0])
 
 
@@ -627,7 +638,7 @@ def test_adam_of_integers_that_are_not_frozen():
     for _ in range(3):
         _, state = jax.jit(ours.update)(grads, state, w)
         _, alone = tx.update(grads, alone, w)
-    (one,) = state.explorers.values()
+    (one,) = state.explore.explorers.values()
     assert_close(one.opt_state, alone)
 
 
@@ -639,7 +650,7 @@ def test_state_that_needs_more_than_a_gradient_says_that_it_changes(length):
     tx = optax.GradientTransformationExtraArgs(
         lambda params: {"seen": [jnp.int32(0)]}, update
     )
-    ours = optax_ev3.ev3({"odd": tx}, lambda w: -w, trajectory_length=length)
+    ours = optax_ev3.ev3({"odd": tx}, lambda w: -w, explore=explore.rounds(length))
     w = jnp.ones([3])
     with says(ValueError, "'odd'", "['seen'][0]", "int32[]", "float32[]", "init"):
         jax.eval_shape(ours.update, w, ours.init(w), w, value=0.5)
@@ -708,31 +719,22 @@ def bowl_with(tx, first, steps, share=1.0, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "name, restart, first",
-    diagonally(NEEDY, ["always", "never"], [True, False]),
+    "name, strategy, first",
+    diagonally(NEEDY, ["rounds", "branches"], [True, False]),
 )
-def test_value_of_the_caller_is_not_for_branches_elsewhere(name, restart, first):
+def test_value_of_the_caller_is_not_for_branches_elsewhere(name, strategy, first):
     with lenient():
-        _, state = bowl_with(
-            NEEDY[name](), first, 4, trajectory_length=5, restart=restart
-        )
+        strategy = getattr(explore, strategy)(5)
+        _, state = bowl_with(NEEDY[name](), first, 4, explore=strategy)
         expected = bowl_alone(name)
-    np.testing.assert_allclose(state.trajectory.ends["needy"], expected, rtol=1e-4)
-
-
-@pytest.mark.parametrize("name", NEEDY)
-def test_in_turns_the_value_is_that_of_the_branch(name):
-    with lenient():
-        _, state = bowl_with(
-            NEEDY[name](), True, 4, trajectory_length=5, gradients="turns"
-        )
-        expected = bowl_alone(name)
-    np.testing.assert_allclose(state.trajectory.ends["needy"], expected, rtol=1e-4)
+    np.testing.assert_allclose(
+        state.explore.branches.ends["needy"], expected, rtol=1e-4
+    )
 
 
 def test_with_shared_gradients_the_value_goes_with_them():
     _, state = bowl_with(
-        optax.polyak_sgd(10.0), False, 3, trajectory_length=5, gradients="shared"
+        optax.polyak_sgd(10.0), False, 3, explore=explore.rounds(5, gradients="shared")
     )
     visible = expected = np.array([1.0, -0.5])
     for _ in range(3):
@@ -740,7 +742,9 @@ def test_with_shared_gradients_the_value_goes_with_them():
         value = np.sum(np.array([1.0, 3.0]) * visible**2)
         expected = expected - value / np.sum(grad**2) * grad
         visible = visible - 1e-4 * grad
-    np.testing.assert_allclose(state.trajectory.ends["needy"], expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        state.explore.branches.ends["needy"], expected, rtol=1e-5
+    )
 
 
 def test_in_one_step_rounds_the_value_is_the_callers():

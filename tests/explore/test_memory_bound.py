@@ -104,7 +104,7 @@ def test_callbacks_run_once_a_step(kind, strategy, capfd):
     w = jnp.ones([3])
     state = tx.init(w)
     step = jax.jit(tx.update)
-    length = STRATEGIES[strategy].get("trajectory_length", 1)
+    length = 2 if STRATEGIES[strategy] else 1
     for _ in range(length):
         updates, state = step(2 * w, state, w)
         w = optax.apply_updates(w, updates)

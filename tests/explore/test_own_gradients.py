@@ -9,23 +9,28 @@ import pytest
 from helpers import assert_close, assert_identical, compiled, says
 
 import optax_ev3
-from optax_ev3 import adapt, combine, explore
+from optax_ev3 import adapt, explore
 
-AVERAGES = [combine.trajectory_average(), combine.branch_average()]
+AVERAGES = [explore.trajectory_average(), explore.branch_average()]
 STRATEGIES = {
     "one step": {},
-    "one step, racing": {"race": explore.Racing(1, 3)},
-    "own": {"trajectory_length": 3},
-    "shared": {"trajectory_length": 3, "gradients": "shared"},
-    "turns": {"trajectory_length": 2, "gradients": "turns"},
-    "significant": {"trajectory_length": 3, "restart": "significant"},
-    "behind": {"trajectory_length": 3, "restart": "behind", "restart_state": "new"},
+    "own": {"explore": explore.rounds(3)},
+    "shared": {"explore": explore.rounds(3, gradients="shared")},
+    "significant": {
+        "explore": explore.branches(3, restart=explore.worse_than("adopted"))
+    },
+    "behind": {
+        "explore": explore.branches(
+            3, restart=explore.worse_than("start", inner_state="new")
+        ),
+    },
     "recommended": {
-        "trajectory_length": 3,
-        "restart": "never",
-        "restart_state": "copy",
-        "race": explore.Racing(1, 4),
-        "combine": AVERAGES,
+        "explore": explore.branches(
+            3,
+            restart=explore.never(inner_state="copy"),
+            racing=explore.Racing(1, 4),
+            averages=AVERAGES,
+        ),
         "adapt": adapt.greedy(),
     },
 }
@@ -145,7 +150,7 @@ def test_none_takes_the_own_auxiliary_outputs_too(strategy):
 
 
 def test_an_optimizer_around_takes_none():
-    tx = optax_ev3.ev3(own(EXPLORERS["single"]), score, trajectory_length=3)
+    tx = optax_ev3.ev3(own(EXPLORERS["single"]), score, explore=explore.rounds(3))
     around = optax.chain(optax.clip(1e9), tx, optax.scale(1.0))
     assert_identical(train(around, nothing)[0], train(tx, nothing)[0])
 
@@ -155,15 +160,10 @@ def test_an_optimizer_around_takes_none():
     [
         ({"adam": optax.adam(0.1)}, {}, "adam"),
         ({"adam": optax.adam(0.1)}, {"loss_fn": loss}, "adam"),
-        ({"adam": optax.adam(0.1)}, {"trajectory_length": 2}, "adam"),
-        (
-            {"adam": optax.adam(0.1)},
-            {"trajectory_length": 2, "gradients": "turns", "loss_fn": loss},
-            "adam",
-        ),
+        ({"adam": optax.adam(0.1)}, {"explore": explore.rounds(2)}, "adam"),
         ({**own({"sgd": optax.sgd(0.1)}), "adam": optax.adam(0.1)}, {}, "adam"),
         (EXPLORERS["sweep"], {}, "adam"),
-        (EXPLORERS["group"], {"trajectory_length": 2}, "sgd"),
+        (EXPLORERS["group"], {"explore": explore.rounds(2)}, "sgd"),
     ],
 )
 def test_who_needs_the_callers_gradient_says_so(inner, kwargs, name):

@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +13,8 @@ from scipy import stats
 
 import optax_ev3
 from optax_ev3 import adapt, explore
+from optax_ev3._src.base.layout import Layout
 from optax_ev3._src.explore import racing
-from optax_ev3._src.history import record
 
 X = jnp.linspace(-1.0, 1.0, 16)
 
@@ -156,56 +155,19 @@ class TestCredit:
 
 
 class TestRace:
-    @pytest.mark.parametrize("history", [4, 7])
-    @pytest.mark.parametrize("race", [1, 3])
-    def test_who_rests(self, race, history):
-        """Against the definition, for adoptions by lot; 30 rounds."""
-        rng = np.random.default_rng(race)
-        script = rng.choice(4, 30, p=[0.5, 0.1, 0.0, 0.4])
-        tx = optax_ev3.ev3(
-            {"a": optax.sgd(0.1), "b": optax.sgd(0.2), "c": optax.sgd(0.3)},
-            score,
-            adapt=scripted(script),
-            race=explore.Racing(race, history),
-            history_length=history,
-        )
-        rounds = []  # of the adopted one, and who took part
-        for state in run(tx, 30):
-            window = rounds[-history:]
-            rests = []
-            for one in range(3):
-                took = sum(one in parts for _, parts in window)
-                won = any(adopted == one for adopted, _ in window)
-                rests.append(took >= race and not won)
-            parts = {i for i in range(3) if not rests[i]} or {0, 1, 2}
-            past = optax_ev3.history(state)
-            found = set(np.flatnonzero(~np.isnan(past["mean"][-1, :3])))
-            assert found == parts
-            rounds.append((past["adopted"][-1], parts))
-        assert 0 < sum(2 in parts for _, parts in rounds) < 30
-
-    def test_never_more_than_its_share(self):
-        def past(took):
-            empty = record.empty(8, 3)
-            rows = jnp.asarray(took, jnp.int32)
-            return empty._replace(
-                rounds=jnp.int32(8), valid=empty.valid.at[:, 0].set(rows - 1)
-            )
-
-        for took in itertools.product([0, 1], repeat=8):
-            own = past(took)._replace(adopted=jnp.ones([8], jnp.int32))
-            rests = racing.resting(own, [[0], [1]], 3)
-            assert bool(rests[0]) == (sum(took) >= 3)
-
     @pytest.mark.parametrize("errors", [0.0, 0.3])
     def test_who_rests_where_branches_go_on_apart(self, errors):
         """Against the definition, for scores by lot."""
         rng = np.random.default_rng(5)
         rested, kinds = set(), collections.Counter()
 
+        members = {name: [name] for name in "abc"}
+        layout = Layout(members, dict.fromkeys(members, True))
+
         @jax.jit
         def resting(past):
-            return racing.resting(past, [[0], [1], [2]], 2, apart=True)
+            paused = racing.paused(past, layout, explore.Racing(2, 6))
+            return jnp.stack(list(paused.values()))
 
         for _ in range(1000):
             kept, rounds = 6, int(rng.integers(1, 50))
@@ -215,7 +177,7 @@ class TestRace:
             valid[:, 2] = np.where(rng.random(kept) < 0.8, -1, valid[:, 2])
             adopted = rng.integers(0, 5, kept)
             adoptions = rng.integers(0, 9, 5)  # Over all rounds.
-            past = record.empty(kept, 5)._replace(
+            past = racing.init(kept, 5)._replace(
                 rounds=jnp.int32(rounds),
                 mean=jnp.asarray(mean, jnp.float32),
                 stderr=jnp.full([kept, 5], errors),
@@ -262,16 +224,16 @@ class TestRace:
 
     def test_who_rests_comes_back_from_the_adopted_parameters(self):
         """Branches of constant speed: the slow one is found where the fast one was."""
-        combine = optax_ev3.combine
         tx = optax_ev3.ev3(
             {"fast": optax.sgd(0.1), "slow": optax.sgd(0.01)},
             lambda w: w + 0 * X,
             loss_fn=lambda w: -w,
-            trajectory_length=2,
-            restart="never",
-            combine=[combine.trajectory_average(), combine.branch_average()],
+            explore=explore.branches(
+                2,
+                racing=explore.Racing(2, 8),
+                averages=[explore.trajectory_average(), explore.branch_average()],
+            ),
             adapt=adapt.greedy(),
-            race=explore.Racing(2, 8),
         )
         mean = optax_ev3.history(run_down(tx, 26)[-1])["mean"][-8:]
         took = ~np.isnan(mean[:, 1])
@@ -306,8 +268,7 @@ class TestRace:
             inner,
             assess,
             adapt=adapt.greedy(),
-            race=explore.Racing(2, 8),
-            trajectory_length=length,
+            explore=explore.branches(length, racing=explore.Racing(2, 8)),
         )
         states = run(tx, 8 * length)
         jax.effects_barrier()
@@ -332,7 +293,10 @@ class TestRace:
             return w + noise * (1 + 0.1 * jnp.cos(w))
 
         inner = {"early": moves(1.0, 0.1), "late": moves(0.5, 1.0)}
-        tx = optax_ev3.ev3(inner, assess, race=explore.Racing(4, 16), key=1)
+        strategy = explore.branches(
+            1, restart=explore.worse_than("start"), racing=explore.Racing(4, 16)
+        )
+        tx = optax_ev3.ev3(inner, assess, explore=strategy, key=1)
         noise = np.random.default_rng(0).normal(size=(200, 64)).astype(np.float32)
         stage = (np.arange(200) >= 60).astype(np.int32)
 
@@ -340,7 +304,7 @@ class TestRace:
             w, state = carry
             down = -jnp.ones([])  # The score rises with w.
             updates, state = tx.update(down, state, w, noise=given[0], stage=given[1])
-            last = state.record.adopted[(state.record.rounds - 1) % 16]
+            last = state.history.adopted[(state.history.rounds - 1) % 16]
             return (w + updates, state), last
 
         start = jnp.zeros([]), tx.init(jnp.zeros([]))
@@ -358,7 +322,9 @@ class TestRace:
             return optax.GradientTransformation(lambda p: jnp.int32(0), update)
 
         inner = {"fails": fails_late(), "slow": optax.sgd(0.05)}
-        tx = optax_ev3.ev3(inner, score, adapt=adapt.greedy(), race=explore.Racing(3))
+        tx = optax_ev3.ev3(
+            inner, score, explore=explore.branches(1, racing=explore.Racing(3))
+        )
         past = optax_ev3.history(run(tx, 40)[-1])
         assert (past["adopted"][-10:] == 1).all()
 
@@ -371,8 +337,7 @@ class TestRace:
         inner = {"good": optax.sgd(0.1), "bad": optax.sgd(-0.1)}
         kwargs = {
             "adapt": adapt.greedy(),
-            "race": explore.Racing(2),
-            "trajectory_length": length,
+            "explore": explore.branches(length, racing=explore.Racing(2)),
         }
 
         def assess(w, x):
@@ -404,44 +369,40 @@ class TestRace:
     def test_nothing_changes_where_all_win(self, mode):
         kwargs = {"adapt": scripted([0, 1] * 6), "assess_mode": mode}
         inner = [optax.sgd(0.1), optax.adam(0.1)]
-        plain = run(optax_ev3.ev3(inner, score, **kwargs), 12)
-        raced = run(optax_ev3.ev3(inner, score, race=explore.Racing(2), **kwargs), 12)
+        plain, raced = (
+            run(optax_ev3.ev3(inner, score, explore=one, **kwargs), 12)[-1]
+            for one in (
+                explore.branches(1),
+                explore.branches(1, racing=explore.Racing(2)),
+            )
+        )
         # Another program rounds otherwise.
-        assert_close(plain[-1], raced[-1]._replace(racing=()), 1e-3, 1e-4)
+        raced = raced._replace(explore=raced.explore._replace(racing=()))
+        assert_close(plain, raced, 1e-3, 1e-4)
 
     def test_averages_win_for_their_branch(self):
-        average = optax_ev3.combine.trajectory_average()
         tx = optax_ev3.ev3(
             [optax.sgd(0.1), optax.sgd(0.2)],
             score,
             adapt=scripted([2] * 8),
-            combine=[average],
-            trajectory_length=2,
-            race=explore.Racing(2),
+            explore=explore.branches(
+                2, averages=[explore.trajectory_average()], racing=explore.Racing(2)
+            ),
         )
         mean = optax_ev3.history(run(tx, 16)[-1])["mean"]
         assert not np.isnan(mean[:, [0, 2]]).any()
         assert np.isnan(mean[2:, [1, 3]]).all()
 
     @pytest.mark.parametrize(
-        ("kwargs", "error", "parts"),
+        ("race", "error", "parts"),
         [
-            ({"race": 3}, TypeError, ["race", "explore.Racing(patience=3)", "int"]),
-            ({"race": "a"}, TypeError, ["race", "explore.Racing", "'a'"]),
-            (
-                {
-                    "race": explore.Racing(2),
-                    "gradients": "turns",
-                    "trajectory_length": 2,
-                },
-                ValueError,
-                ["turns"],
-            ),
+            (3, TypeError, ["racing", "explore.Racing(patience=3)", "int"]),
+            ("a", TypeError, ["racing", "explore.Racing", "'a'"]),
         ],
     )
-    def test_bad_input(self, kwargs, error, parts):
+    def test_bad_input(self, race, error, parts):
         with says(error, *parts):
-            optax_ev3.ev3([optax.sgd(0.1)], score, **kwargs)
+            explore.branches(racing=race)
 
     @pytest.mark.parametrize(
         ("arguments", "error", "parts"),
@@ -466,17 +427,19 @@ def tied(w, batch):
 # Where the past plays a part in training.
 REMEMBERING = {
     "ties": {"assess_fn": tied},
-    "race": {"race": explore.Racing(2, 6)},
-    "apart": {"race": explore.Racing(2, 6), "restart": "never", "trajectory_length": 2},
+    "apart": {"explore": explore.branches(2, racing=explore.Racing(2, 6))},
     "averages": {
-        "race": explore.Racing(1, 5),
-        "restart": "never",
-        "trajectory_length": 2,
-        "combine": [optax_ev3.combine.branch_average()],
+        "explore": explore.branches(
+            2,
+            racing=explore.Racing(1, 5),
+            averages=[optax_ev3.explore.branch_average()],
+        ),
         "assess_fn": tied,
     },
     "evolve": {
-        "race": explore.Racing(3, 6),
+        "explore": explore.branches(
+            1, restart=explore.worse_than("start"), racing=explore.Racing(3, 6)
+        ),
         "inner": {
             "group": optax_ev3.evolve(
                 optax.sgd, {"learning_rate": optax_ev3.log_uniform(1e-3, 1.0)}, 3
@@ -508,13 +471,13 @@ def test_training_does_not_depend_on_the_length_of_the_history(name):
             w, state = carry
             grads = 2 * (w - batch.mean())
             updates, state = tx.update(grads, state, w, batch=batch)
-            return (w + updates, state), (w, state.record.adoptions)
+            return (w + updates, state), (w, state.history.adoptions)
 
         rng = np.random.default_rng(3)
         batches = jnp.asarray(rng.normal(2, 1, [60, 4]), jnp.float32)
         w = jnp.zeros([])
         (w, state), path = jax.lax.scan(step, (w, tx.init(w)), batches)
-        return path, state._replace(record=state.record.credit), state.record
+        return path, state._replace(history=state.history.credit), state.history
 
     *expected, full = jax.jit(trained, static_argnums=0)(64)
     assert name == "race" or (full.adoptions > 0).sum() > 1
@@ -602,13 +565,13 @@ def test_adoptions_are_counted_to_the_end(rounds):
     w = jnp.float32(1)
     state = tx.init(w)
     counts = jnp.array([rounds, 0, 0], jnp.int32)
-    past = state.record._replace(rounds=counts[0], adoptions=counts)
-    state = state._replace(record=past)
+    past = state.history._replace(rounds=counts[0], adoptions=counts)
+    state = state._replace(history=past)
     update = jax.jit(tx.update)
     for call in range(1, 5):
         _, state = update(w, state, w)
         expected = min(rounds + call, MOST)
-        assert state.record.adoptions.tolist() == [expected, 0, 0]
+        assert state.history.adoptions.tolist() == [expected, 0, 0]
         assert float(optax_ev3.summary(state)["ev3/share/good"]) == 1
 
 
@@ -619,7 +582,7 @@ def test_who_is_seldom_adopted_after_many_rounds(length, rounds, more):
     """Python's integers have no end."""
     own, adopted = 1, rounds // length + more
     seldom = adopted * length < rounds
-    past = record.empty(length, 4)
+    past = racing.init(length, 4)
     past = past._replace(
         rounds=jnp.asarray(rounds, jnp.int32),
         adoptions=jnp.array([rounds - adopted, adopted, 0, 0], jnp.int32),
@@ -628,5 +591,6 @@ def test_who_is_seldom_adopted_after_many_rounds(length, rounds, more):
     )
     stretch = rounds // length
     assert stretch & (stretch - 1)  # It is not the time to come back.
-    rests = racing.resting(past, [[0], [own]], 2, apart=True)
-    assert rests.tolist() == [False, seldom]
+    layout = Layout({"a": ["a"], "b": ["b"]}, {"a": True, "b": True})
+    paused = racing.paused(past, layout, explore.Racing(2, length))
+    assert [bool(flag) for flag in paused.values()] == [False, seldom]

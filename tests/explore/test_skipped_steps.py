@@ -15,11 +15,14 @@ APART = np.array([0, 0, 1, 1, 1, 0, 0, 1, 1, 1], bool)
 
 STRATEGIES = {
     "one_step": {},
-    "own": {"trajectory_length": 2, "gradients": "own"},
-    "shared": {"trajectory_length": 2, "gradients": "shared"},
-    "turns": {"trajectory_length": 2, "gradients": "turns"},
-    "never": {"trajectory_length": 2, "restart": "never"},
-    "behind": {"trajectory_length": 3, "restart": "behind", "restart_state": "new"},
+    "own": {"explore": explore.rounds(2, gradients="own")},
+    "shared": {"explore": explore.rounds(2, gradients="shared")},
+    "never": {"explore": explore.branches(2)},
+    "behind": {
+        "explore": explore.branches(
+            3, restart=explore.worse_than("start", inner_state="new")
+        ),
+    },
 }
 
 
@@ -67,16 +70,12 @@ def test_counts_by_hand(strategy):
     names, found = counts(tx, zip(FINITE, APART, strict=True))
     assert [name[:5] for name in names] == ["plain", "apart", "sweep", "sweep"]
     missed = np.stack([~FINITE, ~APART, ~FINITE, np.ones_like(FINITE)], axis=1)
-    if strategy == "turns":
-        turn = np.arange(len(FINITE)) // 2 % 4
-        missed &= turn[:, None] == np.arange(4)
     np.testing.assert_array_equal(found, np.cumsum(missed, axis=0))
 
 
 @pytest.mark.parametrize("length", [1, 2])
-@pytest.mark.parametrize("restart", ["always", "never"])
-def test_paused_explorers_skip_nothing(length, restart):
-    """After a round that it does not win, or two where branches go on, it waits."""
+def test_paused_explorers_skip_nothing(length):
+    """After two rounds that it does not win, it waits."""
     inner = {
         "plain": optax.sgd(0.01),
         "apart": optax_ev3.explorer(optax.sgd(0.01), apart_loss),
@@ -86,13 +85,10 @@ def test_paused_explorers_skip_nothing(length, restart):
         score,
         loss_fn=loss,
         adapt=adapt.greedy(),
-        trajectory_length=length,
-        restart=restart,
-        race=explore.Racing(1, 4),
+        explore=explore.branches(length, racing=explore.Racing(1, 4)),
     )
     _, found = counts(tx, [(True, False)] * 5 * length)
-    most = length * (2 if restart == "never" else 1)
-    steps = np.minimum(np.arange(1, 5 * length + 1), most)
+    steps = np.minimum(np.arange(1, 5 * length + 1), 2 * length)
     np.testing.assert_array_equal(found, np.stack([0 * steps, steps], axis=1))
 
 
@@ -103,7 +99,7 @@ def test_a_trajectory_that_takes_no_step_is_seen(length):
         {"large": optax.sgd(1.0), "small": optax.sgd(0.1)},
         lambda w: -jnp.square(w + 1),
         loss_fn=jnp.sqrt,
-        trajectory_length=length,
+        explore=explore.rounds(length),
         adapt=adapt.greedy(),
     )
 

@@ -12,7 +12,7 @@ from helpers import always, assert_close, assert_identical, assert_same_types, x
 from helpers.trajectories import alone, data, loss, run, score, start, stepper
 
 import optax_ev3
-from optax_ev3 import adapt
+from optax_ev3 import adapt, explore
 
 INNER = {
     "adam": lambda: optax.adam(0.03),
@@ -32,7 +32,7 @@ def test_branches_that_never_restart_are_independent_runs(length, wide):
         dtype = jnp.float64 if wide else jnp.float32
         w = start(dtype)
         tx = optax_ev3.ev3(
-            inner(), score, loss_fn=loss, trajectory_length=length, restart="never"
+            inner(), score, loss_fn=loss, explore=explore.branches(length)
         )
         _, state = run(tx, 40, w)[-1]
         # The first explorer leads at first.
@@ -40,9 +40,9 @@ def test_branches_that_never_restart_are_independent_runs(length, wide):
         assert length == 40 or len(leaders) > 1  # The lead did change.
         for name in INNER:
             end, inner_state = _alone_for_40(name, wide)
-            found = state.explorers[name].opt_state
+            found = state.explore.explorers[name].opt_state
             tolerance = 1e-10 if wide else 1e-4
-            assert_close(state.trajectory.ends[name], end, tolerance, tolerance)
+            assert_close(state.explore.branches.ends[name], end, tolerance, tolerance)
             assert_close(found, inner_state, tolerance, tolerance)
 
 
@@ -80,10 +80,7 @@ def test_equals_the_papers_round_in_plain_python(length):
         opts,
         score,
         loss_fn=loss,
-        trajectory_length=length,
-        gradients="own",
-        restart="always",
-        restart_state="keep",
+        explore=explore.rounds(length, gradients="own", restart_state="keep"),
         adapt=adapt.lower_bound(0.5, 1.96),
     )
     rounds = 6
@@ -108,19 +105,19 @@ def test_equals_the_papers_round_in_plain_python(length):
 
 def test_visible_parameters_follow_the_lead_branch():
     tx = optax_ev3.ev3(
-        inner(), score, loss_fn=loss, trajectory_length=4, adapt=always(1)
+        inner(), score, loss_fn=loss, explore=explore.rounds(4), adapt=always(1)
     )
     seen = run(tx, 8)
     # The first explorer leads the first round, the adopted one the second.
     for call, name in [(1, "adam"), (2, "adam"), (5, "sgd"), (6, "sgd")]:
         visible, state = seen[call]
-        assert_close(visible, state.trajectory.ends[name], 1e-6, 1e-7)
+        assert_close(visible, state.explore.branches.ends[name], 1e-6, 1e-7)
     assert int(seen[-1][1].ev3_round) == 2
     assert int(seen[-1][1].ev3_calls) == 8
 
 
 def test_shared_gradients_are_the_callers():
-    tx = optax_ev3.ev3(inner(), score, trajectory_length=6, adapt=always(0))
+    tx = optax_ev3.ev3(inner(), score, explore=explore.rounds(6), adapt=always(0))
     w = start()
     _, state = run(tx, 5, w)[-1]
     ends = dict.fromkeys(INNER, w)
@@ -131,32 +128,7 @@ def test_shared_gradients_are_the_callers():
             u, states[name] = make().update(grads, states[name], ends[name])
             ends[name] = optax.apply_updates(ends[name], u)
     for name in INNER:
-        assert_close(state.trajectory.ends[name], ends[name], 1e-4, 1e-5)
-
-
-def test_turns_run_one_branch_after_the_other():
-    length = 3
-    tx = optax_ev3.ev3(
-        inner(), score, trajectory_length=length, gradients="turns", adapt=always(1)
-    )
-    w = start()
-    seen = run(tx, 9)
-    for turn, (name, make) in enumerate(INNER.items()):
-        end, opt_state = alone(make(), length, w, first=turn * length)
-        state = seen[turn * length + length - 1][1]
-        found = seen[min(turn * length + length, 8)][1].trajectory.ends[name]
-        if turn < 2:
-            # Back to the round's start, for the next branch.
-            assert_close(seen[turn * length + length - 1][0], w, 1e-5, 1e-6)
-            assert_close(found, end, 1e-4, 1e-5)
-        assert_close(state.explorers[name].opt_state, opt_state, 1e-4, 1e-5)
-        if name == "sgd":
-            adopted = end
-    visible, state = seen[-1]
-    assert_close(visible, adopted, 1e-4, 1e-5)
-    assert int(state.ev3_round) == 1
-    for end in state.trajectory.ends.values():
-        assert_identical(end, visible)
+        assert_close(state.explore.branches.ends[name], ends[name], 1e-4, 1e-5)
 
 
 def by_length(lengths):
@@ -179,9 +151,7 @@ def test_length_grows_without_improvement_and_goes_back():
     tx = optax_ev3.ev3(
         inner(),
         score,
-        trajectory_length=2,
-        trajectory_growth=1.6,
-        max_trajectory_length=6,
+        explore=explore.rounds(2, growth=1.6, max_length=6),
         adapt=significant_in([4]),
     )
     # 2, 3.2, 5.12, 8.192 and 13.1 rounded, at most 6, until round 4 is significant.
@@ -194,7 +164,15 @@ def test_length_grows_without_improvement_and_goes_back():
         assert int(state.ev3_round) == sum(end <= call for end in ends)
 
 
-@pytest.mark.parametrize("restart", ["always", "significant", "behind", "never"])
+RESTARTS = {
+    "always": explore.rounds(10),
+    "adopted": explore.branches(10, restart=explore.worse_than("adopted")),
+    "start": explore.branches(10, restart=explore.worse_than("start")),
+    "never": explore.branches(10, restart=explore.never()),
+}
+
+
+@pytest.mark.parametrize("restart", RESTARTS)
 def test_which_branches_restart(restart):
     rates = {"good": 0.05, "near": 0.0501, "slow": 0.005, "bad": -0.1}
     inner = {name: optax.sgd(rate) for name, rate in rates.items()}
@@ -202,21 +180,20 @@ def test_which_branches_restart(restart):
         inner,
         score,
         loss_fn=loss,
-        trajectory_length=10,
-        restart=restart,
+        explore=RESTARTS[restart],
         adapt=always(0),
     )
     visible, state = run(tx, 10)[-1]
     end = {k: alone(tx, 10, start())[0] for k, tx in inner.items()}
     expected = {
         "always": {},
-        "significant": {"near"},
-        "behind": {"near", "slow"},
+        "adopted": {"near"},
+        "start": {"near", "slow"},
         "never": {"near", "slow", "bad"},
     }[restart]
     for name in inner:
         where = end[name] if name in expected else visible
-        assert_close(state.trajectory.ends[name], where, 1e-5, 1e-6)
+        assert_close(state.explore.branches.ends[name], where, 1e-5, 1e-6)
     far = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), end["near"], visible)
     assert max(jax.tree.leaves(far)) > 1e-5  # The near one can be told from the good.
 
@@ -233,12 +210,11 @@ def test_inner_states_of_branches_that_restart(policy):
         inner,
         score,
         loss_fn=loss,
-        trajectory_length=4,
-        restart_state=policy,
+        explore=explore.rounds(4, restart_state=policy),
         adapt=always(0),
     )
     visible, state = run(tx, 4)[-1]
-    found = {name: one.opt_state for name, one in state.explorers.items()}
+    found = {name: one.opt_state for name, one in state.explore.explorers.items()}
     winner = alone(inner["winner"], 4, start())[1]
     alike = alone(inner["alike"], 4, start())[1]
     other = alone(inner["other"], 4, start())[1]
@@ -271,25 +247,25 @@ def test_branch_that_becomes_non_finite_is_out_until_its_restart(gradients):
     bad = optax.GradientTransformation(lambda params: jnp.zeros([], jnp.int32), poison)
     both = {"good": optax.sgd(0.05), "bad": bad}
     kwargs = {"loss_fn": loss, "gradients": gradients, "adapt": adapt.greedy()}
-    tx = optax_ev3.ev3(both, score, trajectory_length=4, **kwargs)
+    tx = optax_ev3.ev3(both, score, explore=explore.rounds(4), **kwargs)
     seen = run(tx, 8)
-    alive = [s.trajectory.alive.tolist() for _, s in seen]
+    alive = [s.explore.branches.alive.tolist() for _, s in seen]
     assert alive[:3] == [[1, 1], [1, 0], [1, 0]]
     state = seen[2][1]
     # It was made anew where the visible parameters were when it died.
     state = seen[1][1]
-    assert int(state.explorers["bad"].opt_state) == 0
-    assert_identical(state.trajectory.ends["bad"], seen[0][0])
+    assert int(state.explore.explorers["bad"].opt_state) == 0
+    assert_identical(state.explore.branches.ends["bad"], seen[0][0])
     state = seen[2][1]
     finite = [np.isfinite(x).all() for _, s in seen for x in jax.tree.leaves(s[:-1])]
     assert all(finite)
     end, _ = alone(both["good"], 3, start())
-    assert_close(state.trajectory.ends["good"], end, 1e-4, 1e-5)
+    assert_close(state.explore.branches.ends["good"], end, 1e-4, 1e-5)
     past = optax_ev3.history(seen[3][1])
     assert np.isnan(past["mean"][0, 1]) and np.isfinite(past["mean"][0, 0])
     # Alive again after the restart, from the visible parameters.
     assert alive[3] == [1, 1]
-    assert_identical(seen[3][1].trajectory.ends["bad"], seen[3][0])
+    assert_identical(seen[3][1].explore.branches.ends["bad"], seen[3][0])
 
 
 def test_member_of_a_sweep_that_overflows_is_out_alone():
@@ -300,15 +276,14 @@ def test_member_of_a_sweep_that_overflows_is_out_alone():
         [optax_ev3.sweep(factory, rate=[5e-4, 1e38, 1e-3])],
         score,
         loss_fn=loss,
-        trajectory_length=4,
-        combine=[optax_ev3.combine.trajectory_average()],
+        explore=explore.rounds(4, averages=[optax_ev3.explore.trajectory_average()]),
     )
     seen = run(tx, 4)
     _, state = seen[2]
-    assert state.trajectory.alive.tolist() == [1, 0, 1]
+    assert state.explore.branches.alive.tolist() == [1, 0, 1]
     for member, rate in ((0, 0.05), (2, 0.1)):
         end, _ = alone(optax.sgd(rate), 3, start())
-        (ends,) = state.trajectory.ends.values()
+        (ends,) = state.explore.branches.ends.values()
         found = jax.tree.map(lambda x, i=member: x[i], ends)
         assert_close(found, end, 1e-4, 1e-5)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state[:-1]))
@@ -316,27 +291,22 @@ def test_member_of_a_sweep_that_overflows_is_out_alone():
     assert np.isfinite(past["mean"][0]).tolist() == [1, 0, 1, 1, 0, 1, 1, 1]
 
 
-@pytest.mark.parametrize("gradients", ["own", "shared", "turns"])
+@pytest.mark.parametrize("gradients", ["own", "shared"])
 def test_steps_without_finite_gradients_are_not_taken(gradients):
     tx = optax_ev3.ev3(
         {**inner(), "swept": optax_ev3.sweep(optax.adam, learning_rate=[0.1, 0.2])},
         score,
         loss_fn=loss,
-        gradients=gradients,
-        trajectory_length=4,
+        explore=explore.rounds(4, gradients=gradients),
     )
     w, state = run(tx, 2)[-1]
     batch = jax.tree.map(lambda x: x.at[3].set(jnp.nan), data(2))
     same, new = stepper(tx, loss)(w, state, batch, data(1002))
     assert_identical(same, w)
-    first = next(iter(inner()))
-    for name, one in new.explorers.items():
-        assert_identical(one.opt_state, state.explorers[name].opt_state)
-        # In turns only the first one's step was due.
-        skipped = np.zeros(one.skipped.shape, int)
-        skipped += gradients != "turns" or name == first
-        np.testing.assert_array_equal(one.skipped, skipped)
-    walked, before = new.trajectory, state.trajectory
+    for name, one in new.explore.explorers.items():
+        assert_identical(one.opt_state, state.explore.explorers[name].opt_state)
+        np.testing.assert_array_equal(one.skipped, np.ones(one.skipped.shape))
+    walked, before = new.explore.branches, state.explore.branches
     assert_identical(walked._replace(step=before.step), before)
     # The others of the round count, and all branches are candidates at its end.
     last = run(tx, 20, w, first=3, state=new)[-1][1]
@@ -350,7 +320,7 @@ def test_lead_that_becomes_non_finite_stands_still():
 
     bad = optax.GradientTransformation(lambda params: (), poison)
     tx = optax_ev3.ev3(
-        {"bad": bad, "good": optax.sgd(0.05)}, score, trajectory_length=3
+        {"bad": bad, "good": optax.sgd(0.05)}, score, explore=explore.rounds(3)
     )
     seen = run(tx, 6)
     assert_identical(seen[1][0], start())
@@ -359,7 +329,7 @@ def test_lead_that_becomes_non_finite_stands_still():
 
 
 def test_saved_and_restored_in_the_middle_of_a_round():
-    tx = optax_ev3.ev3(inner(), score, loss_fn=loss, trajectory_length=5)
+    tx = optax_ev3.ev3(inner(), score, loss_fn=loss, explore=explore.rounds(5))
     whole = run(tx, 13)[-1]
     w, state = run(tx, 7)[-1]
     packed = jax.tree.map(np.asarray, (w, state))
@@ -369,10 +339,10 @@ def test_saved_and_restored_in_the_middle_of_a_round():
 
 def test_donated_buffers():
     everything = [
-        optax_ev3.combine.trajectory_average(),
-        optax_ev3.combine.branch_average(),
+        explore.trajectory_average(),
+        explore.branch_average(),
     ]
-    tx = optax_ev3.ev3(inner(), score, trajectory_length=2, combine=everything)
+    tx = optax_ev3.ev3(inner(), score, explore=explore.rounds(2, averages=everything))
 
     def step(w, state, batch):
         updates, state = tx.update(jax.grad(loss)(w, batch), state, w, held=batch)
@@ -392,13 +362,15 @@ def trained(gradients, mode):
         {"clipped": INNER["clipped"](), "swept": swept},
         score,
         loss_fn=loss,
-        trajectory_length=2,
-        gradients=gradients,
+        explore=explore.rounds(
+            2,
+            gradients=gradients,
+            averages=[
+                optax_ev3.explore.trajectory_average(),
+                optax_ev3.explore.branch_average(),
+            ],
+        ),
         assess_mode=mode,
-        combine=[
-            optax_ev3.combine.trajectory_average(),
-            optax_ev3.combine.branch_average(),
-        ],
     )
 
     def step(carry, number):
@@ -418,7 +390,7 @@ def trained(gradients, mode):
 
 @pytest.mark.parametrize(
     ("gradients", "mode"),
-    [("own", "unroll"), ("shared", "vmap"), ("turns", "map"), ("own", "map")],
+    [("own", "unroll"), ("shared", "vmap"), ("own", "map")],
 )
 def test_types_are_stable_under_scan_and_vmap(gradients, mode):
     train, scales = trained(gradients, mode)
@@ -437,7 +409,7 @@ def test_trains_under_scan_and_vmap():
         w, state = jax.tree.map(lambda x, i=i: x[i], many)
         expected, other = one(scale)
         assert_close(w, expected, 1e-4, 1e-5)
-        assert_close(state.trajectory, other.trajectory, 1e-4, 1e-5)
+        assert_close(state.explore.branches, other.explore.branches, 1e-4, 1e-5)
 
 
 def test_dtypes_of_parameters_are_kept():
@@ -446,8 +418,7 @@ def test_dtypes_of_parameters_are_kept():
         inner(),
         lambda p, held: score(p, held).astype(jnp.float32),
         loss_fn=loss,
-        trajectory_length=2,
-        combine=[optax_ev3.combine.trajectory_average()],
+        explore=explore.rounds(2, averages=[optax_ev3.explore.trajectory_average()]),
     )
     state = tx.init(w)
 

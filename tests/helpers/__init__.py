@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import optax_ev3
-from optax_ev3 import adapt, combine, explore
+from optax_ev3 import adapt, explore
 
 RULES = {
     "greedy": adapt.greedy,
@@ -23,16 +23,18 @@ RULES = {
 # Ways to explore, all with a loss_fn.
 STRATEGIES = {
     "one_step": {},
-    "own": {"trajectory_length": 2},
-    "shared": {"trajectory_length": 2, "gradients": "shared"},
-    "turns": {"trajectory_length": 2, "gradients": "turns"},
-    "new": {"trajectory_length": 2, "restart_state": "new"},
-    "never": {"trajectory_length": 2, "restart": "never", "race": explore.Racing(2)},
+    "own": {"explore": explore.rounds(2)},
+    "shared": {"explore": explore.rounds(2, gradients="shared")},
+    "new": {"explore": explore.rounds(2, restart_state="new")},
+    "never": {
+        "explore": explore.branches(2, racing=explore.Racing(2)),
+    },
     "behind": {
-        "trajectory_length": 2,
-        "restart": "behind",
-        "restart_state": "copy",
-        "combine": [combine.trajectory_average(), combine.branch_average()],
+        "explore": explore.branches(
+            2,
+            restart=explore.worse_than("start", inner_state="copy"),
+            averages=[explore.trajectory_average(), explore.branch_average()],
+        ),
     },
 }
 

@@ -238,11 +238,10 @@ def parts():
 
 STRATEGIES = {
     "one_step": {},
-    "own": {"trajectory_length": 2, "gradients": "own"},
-    "shared": {"trajectory_length": 2, "gradients": "shared"},
-    "turns": {"trajectory_length": 2, "gradients": "turns"},
-    "never": {"trajectory_length": 2, "restart": "never"},
-    "race": {"restart": "never", "race": explore.Racing(1, 4)},
+    "own": {"explore": explore.rounds(2, gradients="own")},
+    "shared": {"explore": explore.rounds(2, gradients="shared")},
+    "never": {"explore": explore.branches(2)},
+    "race": {"explore": explore.branches(1, racing=explore.Racing(1, 4))},
 }
 
 

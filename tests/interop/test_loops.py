@@ -22,6 +22,7 @@ from helpers import always, assert_close, lenient, x64
 
 import optax_ev3
 import optax_ev3.flax
+from optax_ev3 import explore
 
 pytestmark = [
     pytest.mark.loops,
@@ -31,7 +32,7 @@ pytestmark = [
 STEPS = 40
 RATE = 0.05
 HARMFUL = {"adam": optax.adam(RATE), "ascent": optax.sgd(-0.05)}
-TRAJECTORIES = {"trajectory_length": 5, "restart": "never"}
+TRAJECTORIES = {"explore": explore.branches(5)}
 # Arguments of ev3, and whether it gets the loss.
 SETTINGS = {
     "one_step": ({}, False),

@@ -4,7 +4,6 @@ Dimensions: ``C`` candidates, ``N`` examples.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,28 +11,100 @@ import jax.numpy as jnp
 
 from optax_ev3._src.base import checks, statistics
 from optax_ev3._src.base import evidence as ev
+from optax_ev3._src.base.decision import Decision, Guard, Rule, enforce_validity
 from optax_ev3._src.base.evidence import Evidence
 
 
-class Guard(NamedTuple):
-    """Stands between the scores and the rule, which sees what the guard releases.
+class GuardedState(NamedTuple):
+    """State of :func:`guarded`.
 
     Attributes:
-      init: Maps a PRNG key to what the guard remembers, a tree of arrays.
-      release: Maps ``(evidence, memory, key)`` to the evidence that the rule gets, in
-        exact figures ``[C]``, and the memory.
-      settle: Maps ``(memory, released, replaced, promoted)`` to the memory after the
-        decision on the evidence released: ``[]`` bool, whether stable was replaced, and
-        ``[]`` int32, by which candidate.
+      rule_state: State of the rule.
+      guard_state: State of the guard.
     """
 
-    init: Callable[[jax.Array], Any]
-    release: Callable[[Evidence, Any, jax.Array], tuple[Evidence, Any]]
-    settle: Callable[[Any, Evidence, jax.Array, jax.Array], Any]
+    rule_state: Any
+    guard_state: Any
 
 
-class LadderMemory(NamedTuple):
-    """What :func:`ladder` remembers.
+def guarded(rule: Rule, guard: Guard) -> Rule:
+    """The rule, which sees what the guard releases, and nothing else.
+
+    For a held-out set that is used again and again. What people are told, by
+    :func:`optax_ev3.history` and :func:`optax_ev3.summary`, is what was released, too.
+
+    Args:
+      rule: Any rule that takes one objective.
+      guard: :func:`ladder`, :func:`thresholdout`, or one of your own.
+
+    Returns:
+      A rule, for the objectives that the guard takes.
+
+    Raises:
+      TypeError: If the rule is no rule, or the guard no guard.
+      ValueError: If the rule takes several objectives: a guard releases one.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_ev3
+      >>> from optax_ev3 import adapt
+      >>> x = jnp.linspace(-1.0, 1.0, 64)
+      >>> tx = optax_ev3.ev3(
+      ...     [optax.adam(1e-3), optax.sgd(0.1)],
+      ...     assess_fn=lambda w: -((w * x - 3 * x) ** 2),  # always the same examples
+      ...     adapt=adapt.guarded(adapt.greedy(), adapt.ladder()),
+      ... )
+    """
+    if not isinstance(rule, Rule):
+        raise TypeError(
+            f"guarded takes a rule first, such as adapt.greedy(), got {rule!r} of type "
+            f"{type(rule).__name__}."
+        )
+    if not isinstance(guard, Guard):
+        raise TypeError(
+            f"guarded takes a guard second, such as adapt.ladder(), got {guard!r} of "
+            f"type {type(guard).__name__}."
+        )
+    if rule.objectives:
+        raise ValueError(
+            f"a guard releases one objective, the rule takes {list(rule.objectives)}."
+        )
+
+    def init(proposals: int) -> GuardedState:
+        return GuardedState(rule.init(proposals), guard.init())
+
+    def decide(
+        evidence: Evidence, state: GuardedState, key: jax.Array
+    ) -> tuple[Decision, GuardedState]:
+        release_key = jax.random.fold_in(key, 1)
+        released, guard_state = guard.release(evidence, state.guard_state, release_key)
+        released = dataclasses.replace(
+            released,
+            # A guard may hide scores and candidates; it makes none valid.
+            valid=released.valid & evidence.valid,
+            past=evidence.past,
+            credit=evidence.credit,
+            one_step=evidence.one_step,
+        )
+        decision, rule_state = rule.decide(released, state.rule_state, key)
+        # What is done, which the guard remembers, is valid.
+        allowed, _ = enforce_validity(decision, released)
+        replaced = allowed.significant & released.valid[: released.proposals].any()
+        promoted = jnp.asarray(allowed.promoted)
+        guard_state = guard.settle(guard_state, released, replaced, promoted)
+        told = released if decision.evidence is None else decision.evidence
+        decision = decision._replace(evidence=told)
+        return decision, GuardedState(rule_state, guard_state)
+
+    def forget(state: GuardedState, fresh: jax.Array) -> GuardedState:
+        if rule.forget is None:
+            return state
+        return state._replace(rule_state=rule.forget(state.rule_state, fresh))
+
+    return Rule(init, decide, forget=forget)
+
+
+class LadderState(NamedTuple):
+    """State of :func:`ladder`.
 
     Attributes:
       rounds: ``[]`` int32, rounds so far in which stable had a score.
@@ -75,13 +146,12 @@ def ladder(confidence: float | None = 0.95, step: float | None = None) -> Guard:
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_ev3
-      >>> from optax_ev3 import adapt, evidence
+      >>> from optax_ev3 import adapt
       >>> x = jnp.linspace(-1.0, 1.0, 64)
       >>> tx = optax_ev3.ev3(
       ...     [optax.adam(1e-3), optax.sgd(0.1)],
       ...     assess_fn=lambda w: -((w * x - 3 * x) ** 2),  # always the same examples
-      ...     adapt=adapt.greedy(),
-      ...     guard=evidence.ladder(),
+      ...     adapt=adapt.guarded(adapt.greedy(), adapt.ladder()),
       ... )
 
     References:
@@ -97,27 +167,28 @@ def ladder(confidence: float | None = 0.95, step: float | None = None) -> Guard:
             return jnp.full_like(stderr, step)
         if alpha is None:
             return stderr
-        comparisons = 2 * (evidence.valid.shape[0] - 1)
+        comparisons = 2 * (evidence.candidates - 1)
         level = statistics.spend(alpha / comparisons, rounds)
         return statistics.z_value(level) * stderr
 
-    def init(key):
-        del key
-        return LadderMemory(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32))
+    def init() -> LadderState:
+        return LadderState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32))
 
-    def release(evidence, memory, key):
+    def release(
+        evidence: Evidence, state: LadderState, key: jax.Array
+    ) -> tuple[Evidence, LadderState]:
         del key
         objective = ev.single_objective(evidence)
         ev.each_example(evidence, objective, "ladder")
         mean = ev.estimate(evidence, objective).mean.astype(jnp.float32)
-        against = ev.compare(evidence, objective, mean.shape[0] - 1)
-        limit = threshold(evidence, against.stderr, memory.rounds + 1)
+        against = ev.compare(evidence, objective, evidence.stable)
+        limit = threshold(evidence, against.stderr, state.rounds + 1)
         # As 1 / N is to scores of 0 or 1, for scores of any scale.
         unit = against.stderr / jnp.sqrt(ev.count(evidence, objective))
         unit = jnp.full_like(mean, step) if step else unit.astype(jnp.float32)
         rounded = jnp.round(mean / jnp.where(unit > 0, unit, 1)) * unit
         rounded = jnp.where(unit > 0, rounded, mean)
-        best = jnp.where(memory.rounds == 0, rounded[-1], memory.best)
+        best = jnp.where(state.rounds == 0, rounded[-1], state.best)
         # What is told to be better does not look equal or worse for being rounded.
         better = jnp.maximum(rounded, best + unit)
         worse = jnp.minimum(rounded, best - unit)
@@ -125,29 +196,33 @@ def ladder(confidence: float | None = 0.95, step: float | None = None) -> Guard:
         released = jnp.where(jnp.abs(against.gain) > limit, told, best)
         # Without a score of stable there is nothing to tell, and nothing to remember.
         known = evidence.valid[-1]
-        memory = LadderMemory(
-            memory.rounds + known.astype(jnp.int32),
-            jnp.where(known, best, memory.best),
+        state = LadderState(
+            state.rounds + known.astype(jnp.int32),
+            jnp.where(known, best, state.best),
         )
-        return _released(evidence, objective, released), memory
+        return _released(evidence, objective, released), state
 
-    def settle(memory, released, replaced, promoted):
+    def settle(
+        state: LadderState, released: Evidence, replaced: Any, promoted: Any
+    ) -> LadderState:
         (scores,) = released.scores.values()
-        return memory._replace(best=jnp.where(replaced, scores[promoted], memory.best))
+        return state._replace(best=jnp.where(replaced, scores[promoted], state.best))
 
     return Guard(init, release, settle)
 
 
-class ThresholdoutMemory(NamedTuple):
-    """What :func:`thresholdout` remembers.
+class ThresholdoutState(NamedTuple):
+    """State of :func:`thresholdout`.
 
     Attributes:
       budget: ``[]`` int32, how many held-out scores may yet be released.
       noise: ``[]`` float32, what is added to the threshold until the next release.
+      drawn: ``[]`` int32, 1 once there is such noise.
     """
 
     budget: jax.Array
     noise: jax.Array
+    drawn: jax.Array
 
 
 def thresholdout(
@@ -190,33 +265,42 @@ def thresholdout(
     if budget < 1:
         raise ValueError(f"budget must be at least 1 release, got {budget}.")
 
-    def init(key):
-        gamma = 2 * noise * jax.random.laplace(key, [])
-        return ThresholdoutMemory(jnp.asarray(budget, jnp.int32), gamma)
+    def init() -> ThresholdoutState:
+        return ThresholdoutState(
+            jnp.asarray(budget, jnp.int32),
+            jnp.zeros([], jnp.float32),
+            jnp.zeros([], jnp.int32),
+        )
 
-    def release(evidence, memory, key):
+    def release(
+        evidence: Evidence, state: ThresholdoutState, key: jax.Array
+    ) -> tuple[Evidence, ThresholdoutState]:
         held_out = sorted(set(evidence.scores) - {train})
         if train not in evidence.scores or len(held_out) != 1:
             raise ValueError(
                 f"thresholdout needs two objectives, {train!r} and a held-out one, "
                 f"assess_fn returned {sorted(evidence.scores)}."
             )
-        seen, own = (ev.estimate(evidence, k).mean for k in (train, held_out[0]))
-        key, new_key = jax.random.split(key)
-        eta, xi = noise * jax.random.laplace(key, [2, *seen.shape])
-        far = jnp.abs(seen - own) > threshold + memory.noise + 4 * eta
+        fitted, own = (ev.estimate(evidence, k).mean for k in (train, held_out[0]))
+        key, new_key, first_key = jax.random.split(key, 3)
+        gamma, first = (
+            2 * noise * jax.random.laplace(k, []) for k in (new_key, first_key)
+        )
+        eta, xi = noise * jax.random.laplace(key, [2, *fitted.shape])
+        limit = threshold + jnp.where(state.drawn > 0, state.noise, first)
+        far = jnp.abs(fitted - own) > limit + 4 * eta
         # The first ones as far as the budget goes.
         told = far & evidence.valid
-        told &= jnp.cumsum(told) <= memory.budget
-        released = jnp.where(told, own + xi, seen)
-        gamma = 2 * noise * jax.random.laplace(new_key, [])
-        memory = ThresholdoutMemory(
-            memory.budget - told.sum(dtype=jnp.int32),
-            jnp.where(told.any(), gamma, memory.noise),
+        told &= jnp.cumsum(told) <= state.budget
+        released = jnp.where(told, own + xi, fitted)
+        state = ThresholdoutState(
+            state.budget - told.sum(dtype=jnp.int32),
+            jnp.where(told.any(), gamma, limit - threshold),
+            jnp.ones_like(state.drawn),
         )
-        return _released(evidence, held_out[0], released), memory
+        return _released(evidence, held_out[0], released), state
 
-    return Guard(init, release, lambda memory, *_: memory)
+    return Guard(init, release, lambda state, *_: state)
 
 
 def _released(evidence: Evidence, objective: str, figures: jax.Array) -> Evidence:

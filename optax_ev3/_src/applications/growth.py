@@ -14,7 +14,7 @@ from jax.tree_util import tree_leaves_with_path as leaves_with_path
 
 from optax_ev3._src.applications import parameter_mapping
 from optax_ev3._src.applications.parameter_mapping import ArrayMapping, Growth, Path
-from optax_ev3._src.history.record import EV3State
+from optax_ev3._src.base.states import EV3State
 
 _log = logging.getLogger("optax_ev3")
 
@@ -115,7 +115,7 @@ def progress(state: Any) -> set[str]:
         return isinstance(node, EV3State)
 
     return {
-        parameter_mapping.path_name((*path, GetAttrKey("record"), GetAttrKey("since")))
+        parameter_mapping.path_name((*path, GetAttrKey("history"), GetAttrKey("since")))
         for path, node in leaves_with_path(state, is_leaf=is_state)
         if is_state(node)
     }

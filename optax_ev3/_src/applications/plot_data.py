@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from optax_ev3._src.history import record
+from optax_ev3._src.base.states import EV3State
+from optax_ev3._src.history import report
 
 Z = 1.96  # Standard errors each way where the history has no bounds: 95%.
 
@@ -52,9 +53,9 @@ def _as_mapping(given: Any) -> Mapping[str, Any]:
     if isinstance(given, Mapping) and "candidates" in given:
         return given
     try:
-        return record.history(given)
+        return report.history(given)
     except ValueError as error:
-        is_state = lambda node: isinstance(node, record.EV3State)
+        is_state = lambda node: isinstance(node, EV3State)
         if any(map(is_state, jax.tree.leaves(given, is_leaf=is_state))):
             raise
         raise TypeError(

@@ -5,7 +5,7 @@ Dimensions: ``C`` candidates, ``N`` examples on all devices, ``B`` resamples.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -149,7 +149,7 @@ def check(what: str, metric: AggregateMetric) -> None:
 
 
 def compute(
-    metric: AggregateMetric, outputs: Any, key: jax.Array, axis_name: Hashable
+    metric: AggregateMetric, outputs: Any, key: jax.Array, axis_name: Any
 ) -> jax.Array | Resampled:
     """The metric of all candidates.
 

@@ -3,7 +3,7 @@
 Dimensions: ``C`` candidates, ``n`` examples on this device, ``N`` on all devices.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -126,7 +126,7 @@ def bind(
     plan: InChunks,
     extra_args: Mapping[str, Any],
     offered: Mapping[str, Any],
-    chunk: int | jax.Array,
+    chunk: Any,
 ) -> Callable[[Any], Any]:
     """The assessment of one chunk as a function of the parameters alone."""
     cut = dict(extra_args)
@@ -142,7 +142,7 @@ def bind(
     return callbacks.bind(plan.assess_fn, "assess_fn", cut, offered, fixed=which)
 
 
-def part(tree: Any, chunk: int | jax.Array, chunks: int, name: str) -> Any:
+def part(tree: Any, chunk: Any, chunks: int, name: str) -> Any:
     """One of the chunks into which the leading axes of a tree are cut evenly."""
 
     def cut(leaf: Any) -> jax.Array:
@@ -158,15 +158,11 @@ def part(tree: Any, chunk: int | jax.Array, chunks: int, name: str) -> Any:
     return jax.tree.map(cut, tree)
 
 
-# The next chunk, the scores by objective, and whether the best candidate is clear.
-_Carry = tuple[jax.Array, dict[str, jax.Array], jax.Array]
-
-
 def score(
     plan: InChunks,
-    score_chunk: Callable[[int | jax.Array], Scores],
+    score_chunk: Callable[[Any], Scores],
     valid: jax.Array,
-    axis_name: Hashable = None,
+    axis_name: Any = None,
 ) -> Scores:
     """Scores of chunk after chunk until the best candidate is clear.
 
@@ -181,22 +177,28 @@ def score(
     """
     binary: list[frozenset[str]] = []
 
-    def values_of(chunk: int | jax.Array) -> dict[str, jax.Array]:
+    def values_of(chunk: Any) -> dict[str, jax.Array]:
         scores = score_chunk(chunk)
         binary.append(scores.binary)
-        return {k: _each_example(k, v) for k, v in scores.values.items()}
+        return scores.values
 
     shapes = jax.eval_shape(values_of, 0)
+    single = [k for k, v in shapes.items() if not hasattr(v, "ndim") or v.ndim != 2]
+    if single:
+        raise ValueError(
+            f"in_chunks needs a score for each example, these objectives have a single "
+            f"value: {single}."
+        )
     size = next(iter(shapes.values())).shape[1]
     n = plan.chunks * size
     # Scores vary over devices: shard_map needs the zeros to be marked so, too.
     nothing = 0 if axis_name is None else 0 * lax.axis_index(axis_name)
     empty = {k: jnp.full([v.shape[0], n], nothing, v.dtype) for k, v in shapes.items()}
 
-    def looked_at(chunk: int | jax.Array, values: dict[str, jax.Array]) -> Scores:
+    def looked_at(chunk: Any, values: dict[str, jax.Array]) -> Scores:
         return Scores(values, binary[0], jnp.arange(n) < chunk * size)
 
-    def look(carry: _Carry) -> _Carry:
+    def look(carry: Any) -> Any:
         chunk, values, _ = carry
         new = values_of(chunk)
         values = {
@@ -213,7 +215,7 @@ def score(
         )
         return chunk + 1, values, _is_clear(found, (chunk + 1) / plan.chunks, plan)
 
-    def goes_on(carry: _Carry) -> jax.Array:
+    def goes_on(carry: Any) -> jax.Array:
         chunk, _, clear = carry
         return (chunk < plan.chunks) & ~clear
 
@@ -222,18 +224,7 @@ def score(
     return looked_at(count, values)
 
 
-def _each_example(name: str, values: jax.Array | evidence.Resampled) -> jax.Array:
-    if isinstance(values, evidence.Resampled) or values.ndim != 2:
-        raise ValueError(
-            f"in_chunks needs a score for each example, objective {name!r} has a "
-            f"single value."
-        )
-    return values
-
-
-def _is_clear(
-    found: evidence.Evidence, fraction: jax.Array, plan: InChunks
-) -> jax.Array:
+def _is_clear(found: evidence.Evidence, fraction: Any, plan: InChunks) -> jax.Array:
     """Whether all examples would show no candidate to be better than the best one."""
     others = max(found.valid.shape[0] - 1, 1)
     critical = NormalDist().inv_cdf(1 - plan.alpha / others / plan.chunks)

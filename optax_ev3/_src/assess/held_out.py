@@ -1,12 +1,11 @@
 """Assessment on held-out arrays that stay on the device."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 from jax.tree_util import keystr, tree_map_with_path
 
@@ -95,14 +94,14 @@ def held_out(
         ) from error
 
     def assess_fn(
-        params: optax.Params,
+        params: Any,
         *,
         key: jax.Array,
-        round: int | jax.Array | None = None,
+        round: Any = None,
         run_key: jax.Array | None = None,
-        axis_name: Hashable = None,
-        chunk: int | jax.Array | None = None,
-        chunks: int | None = None,
+        axis_name: Any = None,
+        chunk: Any = None,
+        chunks: Any = None,
         **extra_args: Any,
     ) -> Any:
         which = None
@@ -148,12 +147,7 @@ class _Draw(NamedTuple):
     shuffle: bool
 
     def rows(
-        self,
-        key: jax.Array,
-        round: int | jax.Array | None,
-        run_key: jax.Array | None,
-        axis_name: Hashable,
-        in_chunks: bool,
+        self, key: jax.Array, round: Any, run_key: Any, axis_name: Any, in_chunks: bool
     ) -> jax.Array | None:
         """Rows of the data, ``[batch_size]`` int32; None for all in their order."""
         if self.batch_size is None:
@@ -165,11 +159,7 @@ class _Draw(NamedTuple):
 
 
 def _walk(
-    key: jax.Array | None,
-    round: int | jax.Array | None,
-    batch_size: int,
-    size: int,
-    axis_name: Hashable,
+    key: jax.Array | None, round: Any, batch_size: int, size: int, axis_name: Any
 ) -> jax.Array:
     """Rows of this device's batch of a round: ``[batch_size]`` int32.
 
@@ -193,7 +183,7 @@ def _walk(
     start += device * batch_size
     epoch, start = epoch + start // size, start % size
 
-    def order(epoch: int | jax.Array) -> jax.Array:
+    def order(epoch: Any) -> jax.Array:
         # Ties among 32 random bits are too few to matter, and so is their order.
         return jnp.argsort(jax.random.bits(jax.random.fold_in(key, epoch), [size]))
 
@@ -207,7 +197,7 @@ def _walk(
     return control.cond(start + batch_size > size, across, within)
 
 
-def _split(count: int | jax.Array, step: int, size: int) -> tuple[jax.Array, jax.Array]:
+def _split(count: Any, step: int, size: int) -> tuple[jax.Array, jax.Array]:
     """``divmod(count * step, size)`` where the product may be beyond 32 bits.
 
     Args:

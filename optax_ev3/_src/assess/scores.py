@@ -1,6 +1,6 @@
 """Scores: what ``assess_fn`` returns for all candidates, on the same data."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,8 +9,7 @@ import optax
 from jax import lax
 
 from optax_ev3._src.assess import aggregate
-from optax_ev3._src.base import checks, control, trees, xla
-from optax_ev3._src.base.evidence import Resampled
+from optax_ev3._src.base import checks, control, select, trees, xla
 
 MODES = ("unroll", "vmap", "map")
 
@@ -37,17 +36,17 @@ class Scores(NamedTuple):
       example_mask: ``[n]`` bool, the examples that were looked at; None for all.
     """
 
-    values: Mapping[str, jax.Array | Resampled]
+    values: dict[str, Any]
     binary: frozenset[str]
     example_mask: jax.Array | None = None
 
 
 def score(
     assess: Callable[[optax.Params], Any],
-    candidates: Sequence[trees.Batch],
+    candidates: Sequence[select.Stacked],
     mode: str,
     key: jax.Array,
-    axis_name: Hashable = None,
+    axis_name: Any = None,
 ) -> Scores:
     """Scores of all candidates.
 
@@ -96,9 +95,9 @@ def score(
 
 def _score(
     assess: Callable[[Any], Any],
-    candidates: Sequence[trees.Batch],
+    candidates: Sequence[select.Stacked],
     mode: str,
-    axis_name: Hashable,
+    axis_name: Any,
 ) -> dict[str, Any]:
     """By objective the scores of all candidates, or their outputs, stacked."""
 
@@ -118,7 +117,7 @@ def _score(
 
 
 def _score_batch(
-    one: Callable[[Any], dict[str, Any]], batch: trees.Batch, axis_name: Hashable
+    one: Callable[[Any], dict[str, Any]], batch: select.Stacked, axis_name: Any
 ) -> dict[str, Any]:
     """Scores of the trees of a batch, stacked; zeros where it rests."""
     # Scores vary over devices: shard_map needs zeros to be marked so, too.
@@ -129,7 +128,7 @@ def _score_batch(
             return jax.tree.map(lambda x: x[None], one(batch.tree))
         return control.each_row(one, batch.tree)
 
-    if batch.rests is None:
+    if batch.paused is None:
         return score()
 
     def of_its_own() -> dict[str, Any]:
@@ -137,7 +136,7 @@ def _score_batch(
 
     kinds = jax.eval_shape(score)
     zeros = jax.tree.map(lambda x: jnp.full(x.shape, nothing, x.dtype), kinds)
-    return control.cond(batch.rests, lambda: zeros, of_its_own)
+    return control.cond(batch.paused, lambda: zeros, of_its_own)
 
 
 def _objectives(output: Any) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """Assess: the scores of all candidates of a round."""
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from optax_ev3._src.assess import chunks, scores
 from optax_ev3._src.assess.scores import MODES, Scores
-from optax_ev3._src.base import callbacks, trees
+from optax_ev3._src.base import callbacks, select
 
 __all__ = ["MODES", "AssessFn", "Scores", "check", "score"]
 
@@ -29,14 +29,14 @@ def check(assess_fn: AssessFn, loss_fns: Iterable[Callable[..., Any] | None]) ->
 
 def score(
     assess_fn: AssessFn,
-    candidates: Sequence[trees.Batch],
+    candidates: Sequence[select.Stacked],
     valid: jax.Array,
     *,
     mode: str,
     key: jax.Array,
     extra_args: Mapping[str, Any],
     offered: Mapping[str, Any],
-    axis_name: Hashable = None,
+    axis_name: Any = None,
 ) -> Scores:
     """Scores of all candidates, on all examples or on as many chunks as it takes.
 
@@ -62,7 +62,7 @@ def score(
     if not isinstance(assess_fn, chunks.InChunks):
         return score_all(callbacks.bind(assess_fn, "assess_fn", extra_args, offered))
 
-    def score_chunk(chunk: int | jax.Array) -> Scores:
+    def score_chunk(chunk: Any) -> Scores:
         return score_all(chunks.bind(assess_fn, extra_args, offered, chunk))
 
     return chunks.score(assess_fn, score_chunk, valid, axis_name)

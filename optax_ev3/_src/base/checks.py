@@ -8,6 +8,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+_STATIC = "Inside optax.inject_hyperparams, list it among the static_args."
+
 
 def integer(
     value: Any, name: str, least: int | None = None, expected: str = "an integer"
@@ -69,3 +71,22 @@ def takes(fn: Callable[..., Any], count: int) -> bool:
     except ValueError:
         return True
     return True
+
+
+def static_float(value: Any, name: str) -> float:
+    """A finite Python float of at least 1."""
+    try:
+        number = real(value, name, "a Python float")
+    except TypeError as error:
+        raise TypeError(f"{error} {_STATIC}") from error
+    if not 1 <= number < float("inf"):
+        raise ValueError(f"{name} must be at least 1 and finite, got {number}.")
+    return number
+
+
+def static_int(value: Any, name: str) -> int:
+    """A Python integer of at least 1."""
+    try:
+        return integer(value, name, 1, "a Python integer")
+    except TypeError as error:
+        raise TypeError(f"{error} {_STATIC}") from error

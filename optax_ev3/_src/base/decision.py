@@ -22,12 +22,14 @@ class Decision(NamedTuple):
         the adopted one.
       priorities: ``[M]``, what each objective weighed, in the order of
         ``Rule.objectives``; None where they were not weighed. For the history.
+      evidence: What may be told of the scores, in history and summary; None for all.
     """
 
     adopted: jax.Array
     significant: jax.Array
     promoted: jax.Array | None = None
     priorities: jax.Array | None = None
+    evidence: Evidence | None = None
 
 
 class Rule(NamedTuple):
@@ -50,6 +52,23 @@ class Rule(NamedTuple):
     decide: Callable[[Evidence, Any, jax.Array], tuple[Decision, Any]]
     objectives: tuple[str, ...] = ()
     forget: Callable[[Any, jax.Array], Any] | None = None
+
+
+class Guard(NamedTuple):
+    """Stands between the scores and a rule, which sees what the guard releases.
+
+    Attributes:
+      init: Returns the state of the guard, a tree of arrays.
+      release: Maps ``(evidence, guard_state, key)`` to the evidence that the rule gets,
+        with an exact score ``[C]`` for each candidate, and the state.
+      settle: Maps ``(guard_state, released, replaced, promoted)`` to the state after
+        the decision on the evidence released: ``[]`` bool, whether stable was replaced,
+        and ``[]`` int32, by which candidate.
+    """
+
+    init: Callable[[], Any]
+    release: Callable[[Evidence, Any, jax.Array], tuple[Evidence, Any]]
+    settle: Callable[[Any, Evidence, jax.Array, jax.Array], Any]
 
 
 class Bound(NamedTuple):

@@ -4,10 +4,18 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+from jax.experimental import layout
 from jax.extend import core
 
 from optax_ev3._src.base import control
+
+# Numbers in a leaf that a kernel of its own would not keep busy.
+_SMALL = 2**16
+
+# Earlier releases of JAX have no rule for constraints of layouts under jax.vmap.
+_LAYOUTS_UNDER_VMAP = jax.__version_info__ >= (0, 10)
 
 
 def quick_convolutions(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,3 +120,67 @@ def _convolve(lhs, rhs, dimension_numbers, **params):
     batch, features, *rest = given.out_spec
     order = (batch, *rest, features)
     return lax.transpose(out, [order.index(axis) for axis in range(lhs.ndim)])
+
+
+def _on_one_device() -> bool:
+    """Whether a program surely runs on one device: the process has no other.
+
+    How arrays are spread is known at trace time by explicit sharding alone, and XLA
+    does not know how a layout constraint, or a concatenation of arrays, is spread. So
+    :func:`row_major` and :func:`joined`, which make programs for one GPU faster, do
+    nothing in processes with several devices, even if a program uses one of them. A
+    program exported from a process with one device is made for one.
+    """
+    return jax.device_count() == 1
+
+
+def row_major(tree: Any) -> Any:
+    """The tree in the layout of arrays outside of programs, with one GPU.
+
+    XLA would keep the kernels of convolutions in a layout of theirs, and copy them back
+    and forth.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    deep = [
+        i
+        for i, x in enumerate(leaves)
+        if jnp.ndim(x) > 2 and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    ]
+    if not (deep and _LAYOUTS_UNDER_VMAP and _on_one_device()):
+        return tree
+
+    def constrain(leaves):
+        return [
+            layout.with_layout_constraint(leaf, layout.Layout(tuple(range(leaf.ndim))))
+            for leaf in leaves
+        ]
+
+    constrained = control.platform_dependent(
+        [leaves[i] for i in deep],
+        cuda=constrain,
+        rocm=constrain,
+        default=lambda leaves: leaves,
+    )
+    for i, leaf in zip(deep, constrained, strict=True):
+        leaves[i] = leaf
+    return jax.tree.unflatten(structure, leaves)
+
+
+def joined(leaves):
+    """The leaves, of which the small ones are put into one: a kernel, not dozens."""
+    if not _on_one_device():
+        return leaves
+    small, others = [], []
+    for leaf in leaves:
+        alone = leaf.size > _SMALL or _is_sharded(leaf)
+        (others if alone else small).append(leaf)
+    if len(small) < 2:
+        return leaves
+    joined = jnp.concatenate([x.ravel() for x in small])
+    # Without the barrier XLA reduces them one by one all the same.
+    return [*others, lax.optimization_barrier(joined)]
+
+
+def _is_sharded(leaf):
+    """Whether an axis is known to be spread over devices, by explicit sharding."""
+    return any(axis is not None for axis in jax.typeof(leaf).sharding.spec)

@@ -1,7 +1,8 @@
-"""Combine: candidates made from the explorers' trajectories at no gradient cost."""
+"""Averages of the explorers' parameters: more candidates at no gradient cost."""
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +11,19 @@ import optax
 from optax_ev3._src.base import trees
 
 
-class TrajectoryAverage(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class TrajectoryAverage:
     """Of every explorer, the average of its parameters over the trajectory."""
 
-    def name(self, explorer: str) -> str:
-        """The candidate's."""
-        return f"average/{explorer}"
+    prefix: ClassVar[str] = "average"
 
     def weight(self, step: jax.Array, age: jax.Array) -> jax.Array:
         """What the newest parameters weigh in a step of the trajectory."""
         return 1 / (step + 1)
 
 
-class BranchAverage(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class BranchAverage:
     """Of every explorer, an exponential average of its parameters over all steps.
 
     Attributes:
@@ -31,28 +32,27 @@ class BranchAverage(NamedTuple):
 
     decay: float
 
-    def name(self, explorer: str) -> str:
-        """The candidate's."""
-        return f"branch_average/{explorer}"
+    prefix: ClassVar[str] = "branch_average"
 
     def weight(self, step: jax.Array, age: jax.Array) -> jax.Array:
         """What the newest parameters weigh, by the steps of the branch before."""
         return jnp.maximum(1 / (age + 1), 1 - self.decay)
 
 
-Average = TrajectoryAverage | BranchAverage  # One for each explorer.
+Average = TrajectoryAverage | BranchAverage
 
 
 def trajectory_average() -> TrajectoryAverage:
     """Candidates: of every explorer, the mean of its parameters after each step.
 
     Returns:
-      For the ``combine`` argument of :func:`optax_ev3.ev3`. The candidates are called
-      average/NAME; where one is adopted, explorer NAME leads the next trajectory.
+      For the ``averages`` of :func:`optax_ev3.explore.rounds` and
+      :func:`optax_ev3.explore.branches`. The candidates are called average/NAME;
+      where one is adopted, explorer NAME leads the next round.
 
     Examples:
-      >>> from optax_ev3 import combine
-      >>> combine.trajectory_average()
+      >>> from optax_ev3 import explore
+      >>> explore.trajectory_average()
       TrajectoryAverage()
 
     References:
@@ -75,59 +75,50 @@ def branch_average(decay: float = 0.99) -> BranchAverage:
       decay: What the past weighs at last.
 
     Returns:
-      For the ``combine`` argument of :func:`optax_ev3.ev3`. The candidates are called
-      branch_average/NAME; where one is adopted, explorer NAME leads the next
-      trajectory.
+      For the ``averages`` of :func:`optax_ev3.explore.rounds` and
+      :func:`optax_ev3.explore.branches`. The candidates are called
+      branch_average/NAME; where one is adopted, explorer NAME leads the next round.
 
     Raises:
       ValueError: If ``decay`` is not between 0 and 1.
 
     Examples:
-      >>> from optax_ev3 import combine
-      >>> combine.branch_average(0.98)
+      >>> from optax_ev3 import explore
+      >>> explore.branch_average(0.98)
       BranchAverage(decay=0.98)
 
     References:
       Morales-Brotons et al., `Exponential Moving Average of Weights in Deep Learning
       <https://arxiv.org/abs/2411.18704>`_, 2024.
     """
-    return BranchAverage(_decay(decay))
-
-
-def _decay(decay):
     if not 0 < decay < 1:
         raise ValueError(f"decay must be between 0 and 1, got {decay}.")
-    return float(decay)
+    return BranchAverage(float(decay))
 
 
 def check(averages: Any) -> tuple[Average, ...]:
-    """The ``combine`` argument as a tuple; raises on what makes no sense."""
+    """The ``averages`` argument as a tuple; raises on what makes no sense."""
     if isinstance(averages, Average) or not isinstance(averages, Sequence):
         raise TypeError(
-            f"combine must be a sequence, such as [combine.trajectory_average()], got "
+            f"averages must be a sequence, such as [explore.trajectory_average()], got "
             f"{averages!r}."
         )
-    kinds = [type(one) for one in averages]
-    for one in averages:
-        if not isinstance(one, Average):
+    for average in averages:
+        if not isinstance(average, Average):
             raise TypeError(
-                f"combine must hold what the functions of optax_ev3.combine return, "
-                f"got {one!r}."
+                f"averages must hold what explore.trajectory_average() and "
+                f"explore.branch_average() return, got {average!r}."
             )
-        if kinds.count(type(one)) > 1:
-            raise ValueError(f"combine holds more than one {type(one).__name__}.")
+    kinds = [type(average) for average in averages]
+    if len(set(kinds)) < len(kinds):
+        raise ValueError(f"averages holds one kind more than once: {averages!r}.")
     return tuple(averages)
-
-
-def names(averages: Sequence[Average], explorers: Sequence[str]) -> list[str]:
-    """Names of the averages that are candidates, in their order."""
-    return [one.name(explorer) for one in averages for explorer in explorers]
 
 
 def wide(tree: Any) -> Any:
     """The tree in float32 or wider, to add many small changes."""
 
-    def widen(leaf):
+    def widen(leaf: Any) -> jax.Array:
         leaf = jnp.asarray(leaf)
         if not trees.is_inexact(leaf):
             return leaf
@@ -142,14 +133,14 @@ def move(mean: Any, new: Any, weight: Any) -> Any:
     So do numbers that overflow on the way, which would stay infinite for ever.
     """
 
-    def one(m, n):
+    def change(m: jax.Array, n: jax.Array) -> jax.Array:
         if not trees.is_inexact(m):
             return n
         n = n.astype(m.dtype)
         moved = m + jnp.asarray(weight, m.dtype) * (n - m)
         return jnp.where(jnp.isfinite(moved), moved, n)
 
-    return jax.tree.map(one, mean, new)
+    return jax.tree.map(change, mean, new)
 
 
 def like(tree: Any, params: optax.Params) -> Any:

@@ -11,13 +11,10 @@ import numpy as np
 import optax
 
 from optax_ev3._src.base import callbacks as named
-from optax_ev3._src.base import control
+from optax_ev3._src.base import control, layout
 
 # What parts of names consist of.
 _PART = re.compile(r"[\w.\- ]+")
-
-# Names of the two candidates that are always there.
-CURRENT, STABLE = "current", "stable"
 
 
 class Explorer(NamedTuple):
@@ -307,9 +304,9 @@ def collect(inner: Sequence[Any] | Mapping[str, Any]) -> dict[str, Explorer]:
             "transformation: write inner=[...] around it."
         )
     if isinstance(inner, Mapping):
-        items = [(name, _as_explorer(value, name)) for name, value in inner.items()]
+        items = [(name, explorer(value, name=name)) for name, value in inner.items()]
     elif isinstance(inner, Sequence) and not isinstance(inner, str):
-        made = [_as_explorer(value, None) for value in inner]
+        made = [explorer(value) for value in inner]
         items = [(e.name or f"explorer_{i}", e) for i, e in enumerate(made)]
     else:
         raise TypeError(
@@ -329,7 +326,7 @@ def check_names(names: Sequence[str]) -> None:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(f"explorers must have different names, got twice: {repeated}.")
-    reserved = sorted({CURRENT, STABLE} & set(names))
+    reserved = sorted({layout.CURRENT, layout.STABLE} & set(names))
     if reserved:
         raise ValueError(
             f"explorers cannot be named {reserved}: candidates that are always there "
@@ -351,28 +348,14 @@ def _text(number: float) -> str:
     return f"{number:.6g}".replace("e+", "e")
 
 
-def places(explorers: Mapping[str, Explorer]) -> dict[str, list[int]]:
-    """By name, which candidates the explorers are."""
-    found, first = {}, 0
-    for name, one in explorers.items():
-        found[name] = list(range(first, first + (one.size or 1)))
-        first += one.size or 1
-    return found
-
-
-def spread(
-    explorers: Mapping[str, Explorer], flags: Mapping[str, jax.Array]
-) -> jax.Array:
-    """One flag for each candidate that is an explorer, from those by name; else 0."""
-    return jnp.concatenate(
-        [
-            jnp.broadcast_to(flags.get(name, False), [one.size or 1])
-            for name, one in explorers.items()
-        ]
+def layout_of(
+    explorers: Mapping[str, Explorer], prefixes: Sequence[str] = ()
+) -> layout.Layout:
+    """The candidates that there are; raises on names that are used twice."""
+    found = layout.Layout(
+        members={name: one.members(name) for name, one in explorers.items()},
+        single={name: one.size is None for name, one in explorers.items()},
+        prefixes=tuple(prefixes),
     )
-
-
-def _as_explorer(value: Any, name: str | None) -> Explorer:
-    if isinstance(value, Explorer):
-        return explorer(value, name=name)
-    return explorer(value, name=name)
+    check_names(found.names[: found.proposals])
+    return found

@@ -4,13 +4,15 @@ Dimensions: ``W`` rounds of the window, ``C`` candidates.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from optax_ev3._src.base import checks
+from optax_ev3._src.base import checks, evidence, select
+from optax_ev3._src.base.layout import Layout
+from optax_ev3._src.base.states import RoundInfo
 
 _FALLS = 2.0  # standard errors
 
@@ -20,19 +22,18 @@ class Racing:
     """Explorers that do not win are paused, and cost nothing.
 
     An explorer is paused while it was in at least ``patience`` of the last ``window``
-    rounds and adopted in none of them. So, until it wins one, it takes part in at most
-    ``patience`` of any ``window`` rounds. A sweep or a group that evolves races as one.
+    rounds and adopted in none of them. A sweep or a group that evolves races as one.
     The inner state of a paused explorer waits: its step count, and a schedule that
-    follows it, do not advance.
+    follows it, do not advance. Exceptions:
 
-    Where branches go on apart (``restart`` is not ``"always"``), the rule is finer.
-    Explorers that catch up go on: those that lost, from their first to their last round
-    in the window, at least half of what they were behind the best. Before the window is
-    full all have twice as many rounds. Two rounds are enough where the explorer's own
-    score falls, by two standard errors; one is enough where it is not finite. A paused
-    explorer that returns begins from the adopted parameters, and is paused again after
-    one round if it is not adopted. One that was adopted in fewer than one of ``window``
-    rounds so far is retried after 1, 2, 4, ... windows.
+    - Explorers that catch up go on: those that lost, from their first to their last
+      round in the window, at least half of what they were behind the best.
+    - Before the window is full, all have twice as many rounds.
+    - Two rounds are enough where the explorer's own score falls, by two standard
+      errors; one is enough where it is not finite.
+    - A paused explorer that returns begins from the adopted parameters, and is paused
+      again after one round if it is not adopted. One that was adopted in fewer than one
+      of ``window`` rounds so far is retried after 1, 2, 4, ... windows.
 
     Attributes:
       patience: Rounds without a win that are enough, at least 1.
@@ -48,7 +49,8 @@ class Racing:
       >>> tx = optax_ev3.ev3(
       ...     [optax.adam(1e-3), optax.sgd(0.1)],
       ...     assess_fn=lambda w: -(w**2),
-      ...     race=explore.Racing(patience=2, window=8),
+      ...     loss_fn=lambda w: w**2,
+      ...     explore=explore.branches(racing=explore.Racing(patience=2, window=8)),
       ... )
     """
 
@@ -66,8 +68,8 @@ class Racing:
         object.__setattr__(self, "window", window)
 
 
-class Past(NamedTuple):
-    """What a race knows of the last rounds, as in the history: a ring buffer.
+class RacingState(NamedTuple):
+    """What a race knows of the last rounds: ring buffers.
 
     Attributes:
       rounds: ``[]`` int32, rounds recorded.
@@ -75,8 +77,9 @@ class Past(NamedTuple):
       mean: ``[W, C]`` float32.
       stderr: ``[W, C]`` float32.
       valid: ``[W, C]`` int32, 1 where update and scores were finite, 0 where not, and
-        -1 where the candidate rested.
+        -1 where the candidate was paused.
       adoptions: ``[C]`` int32, over all rounds.
+      lost: ``[]`` int32, 1 where nothing was valid in the last round.
     """
 
     rounds: jax.Array
@@ -85,69 +88,90 @@ class Past(NamedTuple):
     stderr: jax.Array
     valid: jax.Array
     adoptions: jax.Array
+    lost: jax.Array
 
 
-def empty(window: int, candidates: int) -> Past:
+def init(window: int, candidates: int) -> RacingState:
     """Nothing yet, for W = ``window`` and C = ``candidates``."""
-    return Past(
+    return RacingState(
         rounds=jnp.zeros([], jnp.int32),
         adopted=jnp.zeros([window], jnp.int32),
         mean=jnp.zeros([window, candidates], jnp.float32),
         stderr=jnp.zeros([window, candidates], jnp.float32),
         valid=jnp.zeros([window, candidates], jnp.int32),
         adoptions=jnp.zeros([candidates], jnp.int32),
+        lost=jnp.zeros([], jnp.int32),
     )
 
 
-def append(past: Past, record: Any) -> Past:
-    """With the newest round of the record, which is longer or shorter."""
+def append(past: RacingState, info: RoundInfo) -> RacingState:
+    """With one more round; one in which nothing was valid is not recorded."""
     row = past.rounds % past.adopted.shape[0]
-    newest = (record.rounds - 1) % record.adopted.shape[0]
-    rows = {
-        name: getattr(past, name).at[row].set(getattr(record, name)[newest])
-        for name in ("adopted", "mean", "stderr", "valid")
-    }
-    return past._replace(rounds=record.rounds, adoptions=record.adoptions, **rows)
+    valid = info.evidence.valid
+    mean, stderr = evidence.estimate(info.evidence, info.objective)
+    rounds = jnp.asarray(optax.safe_increment(past.rounds))
+    adopted = info.decision.adopted
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[row].set(new.astype(old.dtype))
+
+    recorded = RacingState(
+        rounds=rounds,
+        adopted=put(past.adopted, adopted),
+        mean=put(past.mean, jnp.where(valid, mean, 0)),
+        stderr=put(past.stderr, jnp.where(valid, stderr, 0)),
+        valid=put(past.valid, jnp.where(info.paused, -1, valid.astype(jnp.int32))),
+        # Together as many as rounds, which are counted up to the greatest int32.
+        adoptions=past.adoptions.at[adopted].add(rounds - past.rounds),
+        lost=past.lost,
+    )
+    chosen = select.where(info.explored, recorded, past)
+    return chosen._replace(lost=1 - info.explored.astype(jnp.int32))
 
 
-def resting(
-    past: Past, members: Sequence[Sequence[int]], race: int, apart: bool = False
-) -> jax.Array:
-    """Which explorers rest in the round to come: ``[E]`` bool.
+def paused(past: RacingState, layout: Layout, race: Racing) -> dict[str, jax.Array]:
+    """By name ``[]`` bool, which explorers are paused in the round to come.
 
-    See :class:`Racing`. Where that leaves nobody, all take part.
-
-    Args:
-      past: The last rounds.
-      members: For each of E explorers, which candidates are its own.
-      race: The patience.
-      apart: Whether branches go on from where they were.
+    See :class:`Racing`. Where that leaves nobody, all take part, as after a round in
+    which nothing was valid.
     """
+    scores = jnp.where(past.valid > 0, past.mean, -jnp.inf)
+    best = scores[:, : layout.proposals].max(axis=1)
+    flags = jnp.stack(
+        [
+            _loses(past, scores, best, jnp.asarray(layout.all_rows(name)), race)
+            for name in layout.members
+        ]
+    )
+    flags &= ~flags.all() & (past.lost == 0)
+    return dict(zip(layout.members, flags, strict=True))
+
+
+def _loses(
+    past: RacingState, scores: jax.Array, best: jax.Array, own: jax.Array, race: Racing
+) -> jax.Array:
+    """Whether the explorer with these candidates has not won for long enough."""
     length = past.adopted.shape[0]
     known = jnp.arange(length) < past.rounds
     latest = (past.rounds - 1) % length
-    young = past.rounds < length
-    rests = []
-    for own in map(jnp.asarray, members):
-        took = (past.valid[:, own] >= 0).any(axis=1) & known
-        won = jnp.isin(past.adopted, own) & known
-        count = took.sum()
-        enough = count >= race
-        if apart:
-            course = _course(past, own, took)
-            enough &= ~course.catches_up & (~young | (count >= 2 * race))
-            enough |= course.falls & (count >= 2)
-            enough |= course.came_back & (count == 1)
-            enough |= course.lost & (count >= 1)
-            # Less often than in one of W rounds; a product would overflow.
-            seldom = past.adoptions[own].sum() <= (past.rounds - 1) // length
-            enough |= seldom & ~took[latest] & ~_is_time(past)
-        rests.append(enough & ~won.any())
-    found = jnp.stack(rests)
-    return found & ~found.all()
+    took = (past.valid[:, own] >= 0).any(axis=1) & known
+    won = jnp.isin(past.adopted, own) & known
+    count = took.sum()
+    course = _course(past, scores, best, took, own)
+    # Before the window is full, all have twice as many rounds.
+    full = past.rounds >= length
+    enough = (count >= race.patience) & ~course.catches_up
+    enough &= full | (count >= 2 * race.patience)
+    enough |= course.falls & (count >= 2)
+    enough |= course.came_back & (count == 1)
+    enough |= course.lost & (count >= 1)
+    # Less often than in one of W rounds; a product would overflow.
+    seldom = past.adoptions[own].sum() <= (past.rounds - 1) // length
+    enough |= seldom & ~took[latest] & ~_is_time(past)
+    return enough & ~won.any()
 
 
-def _is_time(past):
+def _is_time(past: RacingState) -> jax.Array:
     """Whether those come back that were seldom adopted."""
     stretch = past.rounds // past.adopted.shape[0]
     return (stretch & (stretch - 1)) == 0  # None yet, or a power of two.
@@ -159,7 +183,7 @@ class _Course(NamedTuple):
     Attributes:
       catches_up: Whether it is at most half as far behind the best as it was.
       falls: Whether its own score fell.
-      came_back: Whether it rested before the first one.
+      came_back: Whether it was paused before the first one.
       lost: Whether it was not finite then.
     """
 
@@ -169,23 +193,28 @@ class _Course(NamedTuple):
     lost: jax.Array
 
 
-def _course(past, own, took):
+def _course(
+    past: RacingState,
+    scores: jax.Array,
+    best: jax.Array,
+    took: jax.Array,
+    own: jax.Array,
+) -> _Course:
     """Of the explorer with these candidates, from the rounds in which it took part."""
     length = past.adopted.shape[0]
     age = (past.rounds - 1 - jnp.arange(length)) % length
     first = jnp.argmax(jnp.where(took, age, -1))
     last = jnp.argmin(jnp.where(took, age, length))
-    scores = jnp.where(past.valid > 0, past.mean, -jnp.inf)
-    best = scores[:, :-2].max(axis=1)
 
-    def seen(row):
-        at = own[jnp.argmax(scores[row, own])]
-        score = scores[row, at]
-        behind = jnp.where(jnp.isinf(score), jnp.inf, best[row] - past.mean[row, at])
-        return score, behind, past.stderr[row, at]
+    def at(row: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Its score, how far that is behind the best, and its standard error."""
+        candidate = own[jnp.argmax(scores[row, own])]
+        score = scores[row, candidate]
+        mean, stderr = past.mean[row, candidate], past.stderr[row, candidate]
+        return score, jnp.where(jnp.isinf(score), jnp.inf, best[row] - mean), stderr
 
-    before, behind, error = seen(first)
-    now, still_behind, new_error = seen(last)
+    before, behind, error = at(first)
+    now, still_behind, new_error = at(last)
     return _Course(
         catches_up=still_behind <= behind / 2,
         falls=before > now + _FALLS * jnp.hypot(error, new_error),

@@ -5,25 +5,14 @@ Dimensions: ``C`` candidates, ``K`` explorers and combined candidates (all but
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from optax_ev3._src.base.states import Credit
+
 _LATELY = 0.9  # what an earlier round weighs, a round later: 10 rounds in all
 _LOST = -3.0  # what a round counts for in which a candidate was not finite
-
-
-class Credit(NamedTuple):
-    """Faded sums over all rounds.
-
-    Attributes:
-      ahead: ``[K]`` float32, how far each candidate was ahead of the others.
-      weight: ``[K]`` float32, what the rounds weigh in which it took part.
-    """
-
-    ahead: jax.Array
-    weight: jax.Array
 
 
 def nothing(candidates: int) -> Credit:
@@ -40,12 +29,12 @@ def add(past: Credit, valid: jax.Array, mean: jax.Array) -> Credit:
     Args:
       past: The sums before.
       valid: ``[C]``, 1 where update and scores were finite, 0 where not, and -1 where
-        the candidate rested.
+        the candidate was paused.
       mean: ``[C]``, mean scores.
     """
-    state = valid[:-2]
+    state = valid[: past.ahead.shape[0]]
     finite = state > 0
-    mean = jnp.where(finite, mean[:-2].astype(jnp.float32), 0)
+    mean = jnp.where(finite, mean[: state.shape[0]].astype(jnp.float32), 0)
     count = jnp.maximum(finite.sum(dtype=mean.dtype), 1)
     # Brought to at most one first: huge scores do not overflow.
     scale = jnp.abs(mean).max()

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from optax_ev3._src.base import checks, statistics
+from optax_ev3._src.base.layout import CURRENT, STABLE
 from optax_ev3._src.history import credit as credits
-from optax_ev3._src.history import record
+from optax_ev3._src.history.lookup import find, groups, positions
 
 
 def credit(state: Any) -> dict[str, jax.Array]:
@@ -38,10 +39,10 @@ def credit(state: Any) -> dict[str, jax.Array]:
       >>> print({name: float(value) for name, value in optax_ev3.credit(state).items()})
       {'bad': -1.0, 'good': 1.0}
     """
-    state = record.find(state)
-    found = credits.estimate(state.record.credit, record.groups(state))
-    places = record.positions(state)
-    return {k: found[i] for k, i in places.items() if k not in record.ALWAYS}
+    state = find(state)
+    found = credits.estimate(state.history.credit, groups(state.explore))
+    places = positions(state)
+    return {k: found[i] for k, i in places.items() if k not in (CURRENT, STABLE)}
 
 
 def should_grow(state: Any, rounds: int) -> jax.Array:
@@ -72,7 +73,7 @@ def should_grow(state: Any, rounds: int) -> jax.Array:
       <https://arxiv.org/abs/2310.18893>`_, 2023.
     """
     rounds = checks.integer(rounds, "rounds", 1)
-    return record.find(state).record.since >= rounds
+    return find(state).history.since >= rounds
 
 
 def stalled(state: Any, rounds: int = 32, confidence: float = 0.95) -> jax.Array:
@@ -108,7 +109,7 @@ def stalled(state: Any, rounds: int = 32, confidence: float = 0.95) -> jax.Array
             f"no rise over {rounds} rounds is proof at confidence {confidence}: more "
             f"rounds are needed."
         )
-    past = record.find(state).record
+    past = find(state).history
     length = past.adopted.shape[0]
     if rounds > length:
         raise ValueError(

@@ -1,0 +1,141 @@
+"""One step of a branch: a trajectory of an explorer, or those of a sweep.
+
+Dimensions: ``K`` explorers.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_ev3._src.base import control, finite, select, trees, xla
+from optax_ev3._src.explore import averages, steps
+from optax_ev3._src.explore.averages import Average
+
+
+class BranchesState(NamedTuple):
+    """Where the branches are.
+
+    Attributes:
+      step: ``[]`` int32, calls of ``update`` since the round's start.
+      length: ``[]`` int32, calls in this round.
+      lead: ``[]`` int32, the explorer whose branch is visible; K if none is.
+      start: The parameters at the round's start.
+      ends: By name, the parameters of the branches, those of a sweep stacked.
+      alive: ``[K]`` int32, 0 where a branch became non-finite in this round.
+      is_ascent: ``[K]`` int32, 1 where the way from the round's start raises the loss,
+        to first order at a branch's last step.
+      age: ``[K]`` int32, steps of a branch since it last began elsewhere.
+      means: By name, the averages of the branches.
+    """
+
+    step: jax.Array
+    length: jax.Array
+    lead: jax.Array
+    start: optax.Params
+    ends: dict[str, optax.Params]
+    alive: jax.Array
+    is_ascent: jax.Array
+    age: jax.Array
+    means: dict[str, tuple[optax.Params, ...]]
+
+
+class Branch(NamedTuple):
+    """A branch, or those of a sweep stacked, in one call.
+
+    Attributes:
+      opt_state: The inner state.
+      end: The parameters.
+      means: Their averages.
+      is_ascent: ``[]`` int32, see :class:`BranchesState`.
+      age: ``[]`` int32, see :class:`BranchesState`.
+      number: ``[]`` int32, which explorer it is.
+      skipped: ``[]`` int32, 1 where its step came to nothing.
+    """
+
+    opt_state: Any
+    end: optax.Params
+    means: tuple[optax.Params, ...]
+    is_ascent: jax.Array
+    age: jax.Array
+    number: jax.Array
+    skipped: jax.Array
+
+
+class Walk(NamedTuple):
+    """What all branches of a call have in common.
+
+    Attributes:
+      averages: Which averages the branches keep.
+      gradients_of: ``"own"`` or ``"shared"``, whose gradients they take.
+      state: Where the branches are.
+      lead: ``[]`` int32, the explorer whose branch is visible.
+      params: The visible parameters.
+    """
+
+    averages: Sequence[Average]
+    gradients_of: str | None
+    state: BranchesState
+    lead: jax.Array
+    params: optax.Params
+
+    def advance(self, member: steps.Member, branch: Branch) -> Branch:
+        """The branch after a step, if its gradients are finite."""
+        leads = branch.number == self.lead
+        # Others may have changed the visible parameters: a projection, a weight decay.
+        end = select.select_or_apply(leads, lambda _: self.params, branch.end)
+        grads, aux = self.gradients(member, end, leads)
+        grads = xla.row_major(grads)
+        is_last = self.state.step == self.state.length - 1
+
+        def step(moving: Any) -> Any:
+            opt_state, end, means, _, age = moving
+            update, opt_state = member.advance(grads, aux, opt_state, end)
+            end = trees.plus(end, update)
+            means = tuple(
+                averages.move(mean, end, average.weight(self.state.step, age))
+                for mean, average in zip(means, self.averages, strict=True)
+            )
+            is_ascent = control.cond(is_last, climbs, lambda _: branch.is_ascent, end)
+            return opt_state, end, means, is_ascent, age + 1
+
+        def climbs(end: Any) -> jax.Array:
+            slope = steps.slope(trees.minus(end, self.state.start), grads)
+            return jnp.asarray(False if slope is None else slope > 0, jnp.int32)
+
+        # On CPUs skipped as a whole, a step changes its inner state and its parameters
+        # in place: a choice between old and new ones would have to keep both.
+        moving = branch.opt_state, end, branch.means, branch.is_ascent, branch.age
+        ok = finite.finite(grads)
+        moved = select.select_or_apply(ok, step, moving)
+        opt_state, end, means, is_ascent, age = moved
+        skipped = (~ok).astype(jnp.int32)
+        return Branch(opt_state, end, means, is_ascent, age, branch.number, skipped)
+
+    def gradients(
+        self, member: steps.Member, params: optax.Params, leads: jax.Array
+    ) -> tuple[optax.Updates, Any]:
+        """Gradients of a branch, and what its loss returned beside its value."""
+        if member.has_own_loss:
+            return member.gradient(params)
+        if self.gradients_of != "own":
+            return steps.given_to(member.name, member.call)
+        given, aux = member.call.grads, member.call.extra_args.get("aux")
+        merges = member.explorer.merge_fn is not None
+        if given is None or (merges and aux is None):
+            return member.gradient(params)
+        where = trees.difference(params, given)
+        if where is not None:
+            raise ValueError(f"the gradients are not like the parameters: {where}.")
+
+        def own() -> Any:
+            grads, own_aux = member.gradient(params)
+            same = jax.tree.map(lambda o, g: jnp.asarray(o, g.dtype), grads, given)
+            return same, own_aux if merges else None
+
+        def of_caller() -> Any:
+            return given, aux if merges else None
+
+        return control.cond(leads, of_caller, own)

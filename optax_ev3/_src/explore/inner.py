@@ -1,0 +1,171 @@
+"""Inner optimizers: their states and updates, checked."""
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import keystr, tree_map_with_path
+
+from optax_ev3._src.base import callbacks, trees
+from optax_ev3._src.explore.calls import gradients_for
+from optax_ev3._src.explore.explorers import Explorer
+
+# What optax's optimizers ask for beyond the gradient; all follow from a loss.
+_FROM_LOSS = ("value", "grad", "value_fn", "grad_fn", "obj_fn")
+
+
+def init_state(one: Explorer, params: optax.Params) -> Any:
+    """The inner optimizer's state as arrays that we own, none weakly typed."""
+    return one.each(lambda tx, _: jax.tree.map(_owned, tx.init(params)))
+
+
+def first_state(one: Explorer, name: str, params: optax.Params) -> Any:
+    """The inner state, in the dtypes that its first steps bring it to.
+
+    Some begin with an integer to which a fraction is added. An optimizer that needs
+    more than a gradient keeps the dtypes of its ``init``.
+    """
+    nothing = jax.tree.map(
+        lambda p: jnp.zeros_like(p) if trees.is_inexact(p) else None, params
+    )
+    grads = gradients_for(params, nothing)
+
+    def step(tx, state):
+        return inner_update(tx, one, name, state, params, None, {})(grads)[1]
+
+    def init(tx, _):
+        state = jax.tree.map(_owned, tx.init(params))
+        for _ in range(2):  # From booleans to integers to floats.
+            if all(map(trees.is_inexact, jax.tree.leaves(state))):
+                break
+            try:
+                after = jax.eval_shape(functools.partial(step, tx), state)
+                state = jax.tree.map(_promoted, state, after)
+            except Exception:  # Whatever it is, the first step says it better.
+                break
+        return state
+
+    state = one.each(init)
+    return state if one.size is None else trees.unlike_params(state)
+
+
+def _owned(leaf):
+    return trees.owned_copy(trees.raw(leaf))
+
+
+def _promoted(old, new):
+    higher = trees.rank(new.dtype) > trees.rank(old.dtype)
+    return old.astype(new.dtype) if higher else old
+
+
+def inner_update(tx, one, name, opt_state, params, loss, extra_args, own=False):
+    """The inner optimizer as a function of gradients, given what else it can take."""
+    takes = callbacks.free(tx.update, 3)
+    opt_state = trees.unpack(opt_state, trees.key_impls(tx.init, params))
+
+    def offer(grads):
+        if loss is None:
+            return dict(extra_args)
+        supplied = {
+            "value": loss.value(params),
+            "grad": grads,
+            "value_fn": loss.value,
+            "grad_fn": lambda p, *_: loss.gradient(p)[0],
+            "obj_fn": loss.value,
+        }
+        # What the caller says is of another loss, or of other parameters.
+        last = one.loss_fn is not None or own
+        both = (extra_args, supplied) if last else (supplied, extra_args)
+        return {**both[0], **both[1]}
+
+    def call(grads, extras):
+        updates, new_state = tx.update(grads, opt_state, params, **extras)
+        return updates, jax.tree.map(trees.raw, new_state)
+
+    def explained(grads, extras):
+        try:
+            return call(grads, extras)
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            where = trees.difference(params, grads)
+            hint = ""
+            if _misses_argument(error):
+                hint = (
+                    f" Extra arguments that it was given: {sorted(extras) or 'none'}. "
+                    f"With ev3(..., loss_fn=...) explorers get {', '.join(_FROM_LOSS)}."
+                )
+            elif where is not None:
+                hint = f" The gradients are not like the parameters: {where}."
+            raise kind(f"explorer {name!r} cannot be updated: {error}{hint}") from error
+
+    def step(grads):
+        offered = {k: v for k, v in offer(grads).items() if takes.takes(k)}
+        if not takes.takes_any:
+            return explained(grads, offered)
+        try:
+            return call(grads, offered)
+        except (TypeError, ValueError):
+            # Line searches reject what nobody consumes, instead of ignoring it.
+            wanted = {*takes.names, "value", "grad", "value_fn"}
+            if "value_fn" in offered:
+                wanted |= callbacks.free(offered["value_fn"], 1).names
+            return explained(grads, {k: offered[k] for k in wanted & offered.keys()})
+
+    return step
+
+
+def _misses_argument(error):
+    """Whether an optimizer says that it was not given what follows from a loss."""
+    says = str(error)
+    return any(re.search(rf"\b{name}\b", says) for name in _FROM_LOSS) and any(
+        word in says for word in ("missing", "provide", "require", "need to pass")
+    )
+
+
+def like_params(update, params, name):
+    """The update with the dtypes of the parameters; raises if it does not fit them."""
+    where, got, expected = trees.difference(params, update), None, None
+    if where is None:
+        got, expected = trees.shapes(update), trees.shapes(params)
+    if got != expected or where is not None:
+        what = f"shapes {got}, expected {expected}"
+        if where is not None:
+            what = f"another structure, {where}"
+        raise ValueError(
+            f"explorer {name!r} returned updates of {what}: gradients and updates must "
+            f"be like the parameters."
+        )
+
+    def one(u, p):
+        if trees.is_inexact(p):
+            return jnp.asarray(u, p.dtype)
+        # What optax.apply_updates leads to, which rounds sums of integers and floats.
+        moved = p if trees.is_key(p) else jnp.asarray(p + u, p.dtype)
+        return trees.minus(moved, p)
+
+    return jax.tree.map(one, update, params)
+
+
+def like_state(new, old, name):
+    """The new inner state with the old one's types; raises if it does not fit it."""
+    where = trees.difference(old, new)
+    if where is not None:
+        raise ValueError(
+            f"explorer {name!r} changed the structure of its state: {where}."
+        )
+
+    def one(path, n, o):
+        got, expected = (f"{jnp.result_type(x)}{list(jnp.shape(x))}" for x in (n, o))
+        lost = trees.rank(jnp.result_type(n)) > trees.rank(o.dtype)
+        if jnp.shape(n) != o.shape or lost:
+            raise ValueError(
+                f"explorer {name!r} changed its state at {keystr(path) or 'the top'} "
+                f"from {expected} to {got}: its init must return the shapes and types "
+                f"that its update does."
+            )
+        return jnp.asarray(n, o.dtype)
+
+    return tree_map_with_path(one, new, old)
