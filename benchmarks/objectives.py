@@ -185,7 +185,6 @@ SAFETY = {
     "weighted, equal": adapt.weighted({"accuracy": 1, "minority": 1}, rule=SINGLE),
     # A sum to which the other adds nothing: the default rule.
     "accuracy alone": adapt.weighted({"accuracy": 1, "minority": 0}, rule=SINGLE),
-    "lexicographic": adapt.lexicographic({"minority": TOLERANCE, "accuracy": 0}),
 }
 
 

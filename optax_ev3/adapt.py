@@ -1,8 +1,8 @@
 """Rules: which candidate becomes visible, and which one stable."""
 
 from optax_ev3._src.adapt.confident import confident
+from optax_ev3._src.adapt.constrained import constrained
 from optax_ev3._src.adapt.guards import guarded, ladder, thresholdout
-from optax_ev3._src.adapt.objectives import constrained, lexicographic
 from optax_ev3._src.adapt.rules import choose_and_confirm, greedy, lower_bound
 from optax_ev3._src.adapt.weighted import weighted
 from optax_ev3._src.base.decision import Decision, Guard, Rule
@@ -17,7 +17,6 @@ __all__ = [
     "greedy",
     "guarded",
     "ladder",
-    "lexicographic",
     "lower_bound",
     "thresholdout",
     "weighted",

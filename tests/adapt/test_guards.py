@@ -504,6 +504,6 @@ def test_guard_must_be_one(guard):
 def test_a_guarded_rule_must_be_one_of_a_single_objective():
     with pytest.raises(TypeError, match="takes a rule first"):
         adapt.guarded(adapt.greedy, adapt.ladder())
-    several = adapt.lexicographic({"a": 0.1, "b": 0.1})
+    several = adapt.weighted({"a": 0.1, "b": 0.1})
     with pytest.raises(ValueError, match=r"one objective, the rule takes \['a', 'b'\]"):
         adapt.guarded(several, adapt.ladder())

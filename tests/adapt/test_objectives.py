@@ -188,37 +188,6 @@ class TestWeighted:
             assert decide(rule, {"a": a, "b": b})[0] == adopted
 
 
-figures = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=5, max_size=5)
-
-
-class TestLexicographic:
-    @settings(max_examples=60, deadline=None)
-    @given(figures, figures, st.sampled_from([0.0, 0.3]))
-    def test_equals_python_for_figures(self, a, b, tolerance):
-        rule = self.rule(tolerance)
-        left = [i for i in range(5) if a[i] >= max(a) - tolerance]
-        left = [i for i in left if b[i] >= max(b[j] for j in left)]
-        explorers = [i for i in left if i < CURRENT]
-        adopted, significant, _, _ = decide(rule, {"a": a, "b": b})
-        assert adopted in (explorers or left[:1])
-        gain_a, gain_b = (x[adopted] - x[STABLE] for x in (a, b))
-        assert significant == (gain_a > 0 or (gain_a >= -tolerance and gain_b > 0))
-
-    @staticmethod
-    @functools.cache
-    def rule(tolerance):
-        return adapt.lexicographic({"a": tolerance, "b": 0.0})
-
-    def test_noise_does_not_shut_out(self):
-        """What is not shown to be worse goes on to the next objective."""
-        rule = self.rule(0.0)
-        scores = {"a": draws(np.zeros(5)), "b": draws([0, 1, 0, 0, 0], seed=1)}
-        assert choices(rule, scores)[1] == 300
-        scores["a"] = draws([0, -1, 0, 0, 0])
-        counts = choices(rule, scores)
-        assert counts[1] == 0 and (counts[[0, 2]] > 100).all()
-
-
 # In training.
 
 RULES = {
@@ -226,7 +195,6 @@ RULES = {
     "weighted": adapt.weighted(
         {"fit": 1.0, "small": 0.1}, targets={"fit": 0.0, "small": 0.0}
     ),
-    "lexicographic": adapt.lexicographic({"fit": 0.02, "small": 0.0}),
 }
 X = jnp.linspace(-1.0, 1.0, 32)
 
@@ -300,7 +268,7 @@ def test_the_history_holds_priorities():
     np.testing.assert_allclose(past["priorities"], weights, rtol=1e-6)
     # In the first round all of the way is left to all targets.
     assert len(np.unique(past["priorities"][:, 0])) == 4
-    tx = make(RULES["lexicographic"])
+    tx = make(RULES["constrained"])
     _, state = jax.jit(tx.update)(w, tx.init(w), w)
     assert np.isnan(optax_ev3.history(state)["priorities"]).all()
 
@@ -325,15 +293,15 @@ BAD = {
         (ValueError, "'a'", "maximized"),
     ),
     "negative tolerance": (
-        lambda: adapt.lexicographic({"a": -0.1}),
+        lambda: adapt.constrained("b", {"a": -0.1}),
         (ValueError, "tolerances['a']", "-0.1"),
     ),
     "tolerance no number": (
-        lambda: adapt.lexicographic({"a": "much"}),
+        lambda: adapt.constrained("b", {"a": "much"}),
         (TypeError, "tolerances['a']", "'much'"),
     ),
     "tolerances no mapping": (
-        lambda: adapt.lexicographic(0.1),
+        lambda: adapt.constrained("b", 0.1),
         (TypeError, "tolerances must be a mapping", "0.1"),
     ),
     "an objective named by a number": (
@@ -381,11 +349,11 @@ BAD = {
         (TypeError, "rate", "'x'"),
     ),
     "confidence": (
-        lambda: adapt.lexicographic({"a": 0.0}, confidence=0.1),
+        lambda: adapt.constrained("b", {"a": 0.0}, confidence=0.1),
         (ValueError, "confidence", "0.1"),
     ),
     "rule of several": (
-        lambda: adapt.weighted({"a": 1.0}, rule=adapt.lexicographic({"a": 0.0})),
+        lambda: adapt.constrained("b", {"c": 1.0}, rule=adapt.weighted({"a": 1.0})),
         (ValueError, "single objective", "['a']"),
     ),
     "no rule": (
@@ -393,7 +361,7 @@ BAD = {
         (TypeError, "rule must be a rule", "3"),
     ),
     "no bound": (
-        lambda: adapt.lexicographic({"a": 0.0}, bound="t"),
+        lambda: adapt.constrained("b", {"a": 0.0}, bound="t"),
         (TypeError, "bound", "'t'"),
     ),
 }

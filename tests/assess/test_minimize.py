@@ -107,7 +107,7 @@ def test_some_of_several_objectives():
     def wanted(w, x):
         return {"loss": gain(w, x), "above": w > x}
 
-    rule = adapt.lexicographic({"loss": 0.0, "above": 0.0})
+    rule = adapt.weighted({"loss": 1.0, "above": 1.0})
     w = jnp.zeros([])
     for fn in (minimize(both, names=["loss"]), wanted):
         tx = optax_ev3.ev3(INNER, fn, adapt=rule)

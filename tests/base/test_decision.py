@@ -82,7 +82,6 @@ RULES = {
         "a", {"b": 0.1}, rule=adapt.lower_bound()
     ),
     "weighted": adapt.weighted({"a": 1.0, "b": 0.5}),
-    "lexicographic": adapt.lexicographic({"a": 0.1, "b": 0.0}),
 }
 
 

@@ -93,7 +93,7 @@ def test_other_names_are_refused(name):
     makers = [
         lambda: optax_ev3.ev3({name: SGD}, loss),
         lambda: optax_ev3.ev3(optax_ev3.product({"a": SGD}, {name: loss}), loss),
-        lambda: optax_ev3.ev3([SGD], loss, adapt=adapt.lexicographic({name: 0.0})),
+        lambda: optax_ev3.ev3([SGD], loss, adapt=adapt.weighted({name: 1.0})),
     ]
     for make in makers:
         with pytest.raises(ValueError, match=message):

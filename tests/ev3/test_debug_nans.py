@@ -116,9 +116,8 @@ def test_rules(rule, length):
     [
         adapt.constrained("a", {"b": 0.1}),
         adapt.weighted({"a": 1.0, "b": 0.5}),
-        adapt.lexicographic({"a": 0.0, "b": 0.1}),
     ],
-    ids=["constrained", "weighted", "lexicographic"],
+    ids=["constrained", "weighted"],
 )
 def test_rules_of_several_objectives(rule):
     def both(w, batch):

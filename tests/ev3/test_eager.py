@@ -107,7 +107,7 @@ def test_loops_in_a_program_stay_loops():
 
 def test_rules_that_search_compile_nothing_anew():
     bound = evidence.betting(-100.0, 100.0)  # Whose lower bound is a bisection.
-    rule = adapt.lexicographic({"a": 0.0, "b": 0.0}, bound=bound)
+    rule = adapt.constrained("a", {"b": 1.0}, bound=bound)
 
     def both(params, batch):
         return {"a": score(params, batch), "b": -score(params, batch)}

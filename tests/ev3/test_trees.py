@@ -148,7 +148,6 @@ RULES = {
     "choose_and_confirm": {"adapt": adapt.choose_and_confirm()},
     "constrained": _several(adapt.constrained("a", {"b": 1.0})),
     "weighted": _several(adapt.weighted({"a": 1.0, "b": 0.5})),
-    "lexicographic": _several(adapt.lexicographic({"a": 0.0, "b": 0.0})),
     "ladder": {"adapt": adapt.guarded(adapt.confident(), adapt.ladder())},
     "thresholdout": {
         "assess_fn": lambda w, x: {"score": score(w, x), "train": score(w, 2 * x)},
@@ -601,9 +600,7 @@ JUDGED = {
     "growing": {"explore": explore.rounds(2, growth=1.5)},
     **{k: {"adapt": adapt.choose_and_confirm(bound=v)} for k, v in BOUNDS.items()},
     **{
-        f"lexicographic, {k}": _several(
-            adapt.lexicographic({"a": 0.0, "b": 0.0}, bound=v)
-        )
+        f"constrained, {k}": _several(adapt.constrained("a", {"b": 1.0}, bound=v))
         for k, v in BOUNDS.items()
     },
 }

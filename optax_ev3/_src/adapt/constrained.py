@@ -1,4 +1,4 @@
-"""Adapt: rules for several objectives.
+"""Adapt: one objective improves, and the others do not fall.
 
 Dimensions: ``K`` proposals, ``C`` = K + 2 candidates, in the order proposals,
 ``current``, ``stable``; ``M`` objectives, ``N`` examples.
@@ -18,10 +18,9 @@ from optax_ev3._src.adapt.arguments import (
     single_rule,
 )
 from optax_ev3._src.adapt.bounds import checked_bound
-from optax_ev3._src.adapt.rules import no_state, untied
 from optax_ev3._src.base.checks import error_rate
 from optax_ev3._src.base.decision import Bound, Decision, Rule, enforce_validity
-from optax_ev3._src.base.evidence import Evidence, Index, compare, estimate
+from optax_ev3._src.base.evidence import Evidence, compare
 
 
 class ConstrainedState(NamedTuple):
@@ -132,76 +131,6 @@ def constrained(
     return Rule(init, decide, (maximize, *limits), forgetting(inner))
 
 
-def lexicographic(
-    tolerances: Mapping[str, float],
-    *,
-    confidence: float = 0.95,
-    bound: Bound | None = None,
-) -> Rule:
-    r"""Takes the objectives one after the other, the most important one first.
-
-    Of all candidates those remain that are not shown to be worse than the best one by
-    more than :math:`\epsilon_1` in objective 1, of these those that are not in
-    objective 2, and so on. Of what is left the explorer with most credit
-    (:func:`optax_ev3.credit`) is adopted, else ``current``, else ``stable``. Stable
-    is replaced by what is adopted where it is shown to be better in one objective and,
-    in all more important ones, to lose less than their tolerances; such losses may add
-    up over replacements.
-
-    Args:
-      tolerances: By name, in the order of priority: differences that do not count, in
-        units of the score.
-      confidence: Of each test, one-sided, corrected for the K + 1 candidates and, where
-        stable is replaced, for the M objectives.
-      bound: The test, see :mod:`optax_ev3.evidence`; default
-        :func:`optax_ev3.evidence.standard`.
-
-    Returns:
-      A rule for these objectives.
-
-    Raises:
-      TypeError: If an argument is of the wrong kind.
-      ValueError: If there is no tolerance or one is negative, or ``confidence`` is not
-        between 0.5 and 1.
-
-    Examples:
-      >>> import jax.numpy as jnp, optax, optax_ev3
-      >>> from optax_ev3 import adapt
-      >>> tx = optax_ev3.ev3(
-      ...     [optax.sgd(0.1), optax.sgd(0.5)],
-      ...     lambda w: {"fit": -((w - 1) ** 2), "small": -jnp.abs(w)},
-      ...     adapt=adapt.lexicographic({"fit": 0.7, "small": 0.0}),
-      ... )
-      >>> w = jnp.zeros([])
-      >>> updates, state = tx.update(2 * (w - 1), tx.init(w), w)  # 0.2 or 1.0
-      >>> print(updates)
-      0.2
-    """
-    limits = checked_numbers(tolerances, "tolerances")
-    alpha = error_rate(confidence)
-    test = checked_bound(bound)
-
-    def decide(
-        evidence: Evidence, rule_state: Any, key: jax.Array
-    ) -> tuple[Decision, Any]:
-        stable = evidence.stable
-        left = evidence.valid
-        for name, limit in limits.items():
-            mean = estimate(evidence, name).mean
-            best = jnp.argmax(jnp.where(left, mean, -jnp.inf))
-            left &= _ahead(evidence, name, best, test, alpha / stable) <= limit
-        adopted = untied(evidence, left, key)
-        level = alpha / stable / len(limits)
-        proven, safe = jnp.zeros([evidence.candidates], bool), evidence.valid
-        for name, limit in limits.items():
-            lower = test.lower(evidence, name, stable, level)
-            proven |= safe & (lower > 0)
-            safe &= lower >= -limit
-        return Decision(adopted, proven[adopted]), rule_state
-
-    return Rule(no_state, decide, tuple(limits))
-
-
 # Parts.
 
 
@@ -215,14 +144,3 @@ def _only(evidence: Evidence, objective: str, valid: jax.Array) -> Evidence:
         resamples={k: v for k, v in resamples.items() if k == objective},
         binary=evidence.binary & {objective},
     )
-
-
-def _ahead(
-    evidence: Evidence, objective: str, reference: Index, bound: Bound, level: float
-) -> jax.Array:
-    """Lower bounds ``[C]`` of how far the reference is ahead of every candidate."""
-
-    def against(other: jax.Array) -> jax.Array:
-        return bound.lower(evidence, objective, other, level)[reference]
-
-    return jax.vmap(against)(jnp.arange(evidence.candidates))
