@@ -395,7 +395,7 @@ def test_mcnemar_needs_boolean_scores():
 def test_figures_are_not_examples():
     figures = gather(np.float32([0.5, 0.25]))
     bound = BOUNDS["betting"]
-    match = "needs a score for each example.*'score' is a single figure"
+    match = "needs a score for each example.*'score' is a single value"
     with pytest.raises(ValueError, match=match):
         bound.p_value(figures, "score", 1)
     with pytest.raises(ValueError, match=match):

@@ -464,7 +464,7 @@ BAD = {
     "figures": (
         lambda: run(guarded(exact, adapt.ladder()), 1),
         "ladder needs a score for each example",
-        "single figure",
+        "single value",
     ),
     "two objectives": (
         lambda: run(guarded(both, adapt.ladder()), 1),
@@ -507,3 +507,36 @@ def test_a_guarded_rule_must_be_one_of_a_single_objective():
     several = adapt.weighted({"a": 0.1, "b": 0.1})
     with pytest.raises(ValueError, match=r"one objective, the rule takes \['a', 'b'\]"):
         adapt.guarded(several, adapt.ladder())
+
+
+WITHIN = {
+    "constrained": lambda rule: adapt.constrained("test", {"train": 9.0}, rule=rule),
+    "weighted": lambda rule: adapt.weighted({"test": 1.0, "train": 1.0}, rule=rule),
+}
+
+
+@pytest.mark.parametrize("within", WITHIN)
+def test_a_guarded_rule_stands_within_no_other(within):
+    rule = WITHIN[within](adapt.guarded(adapt.greedy(), adapt.ladder()))
+    tx = optax_ev3.ev3([optax.sgd(0.1)], both, adapt=rule)
+    with pytest.raises(ValueError, match=r"guarded cannot stand within a rule for sev"):
+        run(tx, 1)
+
+
+def test_guards_within_guards_are_told_what_the_outer_ones_release():
+    twice = adapt.guarded(adapt.guarded(adapt.greedy(), adapt.ladder()), adapt.ladder())
+    with pytest.raises(ValueError, match="ladder needs a score for each example"):
+        run(optax_ev3.ev3([optax.sgd(0.1)], score, adapt=twice), 1)
+
+    def release(seen, state, key):
+        del key
+        values = {"score": jnp.round(seen.scores["score"])}
+        return evidence.Evidence(values, seen.valid, seen.is_ascent), state
+
+    rounding = adapt.Guard(lambda: (), release, lambda state, *_: state)
+    inner = adapt.guarded(adapt.greedy(), rounding)
+    rule = adapt.guarded(inner, adapt.ladder(step=0.25))
+    _, state = run(optax_ev3.ev3([optax.sgd(0.1)], score, adapt=rule), 3)
+    past = optax_ev3.history(state)["mean"]
+    np.testing.assert_array_equal(past, np.round(past))
+    assert past.any()

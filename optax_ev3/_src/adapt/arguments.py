@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from optax_ev3._src.adapt.confident import confident
-from optax_ev3._src.base.decision import Rule
+from optax_ev3._src.base.decision import Decision, Rule
+from optax_ev3._src.base.evidence import Evidence
 
 
 def single_rule(rule: Rule | None) -> Rule:
@@ -25,6 +26,19 @@ def single_rule(rule: Rule | None) -> Rule:
             f"{list(rule.objectives)}."
         )
     return rule
+
+
+def decide_within(
+    rule: Rule, evidence: Evidence, state: Any, key: jax.Array
+) -> tuple[Decision, Any]:
+    """What the rule within another decides; raises if it is guarded."""
+    decision, state = rule.decide(evidence, state, key)
+    if decision.evidence is not None:
+        raise ValueError(
+            "adapt.guarded cannot stand within a rule for several objectives: the "
+            "other objectives, which it does not see, would be told unguarded."
+        )
+    return decision, state
 
 
 def forgetting(rule: Rule) -> Callable[[Any, jax.Array], Any] | None:

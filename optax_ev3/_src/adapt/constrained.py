@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from optax_ev3._src.adapt.arguments import (
     checked_names,
     checked_numbers,
+    decide_within,
     forgetting,
     single_rule,
 )
@@ -115,7 +116,7 @@ def constrained(
         stable, fallen = evidence.stable, state.fallen
         valid = evidence.valid & kept(evidence, fallen)
         allowed = _only(evidence, maximize, valid)
-        decision, inner_state = inner.decide(allowed, state.inner, key)
+        decision, inner_state = decide_within(inner, allowed, state.inner, key)
         # What may break a constraint is not valid here: stable takes its place.
         decision, _ = enforce_validity(decision, allowed, stable)
 

@@ -34,6 +34,8 @@ class Verdict(NamedTuple):
 
 def decide(rule: Rule, evidence: Evidence, rule_state: Any, key: jax.Array) -> Verdict:
     """What the rule decides on the evidence of a round."""
+    if rule.objectives:
+        main_objective(evidence, rule.objectives)  # Raises if there are others.
     chosen, new_state = rule.decide(evidence, rule_state, key)
     told = evidence if chosen.evidence is None else chosen.evidence
     # A rule may hide candidates; it makes none valid.

@@ -162,7 +162,9 @@ def ladder(confidence: float | None = 0.95, step: float | None = None) -> Guard:
     if step is not None and not step > 0:
         raise ValueError(f"step must be above 0, got {step}.")
 
-    def threshold(evidence, stderr, rounds):
+    def threshold(
+        evidence: Evidence, stderr: jax.Array, rounds: jax.Array
+    ) -> jax.Array:
         if step is not None:
             return jnp.full_like(stderr, step)
         if alpha is None:
@@ -188,14 +190,14 @@ def ladder(confidence: float | None = 0.95, step: float | None = None) -> Guard:
         unit = jnp.full_like(mean, step) if step else unit.astype(jnp.float32)
         rounded = jnp.round(mean / jnp.where(unit > 0, unit, 1)) * unit
         rounded = jnp.where(unit > 0, rounded, mean)
-        best = jnp.where(state.rounds == 0, rounded[-1], state.best)
+        best = jnp.where(state.rounds == 0, rounded[evidence.stable], state.best)
         # What is told to be better does not look equal or worse for being rounded.
         better = jnp.maximum(rounded, best + unit)
         worse = jnp.minimum(rounded, best - unit)
         told = jnp.where(against.gain > 0, better, worse)
         released = jnp.where(jnp.abs(against.gain) > limit, told, best)
         # Without a score of stable there is nothing to tell, and nothing to remember.
-        known = evidence.valid[-1]
+        known = evidence.valid[evidence.stable]
         state = LadderState(
             state.rounds + known.astype(jnp.int32),
             jnp.where(known, best, state.best),
@@ -203,7 +205,10 @@ def ladder(confidence: float | None = 0.95, step: float | None = None) -> Guard:
         return _released(evidence, objective, released), state
 
     def settle(
-        state: LadderState, released: Evidence, replaced: Any, promoted: Any
+        state: LadderState,
+        released: Evidence,
+        replaced: jax.Array,
+        promoted: jax.Array,
     ) -> LadderState:
         (scores,) = released.scores.values()
         return state._replace(best=jnp.where(replaced, scores[promoted], state.best))
@@ -239,6 +244,12 @@ def thresholdout(
     \gamma, \eta` are Laplace noise of scales :math:`\sigma, 2\sigma, 4\sigma`,
     :math:`\gamma` drawn anew after each release. When the budget is spent, all that is
     told is t.
+
+    It is for held-out sets of thousands of examples, and a budget that lasts. On 500
+    random labels, looked at in 1,000 rounds (the part ``reuse`` of
+    ``benchmarks/assessment.py``), the accuracy that is told exceeds that on new data by
+    0.047 with a budget that lasts, and by 0.199 with the default one; by 0.007 with
+    :func:`ladder`, by 0.091 without a guard.
 
     Args:
       train: Name of the objective that holds scores of training examples; the other
@@ -283,19 +294,19 @@ def thresholdout(
             )
         fitted, own = (ev.estimate(evidence, k).mean for k in (train, held_out[0]))
         key, new_key, first_key = jax.random.split(key, 3)
-        gamma, first = (
-            2 * noise * jax.random.laplace(k, []) for k in (new_key, first_key)
+        first, anew = (
+            2 * noise * jax.random.laplace(k, []) for k in (first_key, new_key)
         )
+        gamma = jnp.where(state.drawn > 0, state.noise, first)
         eta, xi = noise * jax.random.laplace(key, [2, *fitted.shape])
-        limit = threshold + jnp.where(state.drawn > 0, state.noise, first)
-        far = jnp.abs(fitted - own) > limit + 4 * eta
+        far = jnp.abs(fitted - own) > threshold + gamma + 4 * eta
         # The first ones as far as the budget goes.
         told = far & evidence.valid
         told &= jnp.cumsum(told) <= state.budget
         released = jnp.where(told, own + xi, fitted)
         state = ThresholdoutState(
             state.budget - told.sum(dtype=jnp.int32),
-            jnp.where(told.any(), gamma, limit - threshold),
+            jnp.where(told.any(), anew, gamma),
             jnp.ones_like(state.drawn),
         )
         return _released(evidence, held_out[0], released), state
@@ -303,12 +314,12 @@ def thresholdout(
     return Guard(init, release, lambda state, *_: state)
 
 
-def _released(evidence: Evidence, objective: str, figures: jax.Array) -> Evidence:
-    """Evidence of exact figures in the place of scores."""
-    figures = jnp.where(evidence.valid, figures, 0).astype(jnp.float32)
+def _released(evidence: Evidence, objective: str, values: jax.Array) -> Evidence:
+    """Evidence of exact values in the place of scores."""
+    values = jnp.where(evidence.valid, values, 0).astype(jnp.float32)
     return dataclasses.replace(
         evidence,
-        scores={objective: figures},
+        scores={objective: values},
         resamples={},
         binary=frozenset(),
         example_mask=None,

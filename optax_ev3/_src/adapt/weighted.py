@@ -13,7 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_ev3._src.adapt.arguments import checked_numbers, forgetting, single_rule
+from optax_ev3._src.adapt.arguments import (
+    checked_numbers,
+    decide_within,
+    forgetting,
+    single_rule,
+)
 from optax_ev3._src.base.checks import real
 from optax_ev3._src.base.decision import Decision, Rule
 from optax_ev3._src.base.evidence import Evidence, estimate
@@ -102,9 +107,8 @@ def weighted(
     def decide(
         evidence: Evidence, state: WeightedState, key: jax.Array
     ) -> tuple[Decision, WeightedState]:
-        decision, inner_state = inner.decide(
-            _sum(evidence, state.weights), state.inner, key
-        )
+        total = _sum(evidence, state.weights)
+        decision, inner_state = decide_within(inner, total, state.inner, key)
         weights = jnp.stack([state.weights[k] for k in first])
         decision = decision._replace(priorities=weights)
         means = {k: estimate(evidence, k).mean[evidence.current] for k in first}

@@ -365,6 +365,6 @@ def each_example(evidence: Evidence, objective: str, who: str = "this") -> jax.A
     if values.ndim == 1:
         raise ValueError(
             f"{who} needs a score for each example, objective {objective!r} is a "
-            f"single figure."
+            f"single value."
         )
     return values
