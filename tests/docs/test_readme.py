@@ -1,8 +1,12 @@
 """What README and docs show runs, and does what they say."""
 
+import importlib
+import inspect
 import pathlib
+import pkgutil
 import re
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,12 +14,20 @@ import pytest
 import optax_ev3
 
 ROOT = pathlib.Path(__file__).parents[2]
+MODULES = [
+    "optax_ev3",
+    *(
+        module.name
+        for module in pkgutil.walk_packages(optax_ev3.__path__, "optax_ev3.")
+        if "._" not in module.name
+    ),
+]
 
 
-def shown_in(file):
-    """The first Python example of a page, compiled."""
+def shown_in(file, number=0):
+    """A Python example of a page, compiled."""
     path = ROOT / file
-    code = re.search(r"```python\n(.*?)```", path.read_text(), re.DOTALL).group(1)
+    code = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)[number]
     return compile(code, str(path), "exec")
 
 
@@ -32,9 +44,37 @@ def test_the_recommended_setting():
     exec(shown_in("docs/settings.md"), names)
     reached = float(names["score"](names["params"], names["held_out"]).mean())
     assert reached > -0.1
-    # Explorers that did not win have rested.
+    # Explorers that did not win were paused.
     mean = optax_ev3.history(names["state"])["mean"]
     assert np.isnan(mean).any() and not np.isnan(mean).all(axis=0).any()
+    # What the page says the preset stands for has the same state.
+    exec(shown_in("docs/settings.md", 1), names)
+    written_out = names["tx"].init(names["params"])
+    chex.assert_trees_all_equal_shapes_and_dtypes(written_out, names["state"])
+
+
+def test_the_line_that_chooses_no_optimizer():
+    names = {"optax_ev3": optax_ev3, "score": lambda w: -(w**2), "loss": lambda w: w**2}
+    exec(shown_in("README.md", 1), names)
+    assert len(names["tx"].init(jnp.ones([])).explore.explorers) == 8
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_api_lists_every_public_name(name):
+    module = importlib.import_module(name)
+    text = (ROOT / "docs/api.md").read_text()
+    listed, current = set(), ""
+    for kind, target in re.findall(
+        r"^\.\. (currentmodule|auto\w+):: (\S+)", text, re.M
+    ):
+        if kind == "currentmodule":
+            current = target
+        else:
+            is_full = target.startswith("optax_ev3.")
+            listed.add(target if is_full else f"{current}.{target}")
+    names = getattr(module, "__all__", [])
+    public = [x for x in names if not inspect.ismodule(getattr(module, x))]
+    assert {f"{name}.{x}" for x in public} - listed == set()
 
 
 def test_a_metric_of_ones_own():
