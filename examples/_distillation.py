@@ -479,18 +479,18 @@ def always_on() -> optax_ev3.adapt.Rule:
     """
     bound = evidence.standard()
 
-    def decide(seen, memory, key):
+    def decide(scored, rule_state, key):
         del key
-        name = evidence.single_objective(seen)
-        explorers = len(seen.valid) - 2
-        mean = evidence.estimate(seen, name).mean
-        best = jnp.argmax(jnp.where(seen.valid, mean, -jnp.inf)[:explorers])
-        adopted = jnp.where(seen.valid[best], best, explorers)
-        p_value = bound.p_value(seen, name, explorers + 1)[adopted]
-        significant = p_value < 0.05 / (explorers + 1)
-        return optax_ev3.adapt.Decision(adopted.astype(jnp.int32), significant), memory
+        name = evidence.single_objective(scored)
+        mean = jnp.where(scored.valid, evidence.estimate(scored, name).mean, -jnp.inf)
+        best = jnp.argmax(mean[: scored.proposals])
+        adopted = jnp.where(scored.valid[best], best, scored.current)
+        p_value = bound.p_value(scored, name, scored.stable)[adopted]
+        significant = p_value < 0.05 / (scored.proposals + 1)
+        decision = optax_ev3.adapt.Decision(adopted.astype(jnp.int32), significant)
+        return decision, rule_state
 
-    return optax_ev3.adapt.Rule(lambda explorers: (), decide)
+    return optax_ev3.adapt.Rule(lambda proposals: (), decide)
 
 
 @functools.partial(

@@ -1,9 +1,9 @@
 """A learning rate that nobody chose: it evolves from one that is far too small.
 
-Four members of a group train at rates of their own; whoever is shown to be worse starts
-again from the best one, at a rate drawn around the better ones. Training stops early
-where the history shows that it gets nowhere. Then the schedule that was found trains a
-model by itself, without EV3.
+Four members of a group train at rates of their own. One that is shown to be worse
+starts again from the best one, at a rate drawn around the better ones. Training stops
+early where the history shows that it gets nowhere. Then the schedule that was found
+trains a model by itself, without EV3.
 
 Run it with `python examples/learning_rate.py --plot=history.png`; it takes seconds.
 """

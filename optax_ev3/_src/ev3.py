@@ -72,7 +72,8 @@ def ev3(
         the call, the same for all explorers.
       explore: How explorers are tried, see :mod:`optax_ev3.explore`. Default:
         ``explore.one_step()``, every call is a round.
-      adapt: The rule, see :mod:`optax_ev3.adapt`. Default: ``adapt.confident()``.
+      adapt: The rule, see :mod:`optax_ev3.adapt`. Default: ``adapt.greedy()`` for
+        branches that never restart, else ``adapt.confident()``.
       assess_mode: How the C candidates are scored: ``"unroll"`` (C calls in one
         program), ``"vmap"`` (one call on stacked parameters) or ``"map"`` (a compiled
         loop, the quickest to compile). Paused explorers cost nothing in ``"unroll"``.

@@ -54,7 +54,12 @@ def test_the_recommended_setting():
 
 
 def test_the_line_that_chooses_no_optimizer():
-    names = {"optax_ev3": optax_ev3, "score": lambda w: -(w**2), "loss": lambda w: w**2}
+    names = {
+        "optax_ev3": optax_ev3,
+        "score": lambda w, batch: -((w - batch) ** 2),
+        "loss": lambda w: w**2,
+        "held_out": jnp.ones([4]),
+    }
     exec(shown_in("README.md", 1), names)
     assert len(names["tx"].init(jnp.ones([])).explore.explorers) == 8
 

@@ -1,4 +1,4 @@
-"""Adapt: the default rule, by evidence that adds up over rounds.
+"""The default rule where explorers restart: evidence adds up over rounds.
 
 Dimensions: ``K`` proposals.
 """
