@@ -277,7 +277,9 @@ def _frozen_setting(setting):
     elif "assess_fn" in SETTINGS[setting] and setting != "held out":
         kwargs["assess_fn"] = lambda w, x: {
             name: score_mixed(w, x)
-            for name in (["score", "train"] if "guard" in kwargs else ["a", "b"])
+            for name in (
+                ["score", "train"] if setting == "thresholdout" else ["a", "b"]
+            )
         }
     return kwargs
 
