@@ -294,29 +294,34 @@ def _long(strategy=None, **kwargs):
     return ev3(loss_fn=loss, adapt=always(0), explore=strategy, **kwargs)
 
 
+def quick(inner=None, **kwargs):
+    """With a rule that compiles quickly."""
+    return ev3(inner, adapt=always(0), **kwargs)
+
+
 TRANSFORMATIONS = {
     "adamw": lambda: optax.adamw(0.02),
     "momentum": lambda: optax.sgd(0.02, momentum=0.9),
     "ev3": ev3,
     "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), ev3()),
-    "sweep": lambda: ev3(
+    "sweep": lambda: quick(
         [optax_ev3.sweep(optax.adam, learning_rate=[0.01, 0.02, 0.03])]
     ),
-    "evolve": lambda: ev3(
+    "evolve": lambda: quick(
         {
             "group": optax_ev3.evolve(
                 optax.adam, {"learning_rate": optax_ev3.log_uniform(1e-3, 0.1)}, 3
             )
         }
     ),
-    "partition": lambda: ev3(
+    "partition": lambda: quick(
         [
             optax.partition(
                 {"a": optax.adam(0.02), "b": optax.sgd(0.05, momentum=0.9)}, _by_layer
             )
         ]
     ),
-    "masked": lambda: ev3(
+    "masked": lambda: quick(
         [
             optax.chain(
                 optax.masked(
@@ -326,9 +331,9 @@ TRANSFORMATIONS = {
             )
         ]
     ),
-    "schedule_free": lambda: ev3([contrib.schedule_free_adamw(0.02)]),
-    "lbfgs": lambda: ev3([optax.lbfgs(memory_size=2)], loss_fn=loss),
-    "noise": lambda: ev3([optax.chain(optax.ema(0.9), optax.sgd(0.02))], key=3),
+    "schedule_free": lambda: quick([contrib.schedule_free_adamw(0.02)]),
+    "lbfgs": lambda: quick([optax.lbfgs(memory_size=2)], loss_fn=loss),
+    "noise": lambda: quick([optax.chain(optax.ema(0.9), optax.sgd(0.02))], key=3),
     "trajectory": lambda: _long(
         explore.rounds(
             3, averages=[explore.trajectory_average(), explore.branch_average(0.9)]

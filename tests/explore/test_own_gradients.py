@@ -16,13 +16,16 @@ STRATEGIES = {
     "one step": {},
     "own": {"explore": explore.rounds(3)},
     "shared": {"explore": explore.rounds(3, gradients="shared")},
+    # The greedy rule would stay where it is.
     "significant": {
-        "explore": explore.branches(3, restart=explore.worse_than("adopted"))
+        "explore": explore.branches(3, restart=explore.worse_than("adopted")),
+        "adapt": adapt.confident(),
     },
     "behind": {
         "explore": explore.branches(
             3, restart=explore.worse_than("start", inner_state="new")
         ),
+        "adapt": adapt.confident(),
     },
     "recommended": {
         "explore": explore.branches(
@@ -71,6 +74,12 @@ EXPLORERS = {
 }
 
 
+def make(inner, strategy, **kwargs):
+    """With a rule that compiles quickly."""
+    kwargs = {"adapt": adapt.greedy(), **STRATEGIES[strategy], **kwargs}
+    return optax_ev3.ev3(inner, score, **kwargs)
+
+
 def own(explorers, loss_fn=loss, merge_fn=None):
     return {
         name: optax_ev3.explorer(tx, loss_fn, merge_fn=merge_fn)
@@ -112,14 +121,14 @@ def poison(w, batch):
     ],
 )
 def test_losses_of_their_own_need_no_gradient_of_the_caller(strategy, kind):
-    tx = optax_ev3.ev3(own(EXPLORERS[kind]), score, **STRATEGIES[strategy])
+    tx = make(own(EXPLORERS[kind]), strategy)
     assert_identical(train(tx, nothing), train(tx, poison))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_takes_none(strategy):
     explorers = own(EXPLORERS["single"], with_aux, merge)
-    tx = optax_ev3.ev3(explorers, score, **STRATEGIES[strategy])
+    tx = make(explorers, strategy)
     assert_identical(train(tx, nothing), train(tx, poison))
 
 
@@ -128,7 +137,7 @@ def test_every_strategy_takes_none(strategy):
     [("own", "sweep"), ("significant", "single"), ("recommended", "single")],
 )
 def test_without_the_callers_gradient_the_lead_branch_takes_its_own(strategy, kind):
-    tx = optax_ev3.ev3(EXPLORERS[kind], score, loss_fn=loss, **STRATEGIES[strategy])
+    tx = make(EXPLORERS[kind], strategy, loss_fn=loss)
     assert_close(train(tx, nothing), train(tx, jax.grad(loss)), rtol=1e-3, atol=1e-4)
 
 
@@ -138,8 +147,7 @@ def test_none_takes_the_own_auxiliary_outputs_too(strategy):
         name: optax_ev3.explorer(tx, merge_fn=merge)
         for name, tx in EXPLORERS["single"].items()
     }
-    kwargs = {"loss_fn": with_aux, **STRATEGIES[strategy]}
-    tx = optax_ev3.ev3(inner, score, **kwargs)
+    tx = make(inner, strategy, loss_fn=with_aux)
 
     def update(grads, state, w, **extra):
         # Auxiliary outputs that belong to no gradient are not used.
@@ -150,7 +158,7 @@ def test_none_takes_the_own_auxiliary_outputs_too(strategy):
 
 
 def test_an_optimizer_around_takes_none():
-    tx = optax_ev3.ev3(own(EXPLORERS["single"]), score, explore=explore.rounds(3))
+    tx = make(own(EXPLORERS["single"]), "own")
     around = optax.chain(optax.clip(1e9), tx, optax.scale(1.0))
     assert_identical(train(around, nothing)[0], train(tx, nothing)[0])
 
@@ -199,14 +207,13 @@ def flops(tx, gradients, loop=False):
 
 @pytest.mark.parametrize("strategy", ["one step", "shared", "recommended"])
 def test_the_compiler_removes_a_gradient_that_nothing_uses(strategy):
-    explorers, kwargs = EXPLORERS["single"], STRATEGIES[strategy]
     loop = strategy in ("one step", "recommended")
-    tx = optax_ev3.ev3(own(explorers), score, **kwargs)
+    tx = make(own(EXPLORERS["single"]), strategy)
     assert flops(tx, jax.grad(costly), loop) == flops(tx, nothing, loop)
 
 
 @pytest.mark.parametrize("loop", [False, True])
 def test_the_compiler_keeps_a_gradient_that_is_used(loop):
-    tx = optax_ev3.ev3(EXPLORERS["single"], score)
+    tx = make(EXPLORERS["single"], "one step")
     used, cheap = flops(tx, jax.grad(costly), loop), flops(tx, jax.grad(loss), loop)
     assert used > cheap + 1000

@@ -246,8 +246,9 @@ def test_branch_that_becomes_non_finite_is_out_until_its_restart(gradients):
 
     bad = optax.GradientTransformation(lambda params: jnp.zeros([], jnp.int32), poison)
     both = {"good": optax.sgd(0.05), "bad": bad}
-    kwargs = {"loss_fn": loss, "gradients": gradients, "adapt": adapt.greedy()}
-    tx = optax_ev3.ev3(both, score, explore=explore.rounds(4), **kwargs)
+    kwargs = {"loss_fn": loss, "adapt": adapt.greedy()}
+    rounds = explore.rounds(4, gradients=gradients)
+    tx = optax_ev3.ev3(both, score, explore=rounds, **kwargs)
     seen = run(tx, 8)
     alive = [s.explore.branches.alive.tolist() for _, s in seen]
     assert alive[:3] == [[1, 1], [1, 0], [1, 0]]
@@ -298,6 +299,7 @@ def test_steps_without_finite_gradients_are_not_taken(gradients):
         score,
         loss_fn=loss,
         explore=explore.rounds(4, gradients=gradients),
+        adapt=adapt.greedy(),
     )
     w, state = run(tx, 2)[-1]
     batch = jax.tree.map(lambda x: x.at[3].set(jnp.nan), data(2))
@@ -329,7 +331,8 @@ def test_lead_that_becomes_non_finite_stands_still():
 
 
 def test_saved_and_restored_in_the_middle_of_a_round():
-    tx = optax_ev3.ev3(inner(), score, loss_fn=loss, explore=explore.rounds(5))
+    kwargs = {"explore": explore.rounds(5), "adapt": adapt.greedy()}
+    tx = optax_ev3.ev3(inner(), score, loss_fn=loss, **kwargs)
     whole = run(tx, 13)[-1]
     w, state = run(tx, 7)[-1]
     packed = jax.tree.map(np.asarray, (w, state))
@@ -342,16 +345,18 @@ def test_donated_buffers():
         explore.trajectory_average(),
         explore.branch_average(),
     ]
-    tx = optax_ev3.ev3(inner(), score, explore=explore.rounds(2, averages=everything))
+    rounds = explore.rounds(2, averages=everything)
+    tx = optax_ev3.ev3(inner(), score, explore=rounds, adapt=adapt.greedy())
 
     def step(w, state, batch):
         updates, state = tx.update(jax.grad(loss)(w, batch), state, w, held=batch)
         return optax.apply_updates(w, updates), state
 
+    plain, donating = jax.jit(step), jax.jit(step, donate_argnums=(0, 1))
     kept, donated = ((start(), tx.init(start())) for _ in range(2))
     for call in range(5):
-        kept = jax.jit(step)(*kept, data(call))
-        donated = jax.jit(step, donate_argnums=(0, 1))(*donated, data(call))
+        kept = plain(*kept, data(call))
+        donated = donating(*donated, data(call))
     assert_identical(donated, kept)
 
 
@@ -370,6 +375,7 @@ def trained(gradients, mode):
                 optax_ev3.explore.branch_average(),
             ],
         ),
+        adapt=adapt.greedy(),
         assess_mode=mode,
     )
 
@@ -419,6 +425,7 @@ def test_dtypes_of_parameters_are_kept():
         lambda p, held: score(p, held).astype(jnp.float32),
         loss_fn=loss,
         explore=explore.rounds(2, averages=[optax_ev3.explore.trajectory_average()]),
+        adapt=adapt.greedy(),
     )
     state = tx.init(w)
 

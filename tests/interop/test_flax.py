@@ -16,7 +16,7 @@ from helpers import always, assert_close, assert_same_types, lenient
 
 import optax_ev3
 import optax_ev3.flax
-from optax_ev3 import explore
+from optax_ev3 import adapt, explore
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -288,7 +288,8 @@ def test_nnx_with_a_partition_inside(strategy):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_nnx_stable_params_go_back_into_the_model(strategy):
-    tx = net_tx(strategy, [optax.adam(0.05), optax.sgd(0.05)], adapt=None)
+    inner = [optax.adam(0.05), optax.sgd(0.05)]
+    tx = net_tx(strategy, inner, adapt=adapt.greedy())
     net, optimizer, step = train(tx, 4)
     stable = optax_ev3.stable_params(optimizer.opt_state)
     pure = jax.tree.map(np.asarray, nnx.to_pure_dict(stable))
@@ -314,9 +315,8 @@ def test_stable_params_are_variables_where_params_are(strategy, wrt):
     def total(params):
         return sum(jnp.square(x).sum() for x in jax.tree.leaves(params))
 
-    tx = optax_ev3.ev3(
-        [optax.adam(0.05)], lambda p: -total(p), loss_fn=total, **STRATEGIES[strategy]
-    )
+    kwargs = {"loss_fn": total, "adapt": adapt.greedy(), **STRATEGIES[strategy]}
+    tx = optax_ev3.ev3([optax.adam(0.05)], lambda p: -total(p), **kwargs)
 
     @jax.jit
     def step(state, params):
