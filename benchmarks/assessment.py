@@ -1,7 +1,5 @@
 """What the assessment is worth in training: four questions.
 
-    python benchmarks/assessment.py [--quick] [--part NAME ...]
-
 drift: the visible parameters get better, or worse, by a tenth of a round's standard
   error in each of 300 rounds of 64 examples, or stay as good as the stable ones. How
   often are these replaced, or gone back to, by the default rule?
@@ -18,65 +16,37 @@ It takes about ten minutes on two cores.
 """
 
 import functools
-import pathlib
-import re
-import sys
-from typing import Any, NamedTuple
+import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+import pandas as pd
 from sklearn import datasets
 
 import optax_ev3
-from optax_ev3 import adapt, combine, evidence, metrics
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import _digits
-
-_ROWS = flags.DEFINE_string("rows", "", "Only rows of EV3 that match.")
-_QUICK = flags.DEFINE_bool("quick", False, "Few and short runs: a test.")
-
-
-class Settings(NamedTuple):
-    runs: int = 1000
-    rounds: int = 300
-    seeds: int = 10
-    reuses: int = 1000
-    steps: int = 300
-    f1_seeds: int = 20
-    f1_steps: int = 600
-
-
-QUICK = Settings(8, 10, 2, 10, 6, 2, 10)
-
-
-def wanted(rows: dict[str, Any]) -> dict[str, Any]:
-    return {name: row for name, row in rows.items() if re.search(_ROWS.value, name)}
-
-
-def spread(values: np.ndarray, digits: int = 4) -> str:
-    error = values.std(ddof=1) / len(values) ** 0.5
-    return f"{values.mean():.{digits}f} ± {error:.{digits}f}"
-
+from benchmarks import models, training
+from benchmarks.data import load, stacked
+from benchmarks.report import show, spread, spreads
+from benchmarks.results import tidy
+from benchmarks.run import Cell, Suite
+from optax_ev3 import adapt, evidence, explore, metrics
 
 # Drift.
 
 
-def drift(settings: Settings) -> None:
-    print(
-        f"{'drift':>8}{'replaced':>10}{'by round':>10}{'gone back':>11}{'by round':>10}"
-    )
+def drift(change, settings):
+    """The round of each run in which either happens first, infinite for never."""
     keys = jax.random.split(jax.random.key(0), settings.runs)
-    for change in (-0.1, 0.0, 0.1):
-        run = functools.partial(_drifting, change=change, rounds=settings.rounds)
-        cells = ""
-        for happened in map(np.asarray, jax.jit(jax.vmap(run))(keys)):
-            first = np.where(happened.any(1), happened.argmax(1) + 1, np.inf)
-            cells += f"{happened.any(1).mean():10.3f}{np.median(first):10.0f} "
-        print(f"{change:8}{cells}", flush=True)
+    run = functools.partial(_drifting, change=change, rounds=settings.rounds)
+    replaced, back = map(np.asarray, jax.jit(jax.vmap(run))(keys))
+    first = {
+        name: np.where(happened.any(1), happened.argmax(1) + 1, np.inf)
+        for name, happened in {"replaced": replaced, "gone back": back}.items()
+    }
+    return tidy(first, seed=range(settings.runs))
 
 
 def _drifting(key, change, rounds, explorers=2, examples=64):
@@ -106,18 +76,15 @@ def _drifting(key, change, rounds, explorers=2, examples=64):
 
 # A held-out set that is used again and again.
 
+GREEDY = adapt.greedy()
 GUARDS = {
-    "adapt.confident()": {},
-    "adapt.greedy()": {"adapt": adapt.greedy()},
-    "greedy, ladder()": {"adapt": adapt.greedy(), "guard": evidence.ladder()},
-    "greedy, ladder(confidence=None)": {
-        "adapt": adapt.greedy(),
-        "guard": evidence.ladder(confidence=None),
-    },
-    "greedy, ladder(step=0.05)": {
-        "adapt": adapt.greedy(),
-        "guard": evidence.ladder(step=0.05),
-    },
+    "adapt.confident()": adapt.confident(),
+    "adapt.greedy()": GREEDY,
+    "greedy, ladder()": adapt.guarded(GREEDY, adapt.ladder()),
+    "greedy, ladder(confidence=None)": adapt.guarded(
+        GREEDY, adapt.ladder(confidence=None)
+    ),
+    "greedy, ladder(step=0.05)": adapt.guarded(GREEDY, adapt.ladder(step=0.05)),
 }
 FEATURES = 500
 
@@ -136,17 +103,15 @@ def wandering(scale: float, seed: int) -> optax.GradientTransformation:
     )
 
 
-def reuse(settings: Settings) -> None:
-    print(f"{'guard':34}{'reported - new data':>22}{'reported':>18}{'new data':>18}")
-    for name, kwargs in wanted(GUARDS).items():
-        run = functools.partial(_reusing, kwargs=kwargs, rounds=settings.reuses)
-        found = jax.jit(jax.vmap(run))(jnp.arange(settings.seeds))
-        reported, fresh = map(np.asarray, found)
-        cells = spread(reported - fresh, 3), spread(reported, 3), spread(fresh, 3)
-        print(f"{name:34}{cells[0]:>22}{cells[1]:>18}{cells[2]:>18}", flush=True)
+def reuse(name, settings):
+    run = functools.partial(_reusing, rule=GUARDS[name], rounds=settings.reuses)
+    reported, fresh = jax.jit(jax.vmap(run))(jnp.arange(settings.seeds))
+    found = {"reported": reported, "new data": fresh}
+    found["reported - new data"] = reported - fresh
+    return tidy(found, seed=range(settings.seeds))
 
 
-def _reusing(seed, kwargs, rounds):
+def _reusing(seed, rule, rounds):
     """Accuracy of the stable parameters as reported, and on new data."""
     keys = jax.random.split(jax.random.key(seed), 5)
 
@@ -163,7 +128,7 @@ def _reusing(seed, kwargs, rounds):
         return optax.sigmoid_binary_cross_entropy(batch[0] @ w, batch[1]).mean()
 
     inner = {"near": wandering(0.1, 1), "far": wandering(0.3, 2), "sgd": optax.sgd(0.1)}
-    tx = optax_ev3.ev3(inner, lambda w: right(w, held_out), key=seed, **kwargs)
+    tx = optax_ev3.ev3(inner, lambda w: right(w, held_out), adapt=rule, key=seed)
 
     def step(carry, number):
         w, state = carry
@@ -181,35 +146,29 @@ def _reusing(seed, kwargs, rounds):
 # Chunks.
 
 
-def chunks(settings: Settings) -> None:
-    two = {"adam": optax.adam(1e-3), "sgd": optax.sgd(0.1)}
-    own = {"loss_fn": _digits.loss, "trajectory_length": 20}
-    tasks = {
-        "two explorers": (two, {}),
-        "eight, trajectories of 20": (_digits.EIGHT, own),
-    }
-    ways = {
-        "at once": {},
-        "in_chunks(8)": {"chunks": 8},
-    }
-    rows = {
-        f"{task}, {way}": (*tasks[task], ways[way]) for task in tasks for way in ways
-    }
-    print(f"{'method':54}{'examples':>9}{'accuracy':>18}{'NLL':>18}")
-    whole = optax_ev3.held_out(_digits.log_likelihood, _digits.load().held_out, 128)
-    for name, (inner, kwargs, way) in wanted(rows).items():
-        assess_fn = optax_ev3.in_chunks(whole, **way) if way else whole
+OWN = {"loss_fn": training.loss, "explore": explore.rounds(20)}
+CHUNKED = {
+    "two explorers": (training.TWO, {}),
+    "eight, trajectories of 20": (training.EIGHT, OWN),
+}
+WAYS = {"at once": {}, "in_chunks(8)": {"chunks": 8}}
 
-        def make_tx(seed, inner=inner, assess_fn=assess_fn, kwargs=kwargs):
-            return optax_ev3.ev3(
-                inner, assess_fn, key=seed, history_length=300, **kwargs
-            )
 
-        found = _digits.train(make_tx, settings.steps, settings.seeds)
-        record = found[2].record
-        share = record.examples.sum() / record.rounds.sum() / 128
-        cells = f"{share:9.0%}{spread(found[0]):>18}{spread(found[1]):>18}"
-        print(f"{name:54}{cells}", flush=True)
+def chunks(task, way, settings):
+    inner, kwargs = CHUNKED[task]
+    log_likelihood, held_out = training.log_likelihood, load().held_out
+    assess_fn = optax_ev3.held_out(log_likelihood, held_out, 128)
+    if WAYS[way]:
+        assess_fn = optax_ev3.in_chunks(assess_fn, **WAYS[way])
+
+    def make_tx(seed):
+        return optax_ev3.ev3(inner, assess_fn, key=seed, history_length=300, **kwargs)
+
+    found, states = training.train(make_tx, settings.steps, settings.seeds)
+    seeds = range(settings.seeds)
+    past = [optax_ev3.history(jax.tree.map(lambda x, i=i: x[i], states)) for i in seeds]
+    found["examples"] = [one["examples"].mean() / 128 for one in past]
+    return tidy(found, seed=seeds)
 
 
 # A metric without a gradient.
@@ -228,20 +187,17 @@ LOSSES = {
     "weighted 9": {"weight": 9.0},
     "focal 2": {"gamma": 2.0},
 }
-AVERAGES = [combine.trajectory_average()]
 EV3S = {
-    "trajectories of 20": {"trajectory_length": 20},
-    "trajectories of 50": {"trajectory_length": 50},
-    "trajectories of 50, never restart, averages": {
-        "trajectory_length": 50,
-        "restart": "never",
-        "combine": AVERAGES,
-    },
+    "trajectories of 20": explore.rounds(20),
+    "trajectories of 50": explore.rounds(50),
+    "trajectories of 50, never restart, averages": explore.branches(
+        50, averages=[explore.trajectory_average()]
+    ),
 }
 
 
 def logits(params, x):
-    return (jax.nn.relu(x @ params[0] + params[1]) @ params[2] + params[3])[:, 0]
+    return models.forward(params, x)[:, 0]
 
 
 def loss_named(name):
@@ -255,31 +211,25 @@ def outputs(params, data):
     return (logits(params, data[0]) > 0).astype(jnp.int32), data[1]
 
 
-def f1(settings: Settings) -> None:
+def split(seed):
+    """Training, held-out and test examples, the eights as positives."""
     images, digits = datasets.load_digits(return_X_y=True)
     x, y = (images / 16 - 0.3).astype(np.float32), (digits == 8).astype(np.int32)
-    parts = []
-    for seed in range(settings.f1_seeds):
-        order = np.random.default_rng(seed).permutation(len(x))
-        parts.append([(x[i], y[i]) for i in np.split(order, [300, 900])])
-    data = jax.tree.map(lambda *arrays: jnp.stack(arrays), *parts)
-    alone = {}
-    print(f"{'method':52}{'test F1':>18}")
-    for name in LOSSES:
-        alone[name] = _f1_runs(settings, data, name)
-        print(f"{name + ' alone':52}{spread(alone[name][0]):>18}", flush=True)
-    test, loss, score = (np.stack([v[i] for v in alone.values()]) for i in range(3))
-    runs = np.arange(settings.f1_seeds)
-    for name, best in {"loss": loss.argmin(0), "F1": score.argmax(0)}.items():
-        what = f"the one of the three with the best held-out {name}"
-        print(f"{what:52}{spread(test[best, runs]):>18}")
-    for name, kwargs in wanted(EV3S).items():
-        found = _f1_runs(settings, data, None, kwargs)[0]
-        print(f"{'EV3, ' + name:52}{spread(found):>18}", flush=True)
+    order = np.random.default_rng(seed).permutation(len(x))
+    return [(x[i], y[i]) for i in np.split(order, [300, 900])]
 
 
-def _f1_runs(settings, data, name=None, kwargs=None):
-    """Test F1, held-out cross-entropy and held-out F1 of every seed."""
+def f1(settings, name=None, strategy=None):
+    """Of one loss alone, or of EV3 with all of them."""
+    seeds = range(settings.f1_seeds)
+    runs = jax.vmap(_f1_run(settings.f1_steps, name, strategy))
+    names = ("test F1", "held-out loss", "held-out F1")
+    found = runs(jnp.arange(len(seeds)), *stacked(split, seeds))
+    return tidy(dict(zip(names, found, strict=True)), seed=seeds)
+
+
+def _f1_run(steps, name, strategy):
+    """Test F1, held-out cross-entropy and held-out F1 of a seed and its data."""
     caller = loss_named(name or "cross-entropy")
 
     def one(seed, train, held_out, test):
@@ -292,25 +242,12 @@ def _f1_runs(settings, data, name=None, kwargs=None):
             def assess_fn(params):
                 return metrics.AggregateMetric(metrics.f1, outputs(params, held_out))
 
-            tx = optax_ev3.ev3(inner, assess_fn, key=seed, **kwargs)
+            tx = optax_ev3.ev3(inner, assess_fn, explore=strategy, key=seed)
         else:
-            tx = optax.with_extra_args_support(optax.adam(3e-3))
-
-        def step(carry, number):
-            params, state = carry
-            key = jax.random.fold_in(jax.random.key(seed), number)
-            rows = jax.random.randint(key, [64], 0, len(train[1]))
-            batch = train[0][rows], train[1][rows]
-            grads = jax.grad(caller)(params, batch)
-            updates, state = tx.update(grads, state, params, batch=batch)
-            return (optax.apply_updates(params, updates), state), None
-
+            tx = optax.adam(3e-3)
         first, second = jax.random.split(jax.random.key(seed))
-        he = jax.nn.initializers.he_normal()
-        params = [he(first, (64, 32)), jnp.zeros(32)]
-        params += [he(second, (32, 1)), jnp.zeros(1)]
-        carry = params, tx.init(params)
-        params = jax.lax.scan(step, carry, jnp.arange(settings.f1_steps))[0][0]
+        params = [models.dense(first, 64, 32), models.dense(second, 32, 1)]
+        params, _ = training.fit(tx, caller, params, train, seed, steps, 64)
 
         def score(part):
             return metrics.f1(outputs(params, part), jnp.ones(len(part[1])))
@@ -321,20 +258,101 @@ def _f1_runs(settings, data, name=None, kwargs=None):
             score(held_out),
         )
 
-    runs = jax.vmap(one)(jnp.arange(settings.f1_seeds), *data)
-    return [np.asarray(values) for values in runs]
+    return one
 
 
-PARTS: dict[str, Any] = {"drift": drift, "reuse": reuse, "chunks": chunks, "f1": f1}
-_PARTS = flags.DEFINE_multi_enum("part", list(PARTS), list(PARTS), "Which; all.")
+# The suite.
 
 
-def main(_):
-    settings = QUICK if _QUICK.value else Settings()
-    for name in _PARTS.value:
-        print(f"\n{name}\n")
-        PARTS[name](settings)
+class Settings(NamedTuple):
+    """How much is measured."""
+
+    runs: int = 1000
+    rounds: int = 300
+    seeds: int = 10
+    reuses: int = 1000
+    steps: int = 300
+    f1_seeds: int = 20
+    f1_steps: int = 600
 
 
-if __name__ == "__main__":
-    app.run(main)
+DRIFTS = (-0.1, 0.0, 0.1)
+
+
+def cells(settings, tasks, results):
+    del results
+    if "drift" in tasks:
+        for change in DRIFTS:
+            yield Cell("drift", f"{change}", lambda x=change: drift(x, settings))
+    if "reuse" in tasks:
+        for name in GUARDS:
+            yield Cell("reuse", name, lambda name=name: reuse(name, settings))
+    if "chunks" in tasks:
+        for case in itertools.product(CHUNKED, WAYS):
+            yield Cell(
+                "chunks", ", ".join(case), lambda case=case: chunks(*case, settings)
+            )
+    if "f1" in tasks:
+        for name in LOSSES:
+            yield Cell("f1", f"{name} alone", lambda x=name: f1(settings, x), True)
+        for name, way in EV3S.items():
+            yield Cell("f1", f"EV3, {name}", lambda x=way: f1(settings, strategy=x))
+
+
+def report(results, settings, folder):
+    del folder
+    shown = {
+        "reuse": ("reported - new data", "reported", "new data"),
+        "chunks": ("accuracy", "nll"),
+        "f1": ("test F1",),
+    }
+    digits = {"reuse": 3, "chunks": 4, "f1": 4}
+    tables = {}
+    for task, names in shown.items():
+        found = results[results.task == task]
+        if len(found):
+            table = spreads(found, ["method"], dict.fromkeys(names, digits[task]))
+            tables[task] = table
+    if "chunks" in tables:
+        found = results[(results.task == "chunks") & (results.metric == "examples")]
+        shares = found.groupby("method").value.mean().map("{:.0%}".format)
+        tables["chunks"].insert(0, "examples", shares)
+    if "f1" in tables:
+        tables["f1"] = pd.concat([tables["f1"], _chosen(results)])
+    if len(found := results[results.task == "drift"]):
+        tables = {"drift": _drifts(found)} | tables
+    for task, table in tables.items():
+        show(table.rename_axis("method"), task)
+
+
+def _drifts(found):
+    """The share of runs in which it happens, and the median round."""
+    first = found[found.metric != "seconds"].groupby(["method", "metric"], sort=False)
+    share = first.value.agg(lambda x: f"{np.isfinite(x).mean():.3f}").unstack()
+    rounds = first.value.median().map("{:.0f}".format).unstack()
+    table = share.join(rounds.add_suffix(", by round"))
+    return table.rename(index=lambda change: f"drift {change}")
+
+
+def _chosen(results):
+    """Of the losses alone, the one that is best on the held-out part of each seed."""
+    alone = [f"{name} alone" for name in LOSSES]
+    found = results[(results.task == "f1") & results.method.isin(alone)]
+    found = found[found.seed.notna()]
+    wide = found.pivot(index="seed", columns=["metric", "method"], values="value")
+    best = {
+        "loss": wide["held-out loss"][alone].to_numpy().argmin(1),
+        "F1": wide["held-out F1"][alone].to_numpy().argmax(1),
+    }
+    test = wide["test F1"][alone].to_numpy()
+    rows = {
+        f"the one of the three with the best held-out {name}": spread(
+            test[np.arange(len(test)), which]
+        )
+        for name, which in best.items()
+    }
+    return pd.DataFrame({"test F1": rows})
+
+
+QUICK = dict(zip(Settings._fields, (8, 10, 2, 10, 6, 2, 10), strict=True))
+SUITE = Suite(("drift", "reuse", "chunks", "f1"), Settings(), QUICK, cells, report)

@@ -16,37 +16,25 @@ difference costs, in log-likelihood with exact statistics. The test error is giv
 as the loop would evaluate its model, with the statistics that it has at the end, and
 with exact ones.
 
-    python benchmarks/batchnorm.py [--quick] [--seeds 10] [--steps 500] [--json PATH]
-
 It takes about a quarter of an hour on two cores.
 """
 
 import dataclasses
 import itertools
-import json
-import pathlib
-import sys
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from absl import app, flags, logging
 from flax import linen as nn
 
 import optax_ev3
-from optax_ev3 import adapt, combine
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from _digits import load
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
-import _data
-
-QUICK = flags.DEFINE_bool("quick", False, "Few and short runs: a test.")
-SEEDS = flags.DEFINE_integer("seeds", 10, "Runs of each row.", lower_bound=2)
-STEPS = flags.DEFINE_integer("steps", 500, "Training steps.", lower_bound=25)
-JSON = flags.DEFINE_string("json", None, "Where to write the figures, too.")
+from benchmarks.data import load, sample
+from benchmarks.models import log_likelihood
+from benchmarks.report import show, spreads
+from benchmarks.results import tidy
+from benchmarks.run import Cell, Suite
+from optax_ev3 import adapt, explore
 
 INNER = {
     "adam 0.001": optax.adam(1e-3),
@@ -54,21 +42,16 @@ INNER = {
     "sgd 0.1": optax.sgd(0.1),
     "momentum 0.05": optax.sgd(0.05, momentum=0.9),
 }
-AVERAGES = (combine.trajectory_average(), combine.branch_average())
+AVERAGES = (explore.trajectory_average(), explore.branch_average())
 # How rounds go; the first is the plain form of ev3, the last the recommended one.
 STRATEGIES = {
-    "one step": {},
-    "25 steps": {"trajectory_length": 25, "restart": "never", "adapt": adapt.greedy()},
-    "25 steps, averages": {
-        "trajectory_length": 25,
-        "restart": "never",
-        "restart_state": "copy",
-        "adapt": adapt.greedy(),
-        "combine": AVERAGES,
-    },
+    "one step": explore.one_step(),
+    "25 steps": explore.branches(25),
+    "25 steps, averages": explore.branches(
+        25, restart=explore.never(inner_state="copy"), averages=AVERAGES
+    ),
 }
 STATISTICS = ("loop", "held-out batch", "training batch", "own")
-MOMENTA = (0.99, 0.9, 0.5)
 
 
 class MLP(nn.Module):
@@ -83,10 +66,6 @@ class MLP(nn.Module):
             norm = nn.BatchNorm(use_running_average=not train, momentum=self.momentum)
             x = nn.relu(norm(x))
         return nn.Dense(10)(x)
-
-
-def log_likelihood(logits, labels):
-    return -optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
 def train_loss(momentum, variables, batch):
@@ -163,14 +142,16 @@ def make_tx(statistics, momentum, strategy, data, seed):
         variables = {"params": params, "batch_stats": running}
         return train_loss(momentum, variables, batch)[0]
 
-    kwargs = dict(STRATEGIES[strategy])
-    rule = shadowed(kwargs.pop("adapt", adapt.confident()))
-    inner = INNER
+    inner, one_step = INNER, strategy == "one step"
     if statistics == "own":
         inner = {k: optax_ev3.explorer(v, merge_fn=merge) for k, v in INNER.items()}
-    loss_fn = loss_fn if kwargs else None
     return optax_ev3.ev3(
-        inner, assess_fn, loss_fn=loss_fn, adapt=rule, key=seed, **kwargs
+        inner,
+        assess_fn,
+        loss_fn=None if one_step else loss_fn,
+        explore=STRATEGIES[strategy],
+        adapt=shadowed(adapt.confident() if one_step else adapt.greedy()),
+        key=seed,
     )
 
 
@@ -187,8 +168,8 @@ def train(statistics, momentum, strategy, steps, seeds):
         def step(carry, number):
             params, running, state = carry
             keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
-            batch = _data.sample(keys[0], data.train)
-            held_out = _data.sample(keys[1], data.held_out)
+            batch = sample(keys[0], data.train)
+            held_out = sample(keys[1], data.held_out)
 
             def loss(params):
                 variables = {"params": params, "batch_stats": running}
@@ -220,52 +201,45 @@ def train(statistics, momentum, strategy, steps, seeds):
         return errors, state.rule_state[1]
 
     errors, tally = jax.jit(lambda: jax.lax.map(one, jnp.arange(seeds)))()
-    tally = {k: np.asarray(v) for k, v in tally.items()}
-    return {
-        "error": np.asarray(errors[0]),
-        "exact": np.asarray(errors[1]),
+    found = {
+        "error": errors[0],
+        "exact": errors[1],
         "agreed": tally["agreed"] / tally["rounds"],
         "lost": tally["lost"] / tally["rounds"],
     }
+    case = {"rounds": strategy, "momentum": momentum, "statistics": statistics}
+    return tidy(found, seed=range(seeds)).assign(**case)
 
 
-def cell(values, digits, scale=1.0):
-    error = values.std(ddof=1) / np.sqrt(len(values))
-    return f"{scale * values.mean():.{digits}f} ± {scale * error:.{digits}f}"
+class Settings(NamedTuple):
+    """How much is measured; EV3 with each momentum of the running statistics."""
+
+    seeds: int = 10
+    steps: int = 500
+    momenta: tuple[float, ...] = (0.99, 0.9, 0.5)
 
 
-def main(_):
-    logging.set_verbosity(logging.WARNING)
-    steps, seeds = STEPS.value, SEEDS.value
-    rows = itertools.product(STRATEGIES, MOMENTA, STATISTICS)
-    if QUICK.value:
-        steps, seeds = 25, 2
-        rows = itertools.product(("one step", "25 steps"), (0.9,), ("loop", "own"))
-    figures = []
-    print(f"Digits, {steps} steps, mean ± standard error over {seeds} seeds.")
-    print(
-        "Errors in percent of the test set; lost: in log-likelihood a decision, x 1000."
-    )
-    print(
-        f"{'rounds':20}{'momentum':>9}  {'statistics':16}{'test error':>14}"
-        f"{'by exact ones':>15}{'agreed, %':>13}{'lost':>16}"
-    )
-    for strategy, momentum, statistics in rows:
-        found = train(statistics, momentum, strategy, steps, seeds)
-        print(
-            f"{strategy:20}{momentum:9}  {statistics:16}"
-            f"{cell(found['error'], 2, 100):>14}"
-            f"{cell(found['exact'], 2, 100):>15}{cell(found['agreed'], 1, 100):>13}"
-            f"{cell(found['lost'], 2, 1000):>16}",
-            flush=True,
-        )
-        row = {k: v.tolist() for k, v in found.items()}
-        figures.append(
-            {"rounds": strategy, "momentum": momentum, "statistics": statistics, **row}
-        )
-    if JSON.value:
-        pathlib.Path(JSON.value).write_text(json.dumps(figures, indent=1))
+def cells(settings, tasks, results):
+    del tasks, results
+    for case in itertools.product(STRATEGIES, settings.momenta, STATISTICS):
+        strategy, momentum, statistics = case
+
+        def measure(strategy=strategy, momentum=momentum, statistics=statistics):
+            how = statistics, momentum, strategy
+            return train(*how, settings.steps, settings.seeds)
+
+        yield Cell("digits", f"{strategy}, momentum {momentum}, {statistics}", measure)
 
 
-if __name__ == "__main__":
-    app.run(main)
+def report(results, settings, folder):
+    del folder
+    digits = {"error": 2, "exact": 2, "agreed": 1, "lost": 2}
+    scale = {"error": 100, "exact": 100, "agreed": 100, "lost": 1000}
+    table = spreads(results, ["rounds", "momentum", "statistics"], digits, scale)
+    table.columns = ["test error, %", "by exact ones", "agreed, %", "lost, x 1000"]
+    show(table, f"Digits, {settings.steps} steps, {settings.seeds} seeds", 2)
+    print("Lost: in log-likelihood a decision.")
+
+
+QUICK = {"seeds": 2, "steps": 25, "momenta": (0.9,)}
+SUITE = Suite(("digits",), Settings(), QUICK, cells, report)

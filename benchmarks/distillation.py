@@ -11,8 +11,7 @@ speed: a training step in the setting of the paper (CIFAR-100's shapes, random i
   logits), over as many plain jitted steps of AdamW as there are explorers: steps
   within a round, and whole rounds with their assessments on 512 examples.
 
-Run it with `python benchmarks/distillation.py`; it takes over an hour on two cores,
-and goes on where it was interrupted. `--part students` runs one part.
+It takes over an hour on two cores, and goes on where it was interrupted.
 """
 
 import functools
@@ -23,35 +22,26 @@ import pathlib
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
+import _checkpoint
+import _distillation as experiment
+import _distillation_report as reports
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags, logging
+import pandas as pd
 from flax import nnx
 
+from benchmarks.report import show
+from benchmarks.results import tidy
+from benchmarks.run import Cell, Suite
 from optax_ev3 import growth
 from optax_ev3.models import linen
 from optax_ev3.models import nnx as nnx_models
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
-import _checkpoint
-import _distillation as experiment
-import _distillation_report as reports
-
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-PARTS = ("preservation", "tuning", "students", "speed")
-PART = flags.DEFINE_multi_enum("part", PARTS, PARTS, "Which; all.")
-SEEDS = flags.DEFINE_integer("seeds", 10, "Runs of the students.", lower_bound=2)
-FOLDER = flags.DEFINE_string(
-    "folder", "benchmarks/results/distillation", "Where runs are kept."
-)
-JSON = flags.DEFINE_string("json", None, "Where to write the figures, too.")
-OVERRIDE = flags.DEFINE_string("override", "{}", "See examples/distillation.py.")
-SIZES = flags.DEFINE_list("speed_sizes", ["1", "2"], "Blocks a stage, for speed.")
-REPEATS = flags.DEFINE_integer("repeats", 5, "Of timings.", lower_bound=1)
-
 
 # Preservation.
 
@@ -105,38 +95,34 @@ def nnx_outputs(kind, grow, options, images, key):
         yield (one(images) for one in (model, larger))
 
 
-def preservation():
-    """The largest relative difference of outputs, by kind of growth."""
-    print("\nOutputs before and after growth: largest difference over largest output")
-    print(f"{'growth':36}{'training':>12}{'inference':>12}")
-    found = {}
-    for library, outputs in {"Linen": linen_outputs, "NNX": nnx_outputs}.items():
-        for name, (kind, grow, options) in KINDS.items():
-            worst = np.zeros(2)
-            for seed in range(SEEDS.value):
-                key = jax.random.key(seed)
-                images = jax.random.normal(key, [32, 16, 16, 3])
-                pairs = outputs(kind, grow, options, images, key)
-                apart = [
-                    float(abs(after - before).max() / abs(before).max())
-                    for before, after in pairs
-                ]
-                worst = np.maximum(worst, apart)
-            found[f"{library}, {name}"] = worst.tolist()
-            print(
-                f"{library + ', ' + name:32}{worst[0]:12.1e}{worst[1]:12.1e}",
-                flush=True,
-            )
-    return found
+LIBRARIES = {"Linen": linen_outputs, "NNX": nnx_outputs}
+
+
+def preservation(library, name, seeds):
+    """The largest difference of outputs, relative to the largest, of each seed."""
+    kind, grow, options = KINDS[name]
+    apart = []
+    for seed in range(seeds):
+        key = jax.random.key(seed)
+        images = jax.random.normal(key, [32, 16, 16, 3])
+        pairs = LIBRARIES[library](kind, grow, options, images, key)
+        apart.append(
+            [
+                float(abs(after - before).max() / abs(before).max())
+                for before, after in pairs
+            ]
+        )
+    found = dict(zip(("training", "inference"), np.transpose(apart), strict=True))
+    return tidy(found, seed=range(seeds))
 
 
 # Students.
 
 
-def students(folder):
+def run_students(folder, settings):
     """Runs the experiment in as many processes as there are cores."""
-    workers = min(os.cpu_count() or 1, SEEDS.value)
-    parts = np.array_split(np.arange(SEEDS.value), workers)
+    workers = min(os.cpu_count() or 1, settings.seeds)
+    parts = np.array_split(np.arange(settings.seeds), workers)
     # Each on a core of its own.
     chosen = os.environ.get("XLA_FLAGS", "")
     alone = {"XLA_FLAGS": f"{chosen} --xla_cpu_multi_thread_eigen=false"}
@@ -145,21 +131,28 @@ def students(folder):
         where = folder / f"students_{number}_of_{workers}"
         command = [sys.executable, str(EXAMPLES / "distillation.py")]
         command += [f"--first_seed={part[0]}", f"--seeds={len(part)}"]
-        command += [f"--folder={where}", f"--override={OVERRIDE.value}"]
+        command += [f"--folder={where}", f"--override={settings.override}"]
         processes.append((subprocess.Popen(command, env=os.environ | alone), where))
     codes = [process.wait() for process, _ in processes]
     if any(codes):
         sys.exit("The experiment failed, see above.")
-    results = []
-    for _, where in processes:
-        results += json.loads((where / "results.json").read_text())
-    report(results, folder)
-    return results
+    rows = []
+    for one in (one for _, where in processes for one in stored(where)):
+        stages = one["single pass"]
+        held = [stage["held_out/stable/nll"] for stage in stages]
+        rows.append(tidy({"held_out/stable/nll": held}, size=range(len(held))))
+    return pd.concat([x.assign(seed=i) for i, x in enumerate(rows)])
 
 
-def report(results, folder):
+def stored(where):
+    """The results of each seed in a folder of the experiment."""
+    path = where / "results.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def show_students(results, folder, settings):
     """The experiment's own table and plot of all seeds, and what was asked."""
-    setting = experiment.configured("digits", OVERRIDE.value)
+    setting = experiment.configured("digits", settings.override)
     reports.show(setting, results)
     reports.draw_sizes(setting, results, folder / "accuracy.png")
     stages = [one["single pass"] for one in results]
@@ -217,30 +210,7 @@ TUNED = {"rate": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "falls": (False, True)}
 OTHER_SEEDS = (1000, 1001)
 
 
-def tuning(folder, steps=3000):
-    """Held-out and test figures of fixed students, by what may be chosen for them."""
-    setting = experiment.configured("digits", OVERRIDE.value)
-    # One network of a seed after the other; what was trained before is only read.
-    taught = {seed: teach(setting, seed, folder) for seed in OTHER_SEEDS}
-    found = []
-    print(f"\nStudents of a fixed size, {steps} steps, {len(taught)} other seeds")
-    print(f"{'student':10}{'rate':>8}{'':>8}{'held-out NLL':>14}{'test':>9}")
-    for size, *choice in itertools.product(setting.sizes, *TUNED.values()):
-        rows = [
-            tuned(setting, folder, seed, size, *choice, steps, *taught[seed])
-            for seed in taught
-        ]
-        nll, accuracy = np.mean(rows, axis=0)
-        found.append([size, *choice, nll, accuracy])
-        rate, falls = choice
-        print(
-            f"ResNet-{6 * size + 2:<3}{rate:8g}{'falls' if falls else 'stays':>8}"
-            f"{nll:14.4f}{accuracy:9.4f}",
-            flush=True,
-        )
-    return found
-
-
+@functools.cache
 def teach(setting, seed, folder):
     """Data and teacher of a seed."""
     data = experiment.load(setting, "", seed)
@@ -249,8 +219,19 @@ def teach(setting, seed, folder):
     return data, experiment.teacher_from(setting, model, variables, data)
 
 
-def tuned(setting, folder, seed, size, rate, falls, steps, data, teacher):
-    """Held-out loss and test accuracy."""
+def tuned(setting, folder, size, rate, falls, steps=3000):
+    """Held-out loss and test accuracy of fixed students, by what is chosen for them."""
+    rows = []
+    for seed in OTHER_SEEDS:
+        data, teacher = teach(setting, seed, folder)
+        case = setting, folder, seed, size, rate, falls, steps, data, teacher
+        nll, accuracy = _tuned(*case)
+        rows.append(tidy({"held-out NLL": nll, "test": accuracy}).assign(seed=seed))
+    case = {"size": size, "rate": rate, "falls": falls}
+    return pd.concat(rows).assign(**case)
+
+
+def _tuned(setting, folder, seed, size, rate, falls, steps, data, teacher):
     name = f"{seed}_{size}_{rate:g}_{falls}"
     model = experiment.student(setting, size)
     variables, marked = experiment.train_fixed(
@@ -276,29 +257,15 @@ LENGTH, ASSESSED = 100, 512  # Steps of a round, and held-out examples that it d
 BLOCK = 5  # Steps that are timed at once.
 
 
-def speed():
-    """Seconds of a step with EV3 over those of as many plain steps, by size."""
-    kinds = {"one step a call": 1}
-    if experiment.steps_per_call(LENGTH) > 1:
-        kinds["many steps a call"] = LENGTH - 1
-    print("\nCIFAR-100's shapes: time per gradient over that of plain AdamW")
-    columns = f"{'plain step':>12}{'in a round':>12}{'whole round':>13}"
-    print(f"{'':18}{'student':10}{columns}")
-    found = {}
-    for size, (kind, steps) in itertools.product(map(int, SIZES.value), kinds.items()):
-        plain, within, whole = timed(size, steps)
-        ratios = within / plain, whole / plain
-        found[f"{size}, {kind}"] = {
-            "plain": plain.tolist(),
-            **dict(zip(("within", "whole"), (x.tolist() for x in ratios), strict=True)),
-        }
-        once, inside, round_ = map(np.median, (plain, *ratios))
-        cells = f"{once * 1e3:9.2f} ms{inside:12.2f}{round_:13.2f}"
-        print(f"{kind:18}ResNet-{6 * size + 2:<3}{cells}", flush=True)
-    return found
+def speed(size, steps, repeats):
+    """Seconds of a plain step, and what EV3 takes over as many of them."""
+    plain, within, whole = timed(size, steps, repeats)
+    found = {"plain step": plain, "in a round": within / plain}
+    found["whole round"] = whole / plain
+    return tidy(found, repeat=range(repeats))
 
 
-def timed(size, steps):
+def timed(size, steps, repeats):
     """Seconds per gradient ``[repeats]``: plain, in a round, in whole rounds.
 
     The last step of a round assesses, the others are alike. So short rounds are timed,
@@ -307,6 +274,7 @@ def timed(size, steps):
     Args:
       size: Blocks a stage.
       steps: In one call.
+      repeats: How often.
     """
     block = max(BLOCK, steps)
     setting = experiment.configured("cifar100")._replace(
@@ -366,22 +334,71 @@ def timed(size, steps):
         return alone, within / count, whole / count
 
     once()  # Compiles.
-    return np.array([once() for _ in range(REPEATS.value)]).T
+    return np.array([once() for _ in range(repeats)]).T
 
 
-def main(_):
-    logging.set_verbosity(logging.WARNING)
-    folder = pathlib.Path(FOLDER.value)
-    parts = {
-        "preservation": preservation,
-        "tuning": functools.partial(tuning, folder),
-        "students": functools.partial(students, folder),
-        "speed": speed,
+# The suite.
+
+
+class Settings(NamedTuple):
+    """How much is measured."""
+
+    seeds: int = 10
+    override: str = "{}"  # See examples/distillation.py.
+    speed_sizes: tuple[int, ...] = (1, 2)  # Blocks a stage.
+    repeats: int = 5  # Of timings.
+
+
+PARTS = ("preservation", "tuning", "students", "speed")
+
+
+def cells(settings, tasks, results):
+    folder = results.path.parent
+    if "preservation" in tasks:
+        for case in itertools.product(LIBRARIES, KINDS):
+            yield Cell(
+                "preservation",
+                ", ".join(case),
+                lambda case=case: preservation(*case, settings.seeds),
+            )
+    setting = experiment.configured("digits", settings.override)
+    if "tuning" in tasks:
+        for size, *choice in itertools.product(setting.sizes, *TUNED.values()):
+            case = setting, folder, size, *choice
+            yield Cell(
+                "tuning",
+                f"{size} blocks, rate {choice[0]:g}{', falls' * choice[1]}",
+                lambda case=case: tuned(*case),
+            )
+    if "students" in tasks:
+        yield Cell("students", "all", lambda: run_students(folder, settings))
+    if "speed" in tasks:
+        kinds = {"one step a call": 1}
+        if experiment.steps_per_call(LENGTH) > 1:
+            kinds["many steps a call"] = LENGTH - 1
+        for size, kind in itertools.product(settings.speed_sizes, kinds):
+            case = size, kinds[kind], settings.repeats
+            yield Cell("speed", f"{size} blocks, {kind}", lambda x=case: speed(*x))
+
+
+def report(results, settings, folder):
+    found = results[results.metric != "seconds"]
+    parts = {name: found[found.task == name] for name in PARTS}
+    shown = {
+        "preservation": ("max", "Largest difference over largest output", 9),
+        "tuning": ("mean", "Students of a fixed size, 3,000 steps, other seeds", 4),
+        "speed": ("median", "Seconds of a plain step; EV3's over as many of them", 4),
     }
-    figures = {name: parts[name]() for name in PARTS if name in PART.value}
-    if JSON.value:
-        pathlib.Path(JSON.value).write_text(json.dumps(figures, indent=1))
+    for name, (how, title, digits) in shown.items():
+        if len(parts[name]):
+            groups = parts[name].groupby(["method", "metric"], sort=False).value
+            show(groups.agg(how).unstack(sort=False), title, digits)
+    students = [
+        one for where in sorted(folder.glob("students_*")) for one in stored(where)
+    ]
+    if students:
+        show_students(students, folder, settings)
 
 
-if __name__ == "__main__":
-    app.run(main)
+QUICK = {"seeds": 2, "speed_sizes": (1,), "repeats": 2}
+SUITE = Suite(PARTS, Settings(), QUICK, cells, report)

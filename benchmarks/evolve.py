@@ -29,61 +29,45 @@ seeds, initial parameters and order of training batches. "Its schedule, without 
 Adam with the rates that evolution found.
 
 One split of the digits for all seeds is one draw of 300 held-out and 450 test images:
-where they disagree, standard errors over seeds don't show it. With --resplit they do,
+where they disagree, standard errors over seeds don't show it. With `--resplit` they do,
 as each seed draws its own.
 
-Run it with `python benchmarks/evolve.py`; it takes about half an hour on two cores.
-`--task digits\\ CNN` runs one task, `--filter REGEX` the rows whose names match.
+It takes about half an hour on two cores.
 """
 
 import functools
-import json
-import math
-import os
-import pathlib
-import re
-import sys
 from collections.abc import Callable
-from pydoc_data import topics
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags, logging
+import pandas as pd
 from optax import contrib
 
 import optax_ev3
-from optax_ev3 import combine
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import _digits
-
-sys.path.append(str(pathlib.Path(__file__).parents[1]))
-from benchmarks.data import Parts
-from benchmarks.models import cnn, dense
-
-SEEDS = flags.DEFINE_integer("seeds", None, "Runs of each row.", lower_bound=2)
-STEPS = flags.DEFINE_integer("steps", None, "Training steps.", lower_bound=20)
-RESPLIT = flags.DEFINE_bool("resplit", False, "Cut the digits anew for each seed.")
-FILTER = flags.DEFINE_string("filter", "", "Only rows that match, and the reference.")
-JSON = flags.DEFINE_string("json", None, "Where to write the figures, too.")
+from benchmarks.data import Parts, load, stacked, text
+from benchmarks.models import cnn, dense, forward, log_likelihood, mlp
+from benchmarks.report import ratio, show, spread
+from benchmarks.results import tidy
+from benchmarks.run import Cell, Suite
+from benchmarks.training import fit, over_seeds
+from optax_ev3 import explore
 
 # EV3, the same in all tasks.
 POPULATION = 8
 LENGTH = 20  # of the first trajectories
 EXAMPLES = 300  # of an assessment
 LOW, HIGH = 1e-7, 10.0  # of the learning rate
-SETTING = {
-    "trajectory_length": LENGTH,
-    "trajectory_growth": 1.1,
-    "max_trajectory_length": 5 * LENGTH,
-    "gradients": "own",
-    "restart": "behind",
-    "restart_state": "copy",
-    "combine": [combine.trajectory_average()],
-}
+STRATEGY = explore.branches(
+    LENGTH,
+    growth=1.1,
+    max_length=5 * LENGTH,
+    gradients="own",
+    restart=explore.worse_than("start", inner_state="copy"),
+    averages=[explore.trajectory_average()],
+)
 AWAY = 100.0  # where evolution starts, in best rates
 
 # Learning rates are 10 to the power of a third of these numbers.
@@ -101,9 +85,7 @@ class Task(NamedTuple):
     seeds: int
 
     def score(self, params, batch):
-        """Log-likelihood of each example."""
-        logits = self.logits(params, batch[0])
-        return -optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
+        return log_likelihood(self.logits(params, batch[0]), batch[1])
 
     def loss(self, params, batch):
         return -self.score(params, batch).mean()
@@ -112,10 +94,10 @@ class Task(NamedTuple):
 # Tasks.
 
 
-def digits():
-    """The parts by the seed: always the same, or with --resplit drawn anew."""
-    fixed = Parts(*_digits.load())
-    if not RESPLIT.value:
+def digits(resplit):
+    """The parts by the seed: always the same, or drawn anew."""
+    fixed = Parts(*load())
+    if not resplit:
         return lambda _: fixed
     whole = jax.tree.map(lambda *x: jnp.concatenate(x), *fixed)
     ends = np.cumsum([len(y) for _, y in fixed])
@@ -128,38 +110,26 @@ def digits():
     return parts
 
 
-def digits_mlp():
-    return Task(_digits.init, _digits.logits, digits(), 1000, 128, 6)
+def digits_mlp(resplit):
+    return Task(*mlp(64, 128, 128, 10), digits(resplit), 1000, 128, 6)
 
 
-def digits_cnn():
-    return Task(*cnn(), digits(), 500, 128, 6)
+def digits_cnn(resplit):
+    return Task(*cnn(), digits(resplit), 500, 128, 6)
 
 
 CONTEXT, WIDTH, HIDDEN = 16, 8, 128
 SIZES = 50_000, 5_000, 10_000  # characters to train on, held-out, to test on
 
 
-@functools.cache
-def text():
-    """Contexts ``[n, 16]`` and the character that follows, by number, three times."""
-    pages = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
-    paragraphs = pages.split("\n\n")
-    # Pages differ in kind: all parts get some of each.
-    order = np.random.default_rng(0).permutation(len(paragraphs))
-    mixed = "\n\n".join(paragraphs[i] for i in order)[: sum(SIZES)]
-    letters = sorted(set(mixed))
-    numbers = {letter: number for number, letter in enumerate(letters)}
-    codes = np.array([numbers[letter] for letter in mixed], np.int32)
+def characters(resplit):
+    del resplit
+    codes, count = text(sum(SIZES))
     parts = []
     for part in np.split(codes, np.cumsum(SIZES)[:-1]):
         windows = np.lib.stride_tricks.sliding_window_view(part, CONTEXT + 1)
         parts.append((jnp.asarray(windows[:, :-1]), jnp.asarray(windows[:, -1])))
-    return Parts(*parts), len(letters)
-
-
-def characters():
-    parts, count = text()
+    parts = Parts(*parts)
 
     def init(key):
         keys = jax.random.split(key, 3)
@@ -168,9 +138,8 @@ def characters():
         return embedding, hidden, dense(keys[2], HIDDEN, count)
 
     def logits(params, x):
-        embedding, (w1, b1), (w2, b2) = params
-        x = embedding[x].reshape(len(x), -1)
-        return jax.nn.relu(x @ w1 + b1) @ w2 + b2
+        embedding, *layers = params
+        return forward(layers, embedding[x].reshape(len(x), -1))
 
     return Task(init, logits, lambda _: parts, 1500, 64, 6)
 
@@ -180,7 +149,6 @@ TASKS = {
     "digits CNN": digits_cnn,
     "characters": characters,
 }
-TASK = flags.DEFINE_multi_enum("task", list(TASKS), list(TASKS), "Which; all.")
 
 
 # Methods.
@@ -243,7 +211,7 @@ def evolution(task, start):
             loss_fn=task.loss,
             history_length=steps // LENGTH + 1,
             key=seed,
-            **SETTING,
+            explore=STRATEGY,
         )
 
     def evaluated(params, state):
@@ -259,20 +227,10 @@ def trainer(task, method, steps, seeds):
     and the final states where they are of interest.
     """
 
-    def one(seed, rate):
-        tx = optax.with_extra_args_support(method.make(rate, steps, seed))
-        params, parts = task.init(jax.random.key(seed)), task.parts(seed)
-
-        def step(carry, number):
-            params, state = carry
-            key = jax.random.fold_in(jax.random.key(seed), number)
-            batch = _digits._data.sample(key, parts.train, task.batch)
-            grads = jax.grad(task.loss)(params, batch)
-            updates, state = tx.update(grads, state, params, batch=batch)
-            return (optax.apply_updates(params, updates), state), None
-
-        start = params, tx.init(params)
-        (params, state), _ = jax.lax.scan(step, start, jnp.arange(steps))
+    def one(seed, parts, rate):
+        tx = method.make(rate, steps, seed)
+        params = task.init(jax.random.key(seed))
+        params, state = fit(tx, task.loss, params, parts.train, seed, steps, task.batch)
         losses = {
             (name, part): jnp.nan_to_num(
                 task.loss(found, getattr(parts, part)), nan=jnp.inf
@@ -282,195 +240,189 @@ def trainer(task, method, steps, seeds):
         }
         return losses, state if method.watched else ()
 
-    devices = math.gcd(seeds, jax.local_device_count())
-    mapped = jax.pmap(
-        lambda numbers, rate: jax.lax.map(lambda seed: one(seed, rate), numbers),
-        in_axes=(0, None),
-        devices=jax.local_devices()[:devices],
-    )
-
-    def run(rate):
-        numbers = jnp.arange(seeds).reshape(devices, -1)
-        found = mapped(numbers, jnp.asarray(rate, jnp.float32))
-        return jax.tree.map(lambda x: np.asarray(x).reshape(seeds, *x.shape[2:]), found)
-
-    return run
+    return over_seeds(one, range(seeds), stacked(task.parts, range(seeds)))
 
 
-# Rows.
+# Cells.
 
 
-class Row(NamedTuple):
-    """One row of the table; losses are ``[seeds]``."""
-
-    name: str
-    steps: int
-    test: np.ndarray
-    stable: np.ndarray | None = None
-    learning_rates: np.ndarray | None = None
+def at(task, method, steps, seeds):
+    """A function of a place in the grid to the losses there, which remembers them."""
+    run = trainer(task, method, steps, seeds)
+    return functools.cache(lambda place: run(10 ** (place / 3))[0])
 
 
-def rate_of(place):
-    return 10 ** (place / 3)
+def losses_of(losses, seeds, **columns):
+    """Rows of losses of the visible parameters."""
+    found = {part: losses["visible", part] for part in ("test", "held_out")}
+    return tidy(found, seed=range(seeds)).assign(**columns)
 
 
-class Runs:
-    """Runs of a method by the place of the learning rate in the grid."""
-
-    def __init__(self, task, method, steps, seeds):
-        self.run = trainer(task, method, steps, seeds)
-        self.steps = steps
-        self.losses = {}
-
-    def mean(self, place, part):
-        if place not in self.losses:
-            self.losses[place], _ = self.run(rate_of(place))
-        return self.losses[place]["visible", part].mean()
-
-    def best(self, places, part):
-        return min(places, key=lambda place: self.mean(place, part))
-
-    def search(self, place, part):
-        """From a place to one whose neighbours are both worse."""
-        # Far apart at first: test losses may have several valleys.
-        place = self.best([place + shift for shift in (-4, -2, 0, 2)], part)
-        while (new := self.best((place, place - 1, place + 1), part)) != place:
-            place = new
-        return place
-
-    def row(self, name, place):
-        name = f"{name} {rate_of(place):.2g}"
-        return Row(name, self.steps, self.losses[place]["visible", "test"])
+def everywhere(task, steps, seeds):
+    """Adam at all learning rates of the grid."""
+    losses = at(task, CONSTANT, steps, seeds)
+    rows = [losses_of(losses(x), seeds, place=x, steps=steps) for x in GRID]
+    return pd.concat(rows)
 
 
-def evolved(task, start, steps, seeds, name):
-    """The row of EV3, and the schedules that it found ``[seeds, steps]``."""
-    losses, states = trainer(task, evolution(task, start), steps, seeds)(0.0)
-    rates, schedules = [], []
-    for seed in range(seeds):
-        state = jax.tree.map(lambda x, seed=seed: x[seed], states)
-        past = optax_ev3.history(state)
-        rates.append(_at_parts(past["hyperparams/adam/learning_rate"]))
-        found = optax_ev3.found_schedule(state, "learning_rate")
-        schedules.append(np.asarray(found(jnp.arange(steps))))
-    test, stable = (losses[name, "test"] for name in ("visible", "stable"))
-    return Row(name, steps, test, stable, np.array(rates)), np.array(schedules)
+def searched(task, method, steps, seeds, place, part):
+    """From a place to one whose neighbours are both worse; all that were tried."""
+    losses, tried = at(task, method, steps, seeds), set()
+
+    def best(places):
+        tried.update(places)
+        return min(places, key=lambda x: losses(x)["visible", part].mean())
+
+    # Far apart at first: test losses may have several valleys.
+    place = best([place + shift for shift in (-4, -2, 0, 2)])
+    while (new := best((place, place - 1, place + 1))) != place:
+        place = new
+    rows = [losses_of(losses(x), seeds, place=x, steps=steps) for x in sorted(tried)]
+    return pd.concat(rows)
+
+
+def untuned(task, method, steps, seeds):
+    losses, _ = trainer(task, method, steps, seeds)(1.0)
+    return losses_of(losses, seeds, steps=steps)
 
 
 PARTS = {"the start": 0.0, "a fifth": 0.2, "half": 0.5, "the end": 1.0}
 
 
-def _at_parts(rates):
-    """Median over the population at parts of the run."""
-    rows = [round(part * (len(rates) - 1)) for part in PARTS.values()]
-    return np.median(rates, axis=1)[rows]
+def evolved(task, start, steps, seeds):
+    """EV3, and Adam with the learning rates that it found."""
+    losses, states = trainer(task, evolution(task, start), steps, seeds)(0.0)
+    rates, schedules = [], []
+    for seed in range(seeds):
+        state = jax.tree.map(lambda x, seed=seed: x[seed], states)
+        past = optax_ev3.history(state)["hyperparams/adam/learning_rate"]
+        rows = [round(part * (len(past) - 1)) for part in PARTS.values()]
+        rates.append(np.median(past, axis=1)[rows])  # Over the population.
+        found = optax_ev3.found_schedule(state, "learning_rate")
+        schedules.append(np.asarray(found(jnp.arange(steps))))
 
-
-def replayed(task, schedules, steps, name):
-    """Adam with the schedule of each seed."""
-
-    def make(rates, _, seed):
+    def replay(rates, _, seed):
         return optax.adam(lambda count: rates[seed, count])
 
-    losses, _ = trainer(task, Method(make), steps, len(schedules))(schedules)
-    return Row(name, steps, losses["visible", "test"])
+    again, _ = trainer(task, Method(replay), steps, seeds)(np.array(schedules))
+    more = {"stable": losses["stable", "test"], "replayed": again["visible", "test"]}
+    rates = tidy({"learning rate": rates}, seed=range(seeds), when=PARTS)
+    more = tidy(more, seed=range(seeds))
+    return pd.concat([losses_of(losses, seeds), more, rates]).assign(steps=steps)
 
 
-def rows(task, steps, seeds):
-    """All rows of a task, the reference first."""
-    constant = Runs(task, CONSTANT, steps, seeds)
-    best = constant.best(GRID, "test")
-    yield constant.row("constant", best)
-    yield constant.row("constant, by held-out loss", constant.best(GRID, "held_out"))
-    for name, factor in {"/ 100": 1 / AWAY, "x 100": AWAY}.items():
-        name = f"evolve from best {name}"
-        if wanted(name):
-            start = min(max(rate_of(best) * factor, LOW), HIGH)
-            row, schedules = evolved(task, start, steps, seeds, name)
-            yield row
-            yield replayed(task, schedules, steps, "  its schedule, without EV3")
-    places = {"constant": best, **dict.fromkeys(TUNED, best)}
-    yield from others(task, steps, seeds, TUNED, places)
-    tuned = {"constant": CONSTANT, **TUNED}
-    yield from others(task, steps * POPULATION, seeds, tuned, places)
+class Settings(NamedTuple):
+    """How much is measured; steps and seeds are each task's own where they are 0."""
+
+    seeds: int = 0
+    steps: int = 0
+    resplit: bool = False  # Whether the digits are cut anew for each seed.
 
 
-def others(task, steps, seeds, tuned, places):
-    """Rows without EV3; searches begin where ``places`` says, and note the best."""
-    for name, method in tuned.items():
-        if wanted(name):
-            runs = Runs(task, method, steps, seeds)
-            part = "test" if name == "constant" else "held_out"
-            places[name] = runs.search(places[name], part)
-            yield runs.row(name, places[name])
-    for name, method in FREE.items():
-        if wanted(name):
-            losses, _ = trainer(task, method, steps, seeds)(1.0)
-            yield Row(name, steps, losses["visible", "test"])
+LONGER = f", {POPULATION} times the steps"
 
 
-def wanted(name):
-    return re.search(FILTER.value, name)
+def cells(settings, tasks, results):
+    for name in tasks:
+        yield from _cells_of(name, TASKS[name](settings.resplit), settings, results)
 
 
-def spread(values):
-    error = values.std(ddof=1) / np.sqrt(len(values))
-    return f"{values.mean():.4f} ± {error:.4f}"
+def _cells_of(name, task, settings, results):
+    sizes = settings.steps or task.steps, settings.seeds or task.seeds
+    yield Cell(name, "constant", lambda: everywhere(task, *sizes), needed=True)
+    best = place_of(results.frame, name, "constant", "test")
+    for way, factor in {"/ 100": 1 / AWAY, "x 100": AWAY}.items():
+        start = min(max(10 ** (best / 3) * factor, LOW), HIGH)
+        title = f"evolve from best {way}"
+        yield Cell(name, title, lambda start=start: evolved(task, start, *sizes))
+    yield from _others(name, task, sizes, results, best, "")
+    yield from _others(name, task, sizes, results, best, LONGER)
 
 
-def ratio(values, reference):
-    """Of the means, with the standard error of the paired runs."""
-    found = values.mean() / reference.mean()
-    error = (values - found * reference).std(ddof=1) / np.sqrt(len(values))
-    return f"{found:.3f} ± {error / reference.mean():.3f}"
+def _others(name, task, sizes, results, best, longer):
+    """Methods without EV3; searches begin at the best place that is known."""
+    steps, seeds = sizes
+    steps *= POPULATION if longer else 1
+    for other, method in {"constant": CONSTANT, **TUNED}.items():
+        if other == "constant" and not longer:
+            continue
+        part = "test" if other == "constant" else "held_out"
+        place = place_of(results.frame, name, other, part)
+        case = method, steps, seeds, best if place is None else place, part
+        yield Cell(name, other + longer, lambda case=case: searched(task, *case))
+    for other, method in FREE.items():
+        case = method, steps, seeds
+        yield Cell(name, other + longer, lambda case=case: untuned(task, *case))
 
 
-def show(row, best):
-    stable = "" if row.stable is None else spread(row.stable)
-    cells = f"{spread(row.test):>20}{ratio(row.test, best.test):>18}{stable:>20}"
-    print(f"{row.name:34}{row.steps:6}{cells}", flush=True)
+def place_of(frame, task, method, part):
+    """The place in the grid with the least mean loss, None where there is none."""
+    found = frame[(frame.task == task) & (frame.method == method)]
+    found = found[found.metric == part]
+    if not len(found):
+        return None
+    return int(found.groupby("place").value.mean().idxmin())
 
 
-def show_rates(found):
-    print(
-        f"\n{'learning rate: median (range)':34}" + "".join(f"{p:>26}" for p in PARTS)
-    )
-    for row in found:
-        cells = (
-            f"{np.median(x):.1e} ({x.min():.0e}, {x.max():.0e})"
-            for x in row.learning_rates.T
-        )
-        print(f"{row.name:34}" + "".join(f"{cell:>26}" for cell in cells))
+# The report.
 
 
-def table(name):
-    task = TASKS[name]()
-    steps, seeds = STEPS.value or task.steps, SEEDS.value or task.seeds
-    print(f"\n{name}: {steps} steps of {task.batch}, {seeds} seeds")
-    title = f"{'test loss':>20}{'to the best':>18}{'stable':>20}"
-    print(f"{'method':34}{'steps':>6}{title}")
-    found = []
-    for row in rows(task, steps, seeds):
-        found.append(row)
-        show(row, found[0])
-    if evolving := [row for row in found if row.learning_rates is not None]:
-        show_rates(evolving)
-    return [
-        {k: v.tolist() if hasattr(v, "tolist") else v for k, v in row._asdict().items()}
-        for row in found
-    ]
+def report(results, settings, folder):
+    del settings, folder
+    for task, found in results.groupby("task", sort=False):
+        rows, best = {}, None
+        for name, steps, one in _rows(task, found):
+            test = _values(one, "test")
+            best = test if best is None else best
+            stable = _values(one, "stable")
+            rows[name] = [
+                str(steps),
+                spread(test),
+                ratio(test, best),
+                spread(stable) if len(stable) else "",
+            ]
+        columns = ["steps", "test loss", "to the best", "stable"]
+        table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+        show(table.rename_axis("method"), task)
+        rates = found[found.metric == "learning rate"]
+        if len(rates):
+            groups = rates.groupby(["method", "when"], sort=False).value
+            cells = groups.agg(
+                lambda x: f"{x.median():.1e} ({x.min():.0e}, {x.max():.0e})"
+            )
+            show(cells.unstack(sort=False), "Learning rate: median (range)")
+    print("To the best: ratio to the loss of the best constant rate for as many steps")
+    print("as EV3, with the standard error of paired runs.")
 
 
-def main(_):
-    logging.set_verbosity(logging.WARNING)
-    # Seeds are dealt out to the cores.
-    jax.config.update("jax_num_cpu_devices", os.cpu_count())
-    print("Test loss: mean ± standard error. To the best: ratio to that of the best")
-    print("constant rate for as many steps as EV3 ± standard error of paired runs.")
-    figures = {name: table(name) for name in TASK.value}
-    if JSON.value:
-        pathlib.Path(JSON.value).write_text(json.dumps(figures, indent=1))
+def _values(rows, metric):
+    return rows[rows.metric == metric].sort_values("seed").value.to_numpy()
 
 
-if __name__ == "__main__":
-    app.run(main)
+def _rows(task, found):
+    """Name, steps and results of each row, at the place that was chosen."""
+    for method, one in found.groupby("method", sort=False):
+        steps = int(one.steps.dropna().iloc[0])
+        ways = {"": "held_out"}
+        if method == "constant":
+            ways = {"": "test", ", by held-out loss": "held_out"}
+        elif method.startswith("constant"):
+            ways = {"": "test"}
+        if one.place.isna().all():
+            yield method, steps, one
+        else:
+            for how, part in ways.items():
+                place = place_of(found, task, method, part)
+                name = f"{method}{how} {10 ** (place / 3):.2g}"
+                yield name, steps, one[one.place == place]
+        again = one[one.metric == "replayed"]
+        if len(again):
+            yield (
+                f"{method}: its schedule, without EV3",
+                steps,
+                again.assign(metric="test"),
+            )
+
+
+QUICK = {"seeds": 2, "steps": 40}
+SUITE = Suite(tuple(TASKS), Settings(), QUICK, cells, report, spread=True)

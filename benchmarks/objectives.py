@@ -1,10 +1,8 @@
 """What the rules for several objectives are worth: a constraint, and a priority.
 
-    python benchmarks/objectives.py [--part safety] [--part priority]
-
 safety: a classifier for two groups. The minority, 10%, has other class boundaries and
   noisier labels, and only one feature hints at the group. The model in use treats both
-  alike, after 100 steps with the balanced loss (--warm 0 for none). Accuracy is to
+  alike, after 100 steps with the balanced loss (`--warm 0` for none). Accuracy is to
   improve; the accuracy of the worse group may not fall by more than 0.01. Explorers:
   three losses with two rates of Adam each, branches of 10 steps, assessed on fresh
   examples. An adoption of an explorer is broken where its accuracy in the worse group,
@@ -15,7 +13,7 @@ priority: digits, a network whose one or two bottleneck units must serve two or 
   questions. An objective is the share of the entropy of the labels that is explained:
   0 for knowing just how frequent they are, 1 for certainty. One explorer for the mean
   loss, and one for each question, whose loss leans from the mean to that question:
-  half the way, or with --lean 1 all of it, so that the other questions are forgotten.
+  half the way, or with `--lean 1` all of it, so that the other questions are forgotten.
   Hypervolume: the product of the objectives of the final point, on the test set,
   against the reference point 0. Fixed weights are taken from a grid, the best of them
   chosen in hindsight, on the test set.
@@ -25,63 +23,31 @@ two cores.
 """
 
 import itertools
-import json
-import pathlib
-import re
-import sys
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags, logging
+import pandas as pd
 
 import optax_ev3
-from optax_ev3 import adapt
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from _digits import _data, load
-
-SEEDS = flags.DEFINE_integer("seeds", 20, "Runs of each method.", lower_bound=2)
-STEPS = flags.DEFINE_integer("steps", 400, "Training steps.", lower_bound=10)
-ROWS = flags.DEFINE_string("rows", "", "Only rules that match.")
-OBJECTIVES = flags.DEFINE_multi_integer("objectives", [2, 4], "How many: 2, 4 or both.")
-LEAN = flags.DEFINE_float("lean", 0.5, "From the mean loss to the own one.", 0, 1)
-WARM = flags.DEFINE_integer("warm", 100, "Balanced steps before the rounds.", 0)
-JSON = flags.DEFINE_string("json", None, "Where to write the figures, too.")
+from benchmarks.data import load, sample
+from benchmarks.models import forward, layers, log_likelihood, mlp
+from benchmarks.report import show, spread, spreads
+from benchmarks.results import tidy
+from benchmarks.run import Cell, Suite
+from optax_ev3 import adapt, explore
 
 LENGTH = 10  # of a trajectory
 # As ev3 sets its default rule for trajectories.
 SINGLE = adapt.confident(clip=10.0, prior_rounds=1.0)
 
 
-def spread(values):
-    values = np.asarray(values, float)
-    error = values.std(ddof=1) / np.sqrt(len(values))
-    return f"{values.mean():.4f} ± {error:.4f}"
-
-
-def wanted(rows):
-    return {name: row for name, row in rows.items() if re.search(ROWS.value, name)}
-
-
-def dense(key, sizes):
-    """Parameters of a network."""
-    he = jax.nn.initializers.he_normal()
-    shapes = list(itertools.pairwise(sizes))
-    keys = jax.random.split(key, len(shapes))
-    return [(he(k, s), jnp.zeros(s[1])) for k, s in zip(keys, shapes, strict=True)]
-
-
-def forward(params, x):
-    for w, b in params[:-1]:
-        x = jax.nn.relu(x @ w + b)
-    return x @ params[-1][0] + params[-1][1]
-
-
 def rounds(tx, params, steps, seed, batch_fn, assess_fn):
-    """Trains; the final parameters, and of each round what was stable and adopted.
+    """Trains; the final parameters, and what was stable and visible in each round.
+
+    Also whether an explorer was adopted.
 
     ``batch_fn(key)`` draws a training batch, ``assess_fn(key)`` what is assessed on.
     """
@@ -99,8 +65,9 @@ def rounds(tx, params, steps, seed, batch_fn, assess_fn):
 
         start = params, state
         (params, state), _ = jax.lax.scan(step, start, jnp.arange(LENGTH))
-        adopted = state.record.adopted[number % state.record.adopted.shape[0]]
-        return (params, state), (stable, params, adopted)
+        past = optax_ev3.summary(state)
+        kept = past["ev3/adopted/current"] + past["ev3/adopted/stable"]
+        return (params, state), (stable, params, kept == 0)
 
     start = params, tx.init(params)
     (params, _), past = jax.lax.scan(one_round, start, jnp.arange(steps // LENGTH))
@@ -136,8 +103,7 @@ def natural(member):
 
 
 def cross_entropy(params, batch):
-    logits = forward(params, batch[0])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
+    return -log_likelihood(forward(params, batch[0]), batch[1])
 
 
 def plain(params, batch):
@@ -157,7 +123,7 @@ def worst(params, batch):
 LOSSES = {"plain": plain, "balanced": balanced, "worst": worst}
 
 
-def warmed(params, seed):
+def warmed(params, seed, steps):
     """The model that is in use: trained by the balanced loss alone."""
     tx = optax.adam(1e-2)
 
@@ -166,7 +132,7 @@ def warmed(params, seed):
         updates, state = tx.update(jax.grad(balanced)(params, draw(key, 128)), state)
         return (optax.apply_updates(params, updates), state), None
 
-    keys = jax.random.split(jax.random.key(seed), WARM.value)
+    keys = jax.random.split(jax.random.key(seed), steps)
     return jax.lax.scan(step, (params, tx.init(params)), keys)[0][0]
 
 
@@ -188,8 +154,8 @@ SAFETY = {
 }
 
 
-def safety_runs(rule, steps, seeds):
-    """By name ``[seeds]``: final figures; how many adoptions, and how many broken."""
+def safety(rule, settings):
+    """Final figures of each seed; how many adoptions, and how many broken."""
     large = draw(jax.random.key(1), LARGE)
 
     def groups(params):
@@ -201,24 +167,23 @@ def safety_runs(rule, steps, seeds):
         tx = optax_ev3.ev3(
             inner,
             assess,
-            trajectory_length=LENGTH,
+            explore=explore.rounds(LENGTH),
             loss_fn=plain,
             adapt=rule,
             assess_mode="map",  # compiles fastest
             key=seed,
         )
-        params = dense(jax.random.key(seed), (FEATURES + 1, 32, CLASSES))
-        params = warmed(params, seed + 20_000)
-        params, (stable, visible, adopted) = rounds(
+        params = mlp(FEATURES + 1, 32, CLASSES)[0](jax.random.key(seed))
+        params = warmed(params, seed + 20_000, settings.warm)
+        params, (stable, visible, explored) = rounds(
             tx,
             params,
-            steps,
+            settings.steps,
             seed + 10_000,
             lambda key: draw(key, 128),
             lambda key: draw(key, EXAMPLES),
         )
         before, after = (jax.lax.map(groups, p).min(1) for p in (stable, visible))
-        explored = adopted < 2 * len(LOSSES)
         broken = explored & (after < before - TOLERANCE)
         final = groups(params)
         accuracy = (1 - SHARE) * final[0] + SHARE * final[1]
@@ -230,26 +195,8 @@ def safety_runs(rule, steps, seeds):
             "broken": broken.sum(),
         }
 
-    found = jax.jit(jax.vmap(one))(jnp.arange(seeds))
-    return {name: np.asarray(values) for name, values in found.items()}
-
-
-def safety(steps, seeds):
-    shown = ("accuracy", "worst group", "fall")
-    title = "".join(f"{name:>18}" for name in shown)
-    print(f"{'rule':32}{'broken':>8}{'of':>6}{title}")
-    found = {}
-    for name, rule in wanted(SAFETY).items():
-        row = found[name] = safety_runs(rule, steps, seeds)
-        count = row["adoptions"].sum()
-        share = row["broken"].sum() / max(count, 1)
-        cells = "".join(f"{spread(row[what]):>18}" for what in shown)
-        print(f"{name:32}{share:8.2%}{count:6}{cells}", flush=True)
-    for name in [name for name in found if name != "constrained"]:
-        less = [found["constrained"][what] - found[name][what] for what in shown]
-        cells = "".join(f"{spread(values):>18}" for values in less)
-        print(f"{'constrained less ' + name:46}{cells}")
-    return jax.tree.map(np.ndarray.tolist, found)
+    found = jax.jit(jax.vmap(one))(jnp.arange(settings.seeds))
+    return tidy(found, seed=range(settings.seeds))
 
 
 # Priority.
@@ -285,10 +232,7 @@ def explained(asked, params, batch):
     out = {}
     for name, (labels, _, entropy) in asked.items():
         w, b = heads[name]
-        loss = optax.softmax_cross_entropy_with_integer_labels(
-            code @ w + b, labels[batch[1]]
-        )
-        out[name] = 1 - loss / entropy
+        out[name] = 1 + log_likelihood(code @ w + b, labels[batch[1]]) / entropy
     return out
 
 
@@ -322,7 +266,7 @@ def moving_rules(asked):
     }
 
 
-def priority_run(asked, make_rule, steps):
+def priority_run(asked, make_rule, settings):
     """A function of seed and weights: the objectives of the final point ``[M]``."""
     data = load()
 
@@ -336,12 +280,12 @@ def priority_run(asked, make_rule, steps):
         return loss
 
     def one(seed, weights):
-        losses = {name: leaning(name, LEAN.value) for name in asked}
+        losses = {name: leaning(name, settings.lean) for name in asked}
         losses["mean"] = leaning(None, 0.0)
         tx = optax_ev3.ev3(
             optax_ev3.product({"adam": optax.adam(3e-3)}, losses),
             lambda params: explained(asked, params, data.held_out),
-            trajectory_length=LENGTH,
+            explore=explore.rounds(LENGTH),
             loss_fn=losses["mean"],
             assess_mode="map",
             adapt=make_rule(weights),
@@ -350,15 +294,15 @@ def priority_run(asked, make_rule, steps):
         keys = jax.random.split(jax.random.key(seed), len(asked) + 1)
         units = UNITS[len(asked)]
         heads = {
-            name: dense(keys[i], (units, classes))[0]
+            name: layers(keys[i], (units, classes))[0]
             for i, (name, (_, classes, _)) in enumerate(asked.items(), 1)
         }
         params, _ = rounds(
             tx,
-            (dense(keys[0], (64, 16, units)), heads),
-            steps,
+            (mlp(64, 16, units)[0](keys[0]), heads),
+            settings.steps,
             seed + 10_000,
-            lambda key: _data.sample(key, data.train, 32),
+            lambda key: sample(key, data.train, 32),
             lambda key: None,
         )
         found = explained(asked, params, data.test)
@@ -372,56 +316,124 @@ def volume(points):
     return np.prod(np.maximum(points, 0), axis=-1)
 
 
-def priority(steps, seeds):
-    return {
-        f"{count} objectives": _priority(questions(count), steps, seeds)
-        for count in OBJECTIVES.value
-    }
+FIXED = "fixed weights"
 
 
-def _priority(asked, steps, seeds):
-    numbers, ways = jnp.arange(seeds), grid(len(asked))
-    run = priority_run(asked, lambda weights: with_weights(asked, weights), steps)
-    pairs = jnp.tile(numbers, len(ways)), jnp.repeat(ways, seeds, axis=0)
-    fixed = np.asarray(jax.jit(jax.vmap(run))(*pairs))
-    fixed = fixed.reshape(len(ways), seeds, len(asked))
-    best = volume(fixed).mean(1).argmax()
+def fixed_weights(count, settings):
+    """Objectives of all ways to deal out weights, which are found in the rows."""
+    asked, ways, seeds = questions(count), grid(count), settings.seeds
+    run = priority_run(asked, lambda weights: with_weights(asked, weights), settings)
+    pairs = jnp.tile(jnp.arange(seeds), len(ways)), jnp.repeat(ways, seeds, axis=0)
+    found = jax.jit(jax.vmap(run))(*pairs)
+    names = [" ".join(f"{weight:.2f}" for weight in way) for way in ways]
+    return tidy(by_question(asked, found), weights=names, seed=range(seeds))
+
+
+def moving_weights(count, name, settings):
+    asked, ways = questions(count), grid(count)
+    rule = moving_rules(asked)[name]
+    run = priority_run(asked, lambda _: rule, settings)
+    seeds = jnp.arange(settings.seeds)
+    found = jax.jit(jax.vmap(run, (0, None)))(seeds, ways[0])
+    return tidy(by_question(asked, found), seed=range(settings.seeds))
+
+
+def by_question(asked, points):
+    return {name: points[:, number] for number, name in enumerate(asked)}
+
+
+# The suite.
+
+
+class Settings(NamedTuple):
+    """How much is measured."""
+
+    seeds: int = 20
+    steps: int = 400
+    objectives: tuple[int, ...] = (2, 4)  # How many.
+    lean: float = 0.5  # From the mean loss to the own one.
+    warm: int = 100  # Balanced steps before the rounds.
+
+
+def cells(settings, tasks, results):
+    del results
+    if "safety" in tasks:
+        for name, rule in SAFETY.items():
+            yield Cell("safety", name, lambda rule=rule: safety(rule, settings))
+    if "priority" in tasks:
+        for count in settings.objectives:
+            task = f"{count} objectives"
+            yield Cell(
+                task, FIXED, lambda count=count: fixed_weights(count, settings), True
+            )
+            for name in moving_rules(questions(count)):
+                case = count, name, settings
+                yield Cell(task, name, lambda case=case: moving_weights(*case))
+
+
+def report(results, settings, folder):
+    del folder
+    seeds = f"{settings.steps} steps, {settings.seeds} seeds"
+    found = results[results.task == "safety"]
+    if len(found):
+        shown = {"accuracy": 4, "worst group": 4, "fall": 4}
+        table = spreads(found, ["method"], shown)
+        sums = found.groupby(["method", "metric"]).value.sum().unstack()
+        share = 100 * sums.broken / sums.adoptions.clip(lower=1)
+        table.insert(0, "broken, %", share.map("{:.2f}".format))
+        table.insert(1, "of", sums.adoptions.astype(int))
+        table = pd.concat([table, _less(found, shown, "constrained")])
+        show(table.rename_axis("rule"), f"Safety, {seeds}")
+    for count in settings.objectives:
+        found = results[results.task == f"{count} objectives"]
+        if len(found):
+            _show_priority(found, list(QUESTIONS)[:count], f"Priority, {seeds}")
+
+
+def _less(found, metrics, name):
+    """Paired differences of a method's figures from those of the others."""
+    found = found[found.metric.isin(metrics)]
+    wide = found.pivot(index="seed", columns=["metric", "method"], values="value")
+    others = [k for k in dict.fromkeys(found.method) if k != name]
+    if name not in set(found.method):
+        return pd.DataFrame()
+    return pd.DataFrame(
+        {
+            f"{name} less {other}": {
+                metric: spread(wide[metric, name] - wide[metric, other])
+                for metric in metrics
+            }
+            for other in others
+        }
+    ).T.reindex(columns=["broken, %", "of", *metrics], fill_value="")
+
+
+def _show_priority(found, asked, title):
+    """Hypervolumes of single points over the reference, zero."""
+    points = found[found.metric.isin(asked)].fillna({"weights": ""})
+    index = ["method", "weights", "seed"]
+    points = points.pivot(index=index, columns="metric", values="value")[asked]
+    volumes = points.clip(lower=0).prod(axis=1).rename("hypervolume")
+    fixed = volumes[FIXED].groupby("weights").mean()
+    equal = " ".join([f"{1 / len(asked):.2f}"] * len(asked))
     rows = {
-        "best fixed weights": fixed[best],
-        "equal fixed weights": fixed[-1],
-        "worst fixed weights": fixed[volume(fixed).mean(1).argmin()],
+        f"best {FIXED}: {fixed.idxmax()}": (FIXED, fixed.idxmax()),
+        f"equal {FIXED}": (FIXED, equal),
+        f"worst {FIXED}": (FIXED, fixed.idxmin()),
+        **{k: (k, "") for k in dict.fromkeys(found.method) if k != FIXED},
     }
-    shares = ", ".join(f"{k} {w:.2f}" for k, w in zip(asked, ways[best], strict=True))
-    print(f"\nBest of {len(ways)} fixed weights: {shares}")
-    title = "".join(f"{name:>12}" for name in asked)
-    print(f"{'rule':30}{'hypervolume':>18}{'less the best':>18}{title}")
-    for name, rule in wanted(moving_rules(asked)).items():
-        run = priority_run(asked, lambda _, rule=rule: rule, steps)
-        rows[name] = np.asarray(jax.jit(jax.vmap(run, (0, None)))(numbers, ways[0]))
-    figures = {}
-    for name, points in rows.items():
-        less = volume(points) - volume(fixed[best])
-        cells = f"{spread(volume(points)):>18}{spread(less):>18}"
-        means = "".join(f"{value:12.3f}" for value in points.mean(0))
-        print(f"{name:30}{cells}{means}", flush=True)
-        figures[name] = points.tolist()
-    return figures
+    best = volumes[FIXED, fixed.idxmax()]
+    lines = {
+        name: {
+            "hypervolume": spread(volumes[key]),
+            "less the best": spread(volumes[key] - best),
+            **points.loc[key].mean().map("{:.3f}".format),
+        }
+        for name, key in rows.items()
+    }
+    table = pd.DataFrame.from_dict(lines, orient="index").rename_axis("rule")
+    show(table, f"{title}, weights of {', '.join(asked)}")
 
 
-PARTS: dict[str, Any] = {"safety": safety, "priority": priority}
-_PARTS = flags.DEFINE_multi_enum("part", list(PARTS), list(PARTS), "Which; all.")
-
-
-def main(_):
-    logging.set_verbosity(logging.WARNING)
-    figures = {}
-    print(f"{STEPS.value} steps, mean ± standard error over {SEEDS.value} seeds")
-    for name in _PARTS.value:
-        print(f"\n{name}\n")
-        figures[name] = PARTS[name](STEPS.value, SEEDS.value)
-    if JSON.value:
-        pathlib.Path(JSON.value).write_text(json.dumps(figures, indent=1))
-
-
-if __name__ == "__main__":
-    app.run(main)
+QUICK = {"seeds": 2, "steps": 20, "warm": 10, "objectives": (2,)}
+SUITE = Suite(("safety", "priority"), Settings(), QUICK, cells, report)

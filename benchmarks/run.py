@@ -20,6 +20,15 @@ FOLDER = pathlib.Path(__file__).parent / "results"
 # Modules of this package, which are also the names of folders of results.
 SUITES = {
     "quality": "EV3 against searches and other methods, on eleven small tasks",
+    "rules": "what the rules are worth, and how often they take noise for proof",
+    "trajectories": "what trajectories of several steps are worth",
+    "evidence": "what bounds promise, keep and can see, by simulation",
+    "assessment": "drift, held-out sets used again and again, chunks, F1",
+    "objectives": "rules for several objectives: a constraint, and a priority",
+    "evolve": "learning rates that start 100 times too small or too large",
+    "batchnorm": "with which statistics candidates are scored",
+    "distillation": "growth of students: what is kept, what is won, what it costs",
+    "overhead": "what EV3 costs beyond the sum of its parts",
 }
 
 

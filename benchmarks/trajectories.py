@@ -6,51 +6,58 @@ parameters and batches, and the best is chosen in hindsight, by its mean on the 
 set. EV3 sees 300 held-out examples, 128 fresh draws in each assessment. All rows of one
 table take the same number of steps of each branch.
 
-Run it with `python benchmarks/trajectories.py`; it takes about half an hour on two
-cores. `--filter REGEX` runs the rows whose names match.
+It takes about half an hour on two cores.
 """
 
-import json
-import pathlib
-import re
-import sys
+import functools
+from typing import NamedTuple
 
-import numpy as np
 import optax
-from absl import app, flags, logging
+import pandas as pd
 
 import optax_ev3
-from optax_ev3 import adapt, combine
+from benchmarks.data import load
+from benchmarks.report import show, spreads
+from benchmarks.results import tidy
+from benchmarks.run import Cell, Suite
+from benchmarks.training import EIGHT, correct, log_likelihood, loss, train
+from optax_ev3 import adapt, explore
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from _digits import EIGHT, correct, load, log_likelihood, loss, train
 
-SEEDS = flags.DEFINE_integer("seeds", 10, "Runs of each method.", lower_bound=2)
-STEPS = flags.DEFINE_multi_integer("steps", [300, 1000], "Training steps.")
-FILTER = flags.DEFINE_string("filter", "", "Only EV3 rows that match.")
-JSON = flags.DEFINE_string("json", None, "Where to write the figures, too.")
+class Settings(NamedTuple):
+    """How much is measured."""
 
-AVERAGES = [combine.trajectory_average()]
+    seeds: int = 10
+    steps: tuple[int, ...] = (300, 1000)
+
+
+def own(strategy):
+    """Each explorer with gradients of its own."""
+    return {"loss_fn": loss, "explore": strategy}
 
 
 def variants():
     """Settings of EV3 by name."""
-    own = {"loss_fn": loss, "gradients": "own"}
-    shared = {"gradients": "shared"}
     yield "one step", {}
     for length in (10, 20, 50):
-        for name, kwargs in {"own": own, "shared": shared}.items():
-            yield f"{name} {length}", {**kwargs, "trajectory_length": length}
-    own_20 = {**own, "trajectory_length": 20}
-    for restart in ("significant", "never"):
-        yield f"own 20, restart {restart}", {**own_20, "restart": restart}
+        yield f"own {length}", own(explore.rounds(length))
+        yield f"shared {length}", {"explore": explore.rounds(length)}
+    restarts = {
+        "significant": explore.worse_than("adopted"),
+        "never": explore.never(),
+    }
+    for name, restart in restarts.items():
+        yield f"own 20, restart {name}", own(explore.branches(20, restart=restart))
     for policy in ("new", "copy"):
-        yield f"own 20, inner states {policy}", {**own_20, "restart_state": policy}
-    yield "own 20, averages", {**own_20, "combine": AVERAGES}
-    never = {**own_20, "restart": "never"}
-    yield "own 20, restart never, averages", {**never, "combine": AVERAGES}
-    grows = {"trajectory_growth": 1.5, "max_trajectory_length": 80}
-    yield "own 10, growing to 80", {**own, "trajectory_length": 10, **grows}
+        strategy = explore.rounds(20, restart_state=policy)
+        yield f"own 20, inner states {policy}", own(strategy)
+    averages = [explore.trajectory_average()]
+    yield "own 20, averages", own(explore.rounds(20, averages=averages))
+    never = explore.branches(20, averages=averages)
+    yield "own 20, restart never, averages", own(never)
+    grows = explore.rounds(10, growth=1.5, max_length=80)
+    yield "own 10, growing to 80", own(grows)
+    own_20 = own(explore.rounds(20))
     # A coarse score, full of ties, and what the first place in the list is worth.
     coarse = {**own_20, "metric_fn": correct}
     yield "own 20, by accuracy", coarse
@@ -65,52 +72,45 @@ def variants():
     yield "own 20, two hostile ones more", {**own_20, "inner": hostile}
 
 
-def cells(accuracy, nll):
-    """Means with their standard errors, as text."""
-    out = []
-    for values in (accuracy, nll):
-        error = values.std(ddof=1) / np.sqrt(len(values))
-        out.append(f"{values.mean():.4f} ± {error:.4f}")
-    return out
+def transformation(seed, inner=EIGHT, metric_fn=log_likelihood, **kwargs):
+    assess_fn = optax_ev3.held_out(metric_fn, load().held_out, 128)
+    return optax_ev3.ev3(inner, assess_fn, key=seed, **kwargs)
 
 
-def run(steps, seeds, pattern):
-    """Rows of one table: name, test accuracies, test NLLs."""
-    singles = {}
-    for name, tx in EIGHT.items():
-        accuracy, nll, _ = train(lambda _, tx=tx: tx, steps, seeds)
-        singles[name] = accuracy, nll
-        yield f"{name} alone", accuracy, nll
-    for what, index, best in (("accuracy", 0, max), ("NLL", 1, min)):
-        name = best(singles, key=lambda name: singles[name][index].mean())
-        yield f"best {what} in hindsight: {name}", *singles[name]
-    for name, kwargs in variants():
-        if re.search(pattern, name):
-            kwargs = {"inner": EIGHT, **kwargs}
-            metric_fn = kwargs.pop("metric_fn", log_likelihood)
-            kwargs["assess_fn"] = optax_ev3.held_out(metric_fn, load().held_out, 128)
+def cells(settings, tasks, results):
+    del tasks, results
+    methods = {
+        f"{name} alone": lambda seed, tx=tx: tx for name, tx in EIGHT.items()
+    } | {
+        f"EV3, {name}": functools.partial(transformation, **kwargs)
+        for name, kwargs in variants()
+    }
+    for steps in settings.steps:
+        for name, make_tx in methods.items():
 
-            def make_tx(seed, kwargs=kwargs):
-                return optax_ev3.ev3(key=seed, **kwargs)
+            def measure(make_tx=make_tx, steps=steps):
+                found, _ = train(make_tx, steps, settings.seeds)
+                return tidy(found, seed=range(settings.seeds))
 
-            accuracy, nll, _ = train(make_tx, steps, seeds)
-            yield f"EV3, {name}", accuracy, nll
+            yield Cell(f"{steps} steps", name, measure, name.endswith("alone"))
 
 
-def main(_):
-    logging.set_verbosity(logging.WARNING)
-    figures = {}
-    for steps in STEPS.value:
-        print(f"\n{steps} steps, mean ± standard error over {SEEDS.value} seeds")
-        print(f"{'method':46}{'test accuracy':>18}{'test NLL':>18}")
-        for name, accuracy, nll in run(steps, SEEDS.value, FILTER.value):
-            one, two = cells(accuracy, nll)
-            print(f"{name:46}{one:>18}{two:>18}", flush=True)
-            row = {"accuracy": accuracy.tolist(), "nll": nll.tolist()}
-            figures[f"{steps} steps, {name}"] = row
-    if JSON.value:
-        pathlib.Path(JSON.value).write_text(json.dumps(figures, indent=1))
+def report(results, settings, folder):
+    del folder
+    for task, found in results.groupby("task", sort=False):
+        table = spreads(found, ["method"], {"accuracy": 4, "nll": 4})
+        alone = found[found.method.isin([f"{name} alone" for name in EIGHT])]
+        means = alone.groupby(["method", "metric"]).value.mean().unstack()
+        best = {
+            "best accuracy in hindsight": means.accuracy.idxmax(),
+            "best NLL in hindsight": means.nll.idxmin(),
+        }
+        more = table.loc[list(best.values())].set_axis(
+            [f"{what}: {name}" for what, name in best.items()]
+        )
+        table = pd.concat([table, more]).rename_axis("method")
+        show(table, f"Digits, {task}, {settings.seeds} seeds")
 
 
-if __name__ == "__main__":
-    app.run(main)
+QUICK = {"seeds": 2, "steps": (12,)}
+SUITE = Suite(("digits",), Settings(), QUICK, cells, report)

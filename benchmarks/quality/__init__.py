@@ -18,9 +18,10 @@ cosine, reduce_on_plateau, schedule-free, mechanize, prodigy: AdamW (Adam for
 
 At equal gradients all methods take as many as eight explorers in the task's number of
 steps; grid search, halving, soup and populations share them out. Explorers of EV3 that
-rest take none, so that the others take more steps. At equal work EV3 ends earlier: its
-assessments count as well, in forward passes of single examples, a gradient as three.
-What others choose by held-out scores is not counted. A run that ends worse than its
+are paused take none, so that the others take more steps. At equal work EV3 ends
+earlier: its assessments count as well, in forward passes of single examples, a gradient
+as three. What others choose by held-out scores is not counted. A run that ends worse
+than its
 initial parameters counts as these, for every method alike.
 
 `--quick` runs three tasks with three seeds and few methods, in some minutes.

@@ -10,7 +10,7 @@ import optax
 from optax import contrib
 
 import optax_ev3
-from optax_ev3 import adapt, combine, explore
+from optax_ev3 import adapt, explore
 
 ADAMS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 MOMENTUM = functools.partial(optax.sgd, momentum=0.9)
@@ -23,18 +23,21 @@ SINGLES = {name: make(rate) for name, (make, rate) in RULES.items()}
 COUNT = len(SINGLES)
 LENGTH = 25
 
+AVERAGES = (explore.trajectory_average(), explore.branch_average())
 # EV3: the first is the one that is recommended, the others are what it is made of.
-RECOMMENDED = {
-    "trajectory_length": LENGTH,
-    "gradients": "own",
-    "restart": "never",
-    "restart_state": "copy",
-    "race": explore.Racing(2, 8),
-    "combine": [combine.trajectory_average(), combine.branch_average()],
-    "adapt": adapt.greedy(),
-}
-# All start each round from the adopted parameters, and nobody rests.
-TOGETHER = {"restart": "always", "restart_state": "keep", "race": None}
+
+
+def branches(length=LENGTH, **kwargs):
+    """The recommended strategy, but for what is given."""
+    defaults = {
+        "restart": explore.never(inner_state="copy"),
+        "averages": AVERAGES,
+        "racing": explore.Racing(patience=2, window=8),
+    }
+    return explore.branches(length, **{**defaults, **kwargs})
+
+
+SIGNIFICANT = explore.worse_than("adopted", inner_state="copy")
 HOSTILE = {
     "uphill": optax.sgd(-0.1),
     "sgd 1000": optax.sgd(1000.0),
@@ -43,44 +46,35 @@ HOSTILE = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "EV3": {},
     "EV3, three hostile explorers more": {"inner": {**SINGLES, **HOSTILE}},
-    "EV3, nobody rests": {"race": None},
-    "EV3, restart significant": {"restart": "significant"},
-    "EV3, restart always": {"restart": "always"},
-    "EV3, restart always, nobody rests, confident": {**TOGETHER, "adapt": None},
+    "EV3, nobody rests": {"explore": branches(racing=None)},
+    "EV3, restart significant": {"explore": branches(restart=SIGNIFICANT)},
+    # All start each round from the adopted parameters, and nobody is paused.
+    "EV3, restart always, nobody rests, confident": {
+        "explore": explore.rounds(LENGTH, averages=AVERAGES),
+        "adapt": None,
+    },
     "EV3, confident": {"adapt": None},
     "EV3, the paper's rule": {"adapt": adapt.lower_bound()},
-    "EV3, no averages": {"combine": []},
-    "EV3, no branch averages": {"combine": [combine.trajectory_average()]},
-    "EV3, length 50": {"trajectory_length": 50},
+    "EV3, no averages": {"explore": branches(averages=())},
+    "EV3, no branch averages": {"explore": branches(averages=AVERAGES[:1])},
+    "EV3, length 50": {"explore": branches(50)},
     "EV3, length 10 growing to 80": {
-        "trajectory_length": 10,
-        "trajectory_growth": 1.5,
-        "max_trajectory_length": 80,
+        "explore": branches(10, growth=1.5, max_length=80)
     },
     "EV3, shared gradients": {
-        "trajectory_length": 10,
-        "gradients": "shared",
-        **TOGETHER,
+        "explore": explore.rounds(10, gradients="shared", averages=AVERAGES),
+        "own": False,
     },
-    "EV3, one step": {
-        "trajectory_length": 1,
-        "combine": [],
-        "gradients": None,
-        "adapt": None,
-        **TOGETHER,
-    },
+    "EV3, one step": {"explore": None, "adapt": None, "own": False},
 }
 AWAY = {"/ 100": 0.01, "x 100": 100.0}
-EVOLVING = {
-    "trajectory_length": 20,
-    "trajectory_growth": 1.1,
-    "max_trajectory_length": 100,
-    "restart": "behind",
-    "race": None,
-    "history_length": 64,
-    "combine": [combine.trajectory_average()],
-    "adapt": None,
-}
+EVOLVING = explore.branches(
+    20,
+    growth=1.1,
+    max_length=100,
+    restart=explore.worse_than("start", inner_state="copy"),
+    averages=AVERAGES[:1],
+)
 
 
 def visible(params, state):
@@ -117,10 +111,9 @@ class EV3(NamedTuple):
     own: bool
 
 
-def ev3(explorers=None, **kwargs):
+def ev3(inner=SINGLES, explorers=None, own=True, **kwargs):
     """EV3 with the recommended setting, but for what is given."""
-    kwargs = {"inner": SINGLES, **RECOMMENDED, **kwargs}
-    inner, own = kwargs.pop("inner"), kwargs["gradients"] == "own"
+    kwargs = {"explore": branches(), "adapt": adapt.greedy(), **kwargs}
 
     def make(task, held_out, seed):
         def loss(params, batch):
@@ -156,7 +149,7 @@ def evolving(factor):
     """A group of eight of Adam that starts at 0.003 times a factor."""
     space = {"learning_rate": optax_ev3.log_uniform(1e-7, 10.0, 3e-3 * factor)}
     group = optax_ev3.evolve(optax.adam, space, COUNT)
-    return ev3(inner={"adam": group}, explorers=COUNT, **EVOLVING)
+    return ev3({"adam": group}, COUNT, explore=EVOLVING, adapt=None)
 
 
 def off(factor):

@@ -83,7 +83,7 @@ def keep(kept, shown, here):
 def ev3_trainer(task, method, budget, seeds):
     """A function without arguments to figures ``[seeds, marks]`` of EV3.
 
-    Explorers may rest, so that what a call takes is counted: rounds end until the
+    Explorers may be paused, so that what a call takes is counted: rounds end until the
     gradients of all explorers are as many as the budget, and figures are those of the
     last round that lies within each part of it; the last mark is that of equal work.
     """
@@ -138,11 +138,11 @@ def ev3_trainer(task, method, budget, seeds):
 
 def taken(state, method):
     """Gradients that the last round took, and candidates that it scored."""
-    record = state.record
-    row = (record.rounds - 1) % len(record.adopted)
-    took_part = record.valid[row] >= 0
+    past = state.history
+    row = (past.rounds - 1) % len(past.adopted)
+    took_part = past.valid[row] >= 0
     explorers = took_part[: method.explorers].sum() if method.own else 1
-    return record.length[row] * explorers, took_part.sum()
+    return past.length[row] * explorers, took_part.sum()
 
 
 def population(task, steps, seeds, intervals=20):

@@ -256,7 +256,7 @@ def few(monkeypatch, **kwargs):
 
 @pytest.mark.slow
 def test_the_suite_runs_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
-    few(monkeypatch, combine=[])
+    few(monkeypatch, explore=methods.branches(averages=()))
     pattern = "^(EV3|adam .*|momentum .*|rmsprop .*|cosine|untrained|population.*)$"
     args = ["quality", "--seeds=2", "--steps=8", "--task=wine", f"--only={pattern}"]
     args += [f"--folder={tmp_path}"]
@@ -285,8 +285,8 @@ def test_the_suite_runs_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypat
 def test_what_explorers_take_is_counted(monkeypatch):
     monkeypatch.setattr(methods, "LENGTH", 5)  # So that 40 of the 50 are drawn.
     task, budget = tasks.TASKS["wine"](), 400
-    race = optax_ev3.explore.Racing(2, 8)
-    method = few(monkeypatch, trajectory_length=5, combine=[], race=race)
+    explore = methods.branches(5, averages=())
+    method = few(monkeypatch, explore=explore)
     found = training.ev3_trainer(task, method, budget, range(2))()
     parts = jax.tree.map(jnp.asarray, task.parts(1))
     tx, params = method.make(task, parts.held_out, 1), task.init(jax.random.key(1))
