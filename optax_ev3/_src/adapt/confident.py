@@ -23,7 +23,7 @@ from optax_ev3._src.base.evidence import (
     single_objective,
 )
 
-# Chosen on digits with the tables of benchmarks/rules.py.
+# Chosen on digits with the tables of `python -m benchmarks rules`.
 _ONE_STEP = 1.5, 10.0  # the most that a round says, and rounds' worth of doubt
 _LONGER = 10.0, 1.0  # the same for rounds of several steps
 _FADING = 0.95  # what an earlier round weighs, a round later: 20 rounds in all
