@@ -118,8 +118,8 @@ def confident(
     For as long as one set of stable parameters stands, it is replaced by others that
     are never better with probability at most 1 - confidence, over all rounds
     together: half of it on trial, half at once (nominal: it holds as far as the z
-    values of single rounds are standard normal; measured in ``python -m benchmarks rules``
-    and ``python -m benchmarks evidence``). What is promised concerns the data that rounds
+    values of single rounds are standard normal; measured in the benchmarks ``rules``
+    and ``evidence``). What is promised concerns the data that rounds
     draw their examples from: where that is a small held-out set, used for many
     rounds, see :func:`optax_ev3.adapt.guarded`.
 

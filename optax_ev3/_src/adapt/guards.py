@@ -247,7 +247,7 @@ def thresholdout(
 
     It is for held-out sets of thousands of examples, and a budget that lasts. On 500
     random labels, looked at in 1,000 rounds (the part ``reuse`` of
-    ``benchmarks/assessment.py``), the accuracy that is told exceeds that on new data by
+    the benchmark ``assessment``), the accuracy that is told exceeds that on new data by
     0.047 with a budget that lasts, and by 0.199 with the default one; by 0.007 with
     :func:`ladder`, by 0.091 without a guard.
 
