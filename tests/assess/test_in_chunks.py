@@ -63,14 +63,21 @@ def chunks_by_hand(scores, chunks, confidence):
     return count
 
 
-def choose_by_column(noise, chunks=8, **kwargs):
-    """An update of two explorers whose scores are the columns of ``[n, 3]`` noise."""
+@functools.cache
+def by_column(chunks, **kwargs):
+    """Two explorers whose scores are the columns of ``[n, 3]`` noise; compiled once."""
     tx = optax_ev3.ev3(
         {"a": optax.sgd(1.0), "b": optax.sgd(2.0)},
         in_chunks(lambda w, x: x[:, w.astype(int)], chunks, **kwargs),
     )
+    return tx, jax.jit(tx.update)
+
+
+def choose_by_column(noise, chunks=8, **kwargs):
+    """How many examples are looked at."""
+    tx, update = by_column(chunks, **kwargs)
     w = jnp.zeros([])
-    _, state = jax.jit(tx.update)(-jnp.ones([]), tx.init(w), w, x=noise)
+    _, state = update(-jnp.ones([]), tx.init(w), w, x=noise)
     return int(optax_ev3.summary(state)["ev3/examples"])
 
 
@@ -177,7 +184,8 @@ def test_devices_stop_together():
     def update(x):
         return tx.update(2 * (w - X.mean()), tx.init(w), w, x=x)
 
-    updates, state = jax.vmap(update, axis_name="i")(X.reshape(4, 16))
+    mapped = jax.jit(jax.vmap(update, axis_name="i"))
+    updates, state = mapped(X.reshape(4, 16))
     examples = state.history.examples[:, 0]
     assert (examples == examples[0]).all() and examples[0] % 16 == 0
     alone, _ = step(whole, whole.init(w), w)
