@@ -273,10 +273,11 @@ class TestRace:
         states = run(tx, 8 * length)
         jax.effects_barrier()
         past = optax_ev3.history(states[-1])
-        assert np.isnan(past["mean"][:, 1]).sum() == 6
+        # Twice as many rounds as patience, before the window is full.
+        assert np.isnan(past["mean"][:, 1]).tolist() == [False] * 4 + [True] * 4
         # A loss is also offered to optimizers as a value: it runs more than once.
-        assert runs["good"] >= 8 * length and runs["bad"] * 8 == runs["good"] * 2
-        assert runs["assess"] == 8 * 4 - 6
+        assert runs["good"] >= 8 * length and runs["bad"] * 8 == runs["good"] * 4
+        assert runs["assess"] == 8 * 4 - 4
         assert past["adopted"].tolist() == [0] * 8
 
     def test_who_was_slow_may_win_a_later_stage(self):
@@ -314,14 +315,11 @@ class TestRace:
         assert (adopted[-50:] == 1).mean() > 0.8
 
     def test_all_are_called_where_the_others_fail(self):
-        def fails_late():
-            def update(updates, state, params=None):
-                bad = jnp.where(state < 10, 1.0, jnp.nan)
-                return jax.tree.map(lambda u: -0.1 * u * bad, updates), state + 1
+        def update(updates, state, params=None):
+            return -0.1 * updates * jnp.where(params < 2, 1.0, jnp.nan), state
 
-            return optax.GradientTransformation(lambda p: jnp.int32(0), update)
-
-        inner = {"fails": fails_late(), "slow": optax.sgd(0.05)}
+        fails = optax.GradientTransformation(lambda p: (), update)
+        inner = {"fails": fails, "slow": optax.sgd(0.05)}
         tx = optax_ev3.ev3(
             inner, score, explore=explore.branches(1, racing=explore.Racing(3))
         )
@@ -363,7 +361,7 @@ class TestRace:
             expected, other = alone(w - 3, other, w, x=X)
             assert float(updates) == pytest.approx(float(expected), rel=1e-5)
             w = w + updates
-        assert np.isnan(optax_ev3.history(state)["mean"][:, 1]).sum() == 4
+        assert np.isnan(optax_ev3.history(state)["mean"][:, 1]).tolist() == [False] * 4 + [True] * 2
 
     @pytest.mark.parametrize("mode", ["unroll", "vmap", "map"])
     def test_nothing_changes_where_all_win(self, mode):
@@ -382,7 +380,7 @@ class TestRace:
 
     def test_averages_win_for_their_branch(self):
         tx = optax_ev3.ev3(
-            [optax.sgd(0.1), optax.sgd(0.2)],
+            [optax.sgd(0.1), optax.sgd(-0.1)],
             score,
             adapt=scripted([2] * 8),
             explore=explore.branches(
@@ -391,7 +389,7 @@ class TestRace:
         )
         mean = optax_ev3.history(run(tx, 16)[-1])["mean"]
         assert not np.isnan(mean[:, [0, 2]]).any()
-        assert np.isnan(mean[2:, [1, 3]]).all()
+        assert np.isnan(mean[4:, [1, 3]]).all()
 
     @pytest.mark.parametrize(
         ("race", "error", "parts"),
