@@ -68,7 +68,7 @@ def check(key: Any) -> Any:
     raise TypeError(f"key must be an integer seed or a single PRNG key, got {key!r}.")
 
 
-def _check_key_data(data):
+def _check_key_data(data: Any):
     """Raises unless raw key data may be of the default implementation."""
     try:
         jax.eval_shape(jax.random.wrap_key_data, data)

@@ -361,7 +361,10 @@ class TestRace:
             expected, other = alone(w - 3, other, w, x=X)
             assert float(updates) == pytest.approx(float(expected), rel=1e-5)
             w = w + updates
-        assert np.isnan(optax_ev3.history(state)["mean"][:, 1]).tolist() == [False] * 4 + [True] * 2
+        assert (
+            np.isnan(optax_ev3.history(state)["mean"][:, 1]).tolist()
+            == [False] * 4 + [True] * 2
+        )
 
     @pytest.mark.parametrize("mode", ["unroll", "vmap", "map"])
     def test_nothing_changes_where_all_win(self, mode):

@@ -19,7 +19,9 @@ def is_traced(*trees: Any) -> bool:
     return any(isinstance(leaf, core.Tracer) for leaf in jax.tree.leaves(trees))
 
 
-def cond(condition: Any, then: Callable[..., Any], other: Callable[..., Any], *args):
+def cond(
+    condition: Any, then: Callable[..., Any], other: Callable[..., Any], *args: Any
+):
     """``lax.cond``."""
     if is_traced(condition):
         return lax.cond(condition, then, other, *args)

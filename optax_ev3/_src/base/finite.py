@@ -21,14 +21,14 @@ def finite(tree: Any, size: int | None = None) -> jax.Array:
     if not leaves:
         return jnp.ones(size or (), bool)
 
-    def add(leaves):
+    def add(leaves: Any):
         sums = [x.sum(dtype=trees.wide_dtype(x)) for x in leaves]
         return trees.total(jnp.real(x) + jnp.imag(x) for x in sums)
 
-    def check(leaves):
+    def check(leaves: Any):
         return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
-    def by_sum(leaves):
+    def by_sum(leaves: Any):
         found = jnp.asarray(each(add)(leaves))
         # Sums are quick, and finite only if all their terms are; but they may overflow.
         return control.cond(
@@ -37,7 +37,7 @@ def finite(tree: Any, size: int | None = None) -> jax.Array:
             lambda: each(check)(leaves),
         )
 
-    def at_once(leaves):
+    def at_once(leaves: Any):
         flags = xla.joined([jnp.isfinite(x) for x in leaves])
         return jnp.stack([x.all() for x in flags]).all()
 
@@ -58,19 +58,19 @@ def finite_after(params: Any, update: Any, known: Any = None) -> jax.Array:
     if not pairs:
         return jnp.asarray(True)
 
-    def flags(pairs):
+    def flags(pairs: Any):
         # Compared in wide numbers: a compiler may leave out rounding in between.
         return [_fits(_wide(p) + _wide(u), p.dtype) for p, u in pairs]
 
-    def check(pairs):
+    def check(pairs: Any):
         return jnp.stack([x.all() for x in flags(pairs)]).all()
 
-    def by_sum(pairs):
+    def by_sum(pairs: Any):
         return control.cond(
             jnp.isfinite(known), lambda: jnp.asarray(True), lambda: check(pairs)
         )
 
-    def at_once(pairs):
+    def at_once(pairs: Any):
         return jnp.stack([x.all() for x in xla.joined(flags(pairs))]).all()
 
     on_cpu = check if known is None else by_sum
@@ -83,7 +83,7 @@ def doubled(tree: Any) -> Any:
     Where the wide one has the same range, that takes no comparison.
     """
 
-    def one(leaf):
+    def one(leaf: Any):
         if not trees.is_inexact(leaf):
             return leaf
         wide = 2 * _wide(leaf)
@@ -95,7 +95,7 @@ def doubled(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-def _fits(leaf, dtype):
+def _fits(leaf: Any, dtype: Any):
     """Which numbers a dtype can hold."""
     if jnp.iscomplexobj(leaf):
         return _fits(jnp.real(leaf), dtype) & _fits(jnp.imag(leaf), dtype)
@@ -119,5 +119,5 @@ def towards(target: Any, params: Any) -> Any:
     return jax.tree.map(clip_to_finite, trees.minus(target, params))
 
 
-def _wide(leaf):
+def _wide(leaf: Any):
     return leaf.astype(trees.wide_dtype(leaf))

@@ -64,7 +64,7 @@ def pick(index: Any, stacks: Sequence[Stacked]) -> Any:
     firsts = [sum(sizes[:i]) for i in range(len(sizes))]
     which = jnp.asarray([i for i, size in enumerate(sizes) for _ in range(size)])
 
-    def take(stack, first):
+    def take(stack: Stacked, first: int):
         tree = stack.tree.make() if isinstance(stack.tree, Lazy) else stack.tree
         if stack.size is None:
             return tree
@@ -75,7 +75,7 @@ def pick(index: Any, stacks: Sequence[Stacked]) -> Any:
         for stack, first in zip(stacks, firsts, strict=True)
     ]
 
-    def choose_all(number):
+    def choose_all(number: jax.Array):
         picked, *others = [branch() for branch in branches]
         for i, tree in enumerate(others, 1):
             picked = where(number == i, tree, picked)
@@ -96,7 +96,7 @@ def apply_if(condition: Any, fn: Callable[[Any], Any], tree: Any) -> Any:
     if not control.is_traced(condition):
         return fn(tree) if condition else tree
 
-    def body(carry):
+    def body(carry: Any):
         return jnp.zeros_like(carry[0]), xla.row_major(fn(xla.row_major(carry[1])))
 
     carry = (jnp.asarray(condition), tree)
@@ -113,11 +113,11 @@ def apply_if_with_jvp(
     """
 
     @jax.custom_jvp
-    def apply(condition, tree, operands):
+    def apply(condition: Any, tree: Any, operands: Any):
         return apply_if(condition, lambda tree: fn(tree, operands), tree)
 
     @apply.defjvp
-    def _(primals, tangents):
+    def _(primals: Any, tangents: Any):
         condition, *arguments = primals
         _, *changes = tangents
 
@@ -128,7 +128,7 @@ def apply_if_with_jvp(
             return changes[0]
 
         # What has no derivatives does not go through the conditional.
-        def inexact(changes):
+        def inexact(changes: Any):
             return [x for x in jax.tree.leaves(changes) if x.dtype != jax.dtypes.float0]
 
         found = iter(

@@ -58,13 +58,13 @@ def difference(expected: Any, actual: Any, path: Any = ()) -> str | None:
     return next((where for where in found if where), None)
 
 
-def _one_level(tree):
+def _one_level(tree: Any):
     return jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda node: node is not tree
     )
 
 
-def _kind(node):
+def _kind(node: Any):
     """The type of a node, and what it holds."""
     children, structure = _one_level(node)
     if jax.tree_util.treedef_is_leaf(structure):
@@ -73,14 +73,14 @@ def _kind(node):
     return f"a {type(node).__name__} with {held or 'nothing'}"
 
 
-def _update_dtype(leaf):
+def _update_dtype(leaf: Any):
     return jnp.int8 if is_key(leaf) or leaf.dtype == bool else leaf.dtype
 
 
 def minus(target: Any, params: Any) -> Any:
     """The update that leads from ``params`` to the target."""
 
-    def one(t, p):
+    def one(t: Any, p: Any):
         if is_key(p):
             return jnp.zeros(p.shape, jnp.int8)
         dtype = _update_dtype(p)
@@ -92,7 +92,7 @@ def minus(target: Any, params: Any) -> Any:
 def plus(params: Any, update: Any) -> Any:
     """The parameters after an update, with their dtypes."""
 
-    def one(p, u):
+    def one(p: Any, u: Any):
         if is_key(p):
             return p
         dtype = _update_dtype(p)
@@ -155,10 +155,10 @@ def unlike_params(tree: Any) -> Any:
     ``optax.tree.map_params`` takes a leaf for something else, with all below it.
     """
 
-    def is_placeholder(node):
+    def is_placeholder(node: Any):
         return isinstance(node, _placeholder())
 
-    def one(node):
+    def one(node: Any):
         return jnp.zeros([]) if is_placeholder(node) else node
 
     return jax.tree.map(one, tree, is_leaf=is_placeholder)
@@ -182,7 +182,7 @@ def key_impls(init: Callable[..., Any], *args: Any) -> list[Any]:
     """For each leaf of ``init(*args)`` its PRNG implementation, None if no key."""
     impls = []
 
-    def trace(*args):
+    def trace(*args: Any):
         leaves = jax.tree.leaves(init(*args))
         impls.extend(jax.random.key_impl(x) if is_key(x) else None for x in leaves)
 

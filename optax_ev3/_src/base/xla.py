@@ -36,7 +36,7 @@ def quick_convolutions(fn: Callable[..., Any]) -> Callable[..., Any]:
       The function with the same results, on other devices with the same program.
     """
 
-    def quick(*args):
+    def quick(*args: Any):
         if not control.is_traced(args):
             return fn(*args)  # Outside of any conditional.
         traced, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
@@ -86,7 +86,7 @@ def _changed(found: Any) -> Any:
 def _transposed(equation: Any) -> list[Any]:
     """The equations of :func:`_convolve` in the place of a convolution."""
 
-    def convolve(*operands):
+    def convolve(*operands: Any):
         return _convolve(*operands, **equation.params)
 
     inner = jax.make_jaxpr(convolve)(*[v.aval for v in equation.invars]).jaxpr
@@ -102,7 +102,7 @@ def _transposed(equation: Any) -> list[Any]:
     ]
 
 
-def _convolve(lhs, rhs, dimension_numbers, **params):
+def _convolve(lhs: Any, rhs: Any, dimension_numbers: Any, **params: Any):
     """A convolution in the form that has a quick kernel, between transpositions."""
     given, last = dimension_numbers, lhs.ndim - 1
     spatial = tuple(range(1, last))
@@ -149,7 +149,7 @@ def row_major(tree: Any) -> Any:
     if not (deep and _LAYOUTS_UNDER_VMAP and _on_one_device()):
         return tree
 
-    def constrain(leaves):
+    def constrain(leaves: Any):
         return [
             layout.with_layout_constraint(leaf, layout.Layout(tuple(range(leaf.ndim))))
             for leaf in leaves
@@ -166,7 +166,7 @@ def row_major(tree: Any) -> Any:
     return jax.tree.unflatten(structure, leaves)
 
 
-def joined(leaves):
+def joined(leaves: Any):
     """The leaves, of which the small ones are put into one: a kernel, not dozens."""
     if not _on_one_device():
         return leaves
@@ -181,6 +181,6 @@ def joined(leaves):
     return [*others, lax.optimization_barrier(joined)]
 
 
-def _is_sharded(leaf):
+def _is_sharded(leaf: Any):
     """Whether an axis is known to be spread over devices, by explicit sharding."""
     return any(axis is not None for axis in jax.typeof(leaf).sharding.spec)

@@ -41,7 +41,7 @@ def gradients_for(params: optax.Params, grads: optax.Updates) -> optax.Updates:
     or zeros. Gradients of another structure come back as they are.
     """
 
-    def has_none(g):
+    def has_none(g: Any):
         return g is None or jnp.result_type(g) == jax.dtypes.float0
 
     grads = jax.tree.map(lambda g: g if has_none(g) else trees.as_array(g), grads)
@@ -53,7 +53,7 @@ def gradients_for(params: optax.Params, grads: optax.Updates) -> optax.Updates:
     except ValueError:
         return grads
 
-    def one(p, g):
+    def one(p: Any, g: Any):
         if trees.is_key(p):
             return jnp.zeros(p.shape, jnp.int8)
         return jnp.zeros_like(p) if has_none(g) and not trees.is_inexact(p) else g

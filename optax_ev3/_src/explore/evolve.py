@@ -4,7 +4,7 @@ Dimensions: ``G`` members of a group.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -146,7 +146,7 @@ def init(one: Explorer) -> Evolution | tuple[()]:
         return ()
     grid, space = one.grid, one.space
 
-    def each(fill):
+    def each(fill: Any):
         return {k: jnp.asarray(fill(k), jnp.float32) for k in space}
 
     return Evolution(

@@ -69,7 +69,7 @@ class Explorer(NamedTuple):
             return fn(self.tx, {}, *args)
         factory = self.factory
 
-        def one(numbers, *args):
+        def one(numbers: Any, *args: Any):
             own = {k: v for k, v in numbers.items() if _takes(factory, k)}
             return fn(factory(**own), numbers, *args)
 
@@ -287,7 +287,7 @@ def check_spaces(explorers: Mapping[str, Explorer]) -> None:
                 )
 
 
-def _abstract_state(factory, numbers):
+def _abstract_state(factory: Any, numbers: Any):
     """Structure, shapes and dtypes of the state for parameters of two shapes."""
     made = explorer(factory(**numbers)).tx
     probe = {"w": jnp.zeros([3, 4]), "b": jnp.zeros([4])}

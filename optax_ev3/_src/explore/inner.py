@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jax.tree_util import keystr, tree_map_with_path
 from optax_ev3._src.base import callbacks, trees
 from optax_ev3._src.explore.calls import gradients_for
 from optax_ev3._src.explore.explorers import Explorer
+from optax_ev3._src.explore.losses import Loss
 
 # What optax's optimizers ask for beyond the gradient; all follow from a loss.
 _FROM_LOSS = ("value", "grad", "value_fn", "grad_fn", "obj_fn")
@@ -33,10 +35,10 @@ def first_state(one: Explorer, name: str, params: optax.Params) -> Any:
     )
     grads = gradients_for(params, nothing)
 
-    def step(tx, state):
+    def step(tx: optax.GradientTransformation, state: Any):
         return inner_update(tx, one, name, state, params, None, {})(grads)[1]
 
-    def init(tx, _):
+    def init(tx: optax.GradientTransformation, _):
         state = jax.tree.map(_owned, tx.init(params))
         for _ in range(2):  # From booleans to integers to floats.
             if all(map(trees.is_inexact, jax.tree.leaves(state))):
@@ -52,28 +54,38 @@ def first_state(one: Explorer, name: str, params: optax.Params) -> Any:
     return state if one.size is None else trees.unlike_params(state)
 
 
-def _owned(leaf):
+def _owned(leaf: Any):
     return trees.owned_copy(trees.raw(leaf))
 
 
-def _promoted(old, new):
+def _promoted(old: Any, new: Any):
     higher = trees.rank(new.dtype) > trees.rank(old.dtype)
     return old.astype(new.dtype) if higher else old
 
 
-def inner_update(tx, one, name, opt_state, params, loss, extra_args, own=False):
+def inner_update(
+    tx: optax.GradientTransformation,
+    one: Explorer,
+    name: str,
+    opt_state: Any,
+    params: optax.Params,
+    loss: Loss | None,
+    extra_args: Mapping[str, Any],
+    own: bool = False,
+) -> Callable[[optax.Updates], tuple[optax.Updates, Any]]:
     """The inner optimizer as a function of gradients, given what else it can take."""
     takes = callbacks.free(tx.update, 3)
     opt_state = trees.unpack(opt_state, trees.key_impls(tx.init, params))
 
-    def offer(grads):
+    def offer(grads: optax.Updates) -> dict[str, Any]:
         if loss is None:
             return dict(extra_args)
-        supplied = {
+        gradient = loss.gradient
+        supplied: dict[str, Any] = {
             "value": loss.value(params),
             "grad": grads,
             "value_fn": loss.value,
-            "grad_fn": lambda p, *_: loss.gradient(p)[0],
+            "grad_fn": lambda p, *_: gradient(p)[0],
             "obj_fn": loss.value,
         }
         # What the caller says is of another loss, or of other parameters.
@@ -81,11 +93,11 @@ def inner_update(tx, one, name, opt_state, params, loss, extra_args, own=False):
         both = (extra_args, supplied) if last else (supplied, extra_args)
         return {**both[0], **both[1]}
 
-    def call(grads, extras):
+    def call(grads: optax.Updates, extras: Mapping[str, Any]) -> tuple[Any, Any]:
         updates, new_state = tx.update(grads, opt_state, params, **extras)
         return updates, jax.tree.map(trees.raw, new_state)
 
-    def explained(grads, extras):
+    def explained(grads: optax.Updates, extras: Mapping[str, Any]) -> tuple[Any, Any]:
         try:
             return call(grads, extras)
         except (TypeError, ValueError) as error:
@@ -101,7 +113,7 @@ def inner_update(tx, one, name, opt_state, params, loss, extra_args, own=False):
                 hint = f" The gradients are not like the parameters: {where}."
             raise kind(f"explorer {name!r} cannot be updated: {error}{hint}") from error
 
-    def step(grads):
+    def step(grads: optax.Updates) -> tuple[Any, Any]:
         offered = {k: v for k, v in offer(grads).items() if takes.takes(k)}
         if not takes.takes_any:
             return explained(grads, offered)
@@ -117,7 +129,7 @@ def inner_update(tx, one, name, opt_state, params, loss, extra_args, own=False):
     return step
 
 
-def _misses_argument(error):
+def _misses_argument(error: Exception):
     """Whether an optimizer says that it was not given what follows from a loss."""
     says = str(error)
     return any(re.search(rf"\b{name}\b", says) for name in _FROM_LOSS) and any(
@@ -125,7 +137,7 @@ def _misses_argument(error):
     )
 
 
-def like_params(update, params, name):
+def like_params(update: optax.Updates, params: optax.Params, name: str):
     """The update with the dtypes of the parameters; raises if it does not fit them."""
     where, got, expected = trees.difference(params, update), None, None
     if where is None:
@@ -139,7 +151,7 @@ def like_params(update, params, name):
             f"be like the parameters."
         )
 
-    def one(u, p):
+    def one(u: Any, p: Any):
         if trees.is_inexact(p):
             return jnp.asarray(u, p.dtype)
         # What optax.apply_updates leads to, which rounds sums of integers and floats.
@@ -149,7 +161,7 @@ def like_params(update, params, name):
     return jax.tree.map(one, update, params)
 
 
-def like_state(new, old, name):
+def like_state(new: Any, old: Any, name: str):
     """The new inner state with the old one's types; raises if it does not fit it."""
     where = trees.difference(old, new)
     if where is not None:
@@ -157,7 +169,7 @@ def like_state(new, old, name):
             f"explorer {name!r} changed the structure of its state: {where}."
         )
 
-    def one(path, n, o):
+    def one(path: Any, n: Any, o: Any):
         got, expected = (f"{jnp.result_type(x)}{list(jnp.shape(x))}" for x in (n, o))
         lost = trees.rank(jnp.result_type(n)) > trees.rank(o.dtype)
         if jnp.shape(n) != o.shape or lost:

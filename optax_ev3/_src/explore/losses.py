@@ -41,7 +41,7 @@ def loss_of(
     offered = {"key": call.key}
     bound = callbacks.bind(fn, role, call.extra_args, offered, fixed=numbers)
 
-    def with_aux(params):
+    def with_aux(params: optax.Params):
         value, aux = bound(_averaging(params, call.axis_name)), None
         if one.merge_fn is not None:
             if not (isinstance(value, tuple) and len(value) == 2):
@@ -70,7 +70,7 @@ def loss_of(
         return value, aux
 
     @xla.quick_convolutions
-    def gradient(params):
+    def gradient(params: optax.Params):
         grads, aux = jax.grad(with_aux, has_aux=True, allow_int=True)(params)
         # Complex gradients point uphill after conjugation, optax's convention.
         return jax.tree.map(jnp.conj, gradients_for(params, grads)), aux
@@ -78,7 +78,7 @@ def loss_of(
     return Loss(lambda params: with_aux(params)[0], gradient)
 
 
-def _averaging(params, axis_name):
+def _averaging(params: optax.Params, axis_name: Any):
     """``params``, whose gradients are averaged over the axis.
 
     Line searches differentiate the loss themselves. Without this their slopes would
@@ -88,7 +88,7 @@ def _averaging(params, axis_name):
         return params
 
     @jax.custom_vjp
-    def identity(leaves):
+    def identity(leaves: Any):
         return leaves
 
     identity.defvjp(

@@ -124,7 +124,7 @@ def uniform(low: float, high: float, start: float | None = None) -> Range:
     return _range(low, high, start, False)
 
 
-def _range(low, high, start, logarithmic):
+def _range(low: Any, high: Any, start: Any, logarithmic: bool):
     low, high = checks.real(low, "low"), checks.real(high, "high")
     most = float(np.finfo(np.float32).max)
     if not (-most <= low < high <= most and np.float32(low) < np.float32(high)):

@@ -77,7 +77,7 @@ def found_schedule(
     values = jnp.asarray(members[known, winner[known]], jnp.float32)
     ends = jnp.asarray(np.cumsum(past["length"]))
 
-    def schedule(count):
+    def schedule(count: Any):
         row = jnp.searchsorted(ends, count, side="right")
         return values[jnp.minimum(row, len(values) - 1)]
 
