@@ -2,7 +2,7 @@
 
 from optax_ev3._src.adapt.confident import confident
 from optax_ev3._src.adapt.constrained import constrained
-from optax_ev3._src.adapt.guards import guarded, ladder, thresholdout
+from optax_ev3._src.adapt.guards import guarded, ladder
 from optax_ev3._src.adapt.rules import choose_and_confirm, greedy, lower_bound
 from optax_ev3._src.adapt.weighted import weighted
 from optax_ev3._src.base.decision import Decision, Guard, Rule
@@ -18,6 +18,5 @@ __all__ = [
     "guarded",
     "ladder",
     "lower_bound",
-    "thresholdout",
     "weighted",
 ]

@@ -77,7 +77,6 @@ def own_guard():
 GUARDS = {
     "none": lambda rule: rule,
     "ladder": lambda rule: adapt.guarded(rule, adapt.ladder()),
-    "thresholdout": lambda rule: adapt.guarded(rule, adapt.thresholdout()),
     "own": lambda rule: adapt.guarded(rule, own_guard()),
 }
 
@@ -99,10 +98,9 @@ def test_rules_see_the_past_under_a_guard(name, length):
     def init(explorers):
         return jnp.zeros([], jnp.int32), jnp.zeros([explorers])
 
-    objectives = ("score", "train") if name == "thresholdout" else ("score",)
     tx = optax_ev3.ev3(
         [optax.sgd(0.1), optax.sgd(-0.1)],
-        lambda w: {k: -(w**2) * jnp.ones([8]) for k in objectives},
+        lambda w: -(w**2) * jnp.ones([8]),
         adapt=GUARDS[name](adapt.Rule(init, decide)),
         explore=explore.one_step() if length == 1 else explore.rounds(length),
     )

@@ -149,10 +149,6 @@ RULES = {
     "constrained": _several(adapt.constrained("a", {"b": 1.0})),
     "weighted": _several(adapt.weighted({"a": 1.0, "b": 0.5})),
     "ladder": {"adapt": adapt.guarded(adapt.confident(), adapt.ladder())},
-    "thresholdout": {
-        "assess_fn": lambda w, x: {"score": score(w, x), "train": score(w, 2 * x)},
-        "adapt": adapt.guarded(adapt.confident(), adapt.thresholdout(budget=10)),
-    },
     "vmap": {"assess_mode": "vmap"},
     "map": {"assess_mode": "map"},
     "chunks": {"assess_fn": optax_ev3.in_chunks(score, 4, ["x"])},
@@ -277,10 +273,7 @@ def _frozen_setting(setting):
         kwargs["assess_fn"] = optax_ev3.in_chunks(score_mixed, 4, ["x"])
     elif "assess_fn" in SETTINGS[setting] and setting != "held out":
         kwargs["assess_fn"] = lambda w, x: {
-            name: score_mixed(w, x)
-            for name in (
-                ["score", "train"] if setting == "thresholdout" else ["a", "b"]
-            )
+            name: score_mixed(w, x) for name in ["a", "b"]
         }
     return kwargs
 

@@ -35,7 +35,7 @@ def guarded(rule: Rule, guard: Guard) -> Rule:
 
     Args:
       rule: Any rule that takes one objective.
-      guard: :func:`ladder`, :func:`thresholdout`, or one of your own.
+      guard: :func:`ladder`, or one of your own.
 
     Returns:
       A rule, for the objectives that the guard takes.
@@ -214,104 +214,6 @@ def ladder(confidence: float | None = 0.95, step: float | None = None) -> Guard:
         return state._replace(best=jnp.where(replaced, scores[promoted], state.best))
 
     return Guard(init, release, settle)
-
-
-class ThresholdoutState(NamedTuple):
-    """State of :func:`thresholdout`.
-
-    Attributes:
-      budget: ``[]`` int32, how many held-out scores may yet be released.
-      noise: ``[]`` float32, what is added to the threshold until the next release.
-      drawn: ``[]`` int32, 1 once there is such noise.
-    """
-
-    budget: jax.Array
-    noise: jax.Array
-    drawn: jax.Array
-
-
-def thresholdout(
-    train: str = "train",
-    *,
-    threshold: float = 0.04,
-    noise: float = 0.01,
-    budget: int = 1000,
-) -> Guard:
-    r"""Tells training scores while they agree with held-out ones, else noisy held-out.
-
-    A candidate's held-out mean h is told as :math:`h + \xi` where :math:`|t - h| > T +
-    \gamma + \eta`, with its mean t on training examples; otherwise t is. :math:`\xi,
-    \gamma, \eta` are Laplace noise of scales :math:`\sigma, 2\sigma, 4\sigma`,
-    :math:`\gamma` drawn anew after each release. When the budget is spent, all that is
-    told is t.
-
-    It is for held-out sets of thousands of examples, and a budget that lasts. On 500
-    random labels, looked at in 1,000 rounds (the part ``reuse`` of
-    the benchmark ``assessment``), the accuracy that is told exceeds that on new data by
-    0.047 with a budget that lasts, and by 0.199 with the default one; by 0.007 with
-    :func:`ladder`, by 0.091 without a guard.
-
-    Args:
-      train: Name of the objective that holds scores of training examples; the other
-        one is held out.
-      threshold: T, in units of the score.
-      noise: :math:`\sigma`, in units of the score; the defaults are those of the
-        paper's experiments.
-      budget: Held-out scores that may be released.
-
-    Returns:
-      A guard for two objectives, of which rules see one.
-
-    Raises:
-      ValueError: If ``threshold`` or ``noise`` is negative, or ``budget`` below 1; at
-        trace time, if there are other objectives than said.
-
-    References:
-      Dwork et al., `Generalization in adaptive data analysis and holdout reuse
-      <https://arxiv.org/abs/1506.02629>`_, 2015, figure 1.
-    """
-    for name, value in {"threshold": threshold, "noise": noise}.items():
-        if not value >= 0:
-            raise ValueError(f"{name} must be at least 0, got {value}.")
-    if budget < 1:
-        raise ValueError(f"budget must be at least 1 release, got {budget}.")
-
-    def init() -> ThresholdoutState:
-        return ThresholdoutState(
-            jnp.asarray(budget, jnp.int32),
-            jnp.zeros([], jnp.float32),
-            jnp.zeros([], jnp.int32),
-        )
-
-    def release(
-        evidence: Evidence, state: ThresholdoutState, key: jax.Array
-    ) -> tuple[Evidence, ThresholdoutState]:
-        held_out = sorted(set(evidence.scores) - {train})
-        if train not in evidence.scores or len(held_out) != 1:
-            raise ValueError(
-                f"thresholdout needs two objectives, {train!r} and a held-out one, "
-                f"assess_fn returned {sorted(evidence.scores)}."
-            )
-        fitted, own = (ev.estimate(evidence, k).mean for k in (train, held_out[0]))
-        key, new_key, first_key = jax.random.split(key, 3)
-        first, anew = (
-            2 * noise * jax.random.laplace(k, []) for k in (first_key, new_key)
-        )
-        gamma = jnp.where(state.drawn > 0, state.noise, first)
-        eta, xi = noise * jax.random.laplace(key, [2, *fitted.shape])
-        far = jnp.abs(fitted - own) > threshold + gamma + 4 * eta
-        # The first ones as far as the budget goes.
-        told = far & evidence.valid
-        told &= jnp.cumsum(told) <= state.budget
-        released = jnp.where(told, own + xi, fitted)
-        state = ThresholdoutState(
-            state.budget - told.sum(dtype=jnp.int32),
-            jnp.where(told.any(), anew, gamma),
-            jnp.ones_like(state.drawn),
-        )
-        return _released(evidence, held_out[0], released), state
-
-    return Guard(init, release, lambda state, *_: state)
 
 
 def _released(evidence: Evidence, objective: str, values: jax.Array) -> Evidence:
