@@ -387,11 +387,9 @@ def train_fixed(
     state = cosine_adamw(rate, steps).init(variables)
     done, found = 0, []
     if last := folder.resume():
-        (done, found), trees = (last[0][k] for k in ("done", "found")), last[1]
-        variables, state = (
-            _checkpoint.restore(*pair)
-            for pair in ((variables, trees["variables"]), (state, trees["state"]))
-        )
+        done, found = last["done"], last["found"]
+        trees = folder.restore(variables=variables, state=state)
+        variables, state = trees["variables"], trees["state"]
     progress(done)
     total = float(steps) if falls else math.inf
     while done < steps:
@@ -546,7 +544,7 @@ class Pass:
       data: As from `load`.
       teachers: By name; the first one is TEACHER.
       seed: Of parameters and batches.
-      folder: Of this pass alone. The final student goes into student.msgpack.
+      folder: Of this pass alone. The final student goes into its folder student.
       decide: Whether a round may go back to earlier parameters.
       every_size: Whether the student goes on growing where that brings nothing, to see
         what the larger ones would have reached.
@@ -561,12 +559,12 @@ class Pass:
         self.course = Course(setting.sizes[0])
         last = folder.resume()
         if last:
-            self.course = Course(**last[0])
+            self.course = Course(**last)
         self.variables = init(self.model, seed, data)
         self.state = jax.jit(self._transformation().init)(self.variables)
         if last:
-            self.variables = _checkpoint.restore(self.variables, last[1]["variables"])
-            self.state = _checkpoint.restore(self.state, last[1]["state"])
+            trees = folder.restore(variables=self.variables, state=self.state)
+            self.variables, self.state = trees["variables"], trees["state"]
 
     @property
     def model(self):
@@ -643,8 +641,9 @@ class Pass:
         better = not course.stages or (worth and self._is_better())
         if better:
             course.final = len(course.stages)
-            about = {"size": course.size}
-            self.folder.write("student.msgpack", about, variables=self.variables)
+            student_of(self.folder).save(
+                {"size": course.size}, now=True, variables=self.variables
+            )
         course.stages.append(
             {
                 "layers": layers(self.model),
@@ -703,8 +702,13 @@ def explorers(setting: Setting, teachers: Any) -> int:
     return len(setting.rates) * (len(setting.losses) + len(teachers) - 1)
 
 
+def student_of(folder: _checkpoint.Folder) -> _checkpoint.Folder:
+    """Where a pass keeps its final student."""
+    return _checkpoint.Folder(folder.path / "student")
+
+
 def final_student(setting: Setting, data: Data, folder: _checkpoint.Folder):
     """The model and the variables that a pass has left in its folder."""
-    about, trees = folder.read("student.msgpack")
-    model = student(setting, about["size"])
-    return model, _checkpoint.restore(init(model, 0, data), trees["variables"])
+    kept = student_of(folder)
+    model = student(setting, kept.resume()["size"])
+    return model, kept.restore(variables=init(model, 0, data))["variables"]
