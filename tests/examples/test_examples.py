@@ -10,39 +10,42 @@ from helpers.examples import run
 LEARNED = 0.75
 
 
+def test_an_example_is_a_script(tmp_path):
+    done = run("plain_jax.py", "--steps=2", "--seed=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"test accuracy ([\d.]+)", done.stdout)) == 2
+
+
 @pytest.mark.parametrize(
     "name",
     ["plain_jax.py", "linen_train_state.py", "linen_extra_args.py", "nnx_optimizer.py"],
 )
-def test_example_learns(name, tmp_path):
-    done = run(name, "--steps=60", "--seed=1", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    before, after = map(float, re.findall(r"test accuracy ([\d.]+)", done.stdout))
+def test_example_learns(name, call):
+    out = call(name, "--steps=60", "--seed=1")
+    before, after = map(float, re.findall(r"test accuracy ([\d.]+)", out))
     assert before < 0.3
     assert after > LEARNED
-    shown = dict(line.split() for line in done.stdout.splitlines() if "ev3/" in line)
+    shown = dict(line.split() for line in out.splitlines() if "ev3/" in line)
     assert float(shown["ev3/round"]) == 60
     assert float(shown["ev3/skipped"]) == 0
     assert float(shown["ev3/share/adam"]) + float(shown["ev3/share/sgd"]) > 0.5
 
 
-def test_example_of_a_metric_learns(tmp_path):
-    done = run("f1_score.py", "--steps=100", "--seed=1", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    before, after = map(float, re.findall(r"test F1 ([\d.]+)", done.stdout))
+def test_example_of_a_metric_learns(call):
+    out = call("f1_score.py", "--steps=100", "--seed=1")
+    before, after = map(float, re.findall(r"test F1 ([\d.]+)", out))
     assert before < 0.4 and after > 0.6
-    shown = dict(line.split() for line in done.stdout.splitlines() if "ev3/" in line)
+    shown = dict(line.split() for line in out.splitlines() if "ev3/" in line)
     assert (float(shown["ev3/calls"]), float(shown["ev3/round"])) == (100, 2)
     assert "ev3/score/average/adam/focal" in shown
 
 
-def test_example_of_a_learning_rate_finds_one(tmp_path):
+def test_example_of_a_learning_rate_finds_one(call, tmp_path):
     args = ["--steps=150", "--seed=1", "--plot=history.png"]
-    done = run("learning_rate.py", *args, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    alone, evolved, again = map(float, re.findall(r"accuracy ([\d.]+)", done.stdout))
+    out = call("learning_rate.py", *args)
+    alone, evolved, again = map(float, re.findall(r"accuracy ([\d.]+)", out))
     assert alone < 0.4 and evolved > 0.9 and again > 0.9
-    rates = [float(x) for x in re.findall(r"step +\d+: (\S+)", done.stdout)]
+    rates = [float(x) for x in re.findall(r"step +\d+: (\S+)", out)]
     assert max(rates) > 1e-3  # From 1e-5, where it started.
     assert (tmp_path / "history.png").stat().st_size > 10_000
 
@@ -51,13 +54,12 @@ def test_example_of_a_learning_rate_finds_one(tmp_path):
     ("name", "candidate"),
     [("linen_batchnorm.py", "average/adam/noisy"), ("nnx_batchnorm.py", "sgd")],
 )
-def test_example_with_trajectories_learns(name, candidate, tmp_path):
-    done = run(name, "--steps=60", "--seed=1", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    before, after = map(float, re.findall(r"test accuracy ([\d.]+)", done.stdout))
+def test_example_with_trajectories_learns(name, candidate, call):
+    out = call(name, "--steps=60", "--seed=1")
+    before, after = map(float, re.findall(r"test accuracy ([\d.]+)", out))
     assert before < 0.3
     assert after > LEARNED
-    shown = dict(line.split() for line in done.stdout.splitlines() if "ev3/" in line)
+    shown = dict(line.split() for line in out.splitlines() if "ev3/" in line)
     assert (float(shown["ev3/calls"]), float(shown["ev3/round"])) == (60, 3)
     assert f"ev3/score/{candidate}" in shown
 
