@@ -242,7 +242,9 @@ def _f1_run(steps, name, strategy):
             def assess_fn(params):
                 return metrics.AggregateMetric(metrics.f1, outputs(params, held_out))
 
-            tx = optax_ev3.ev3(inner, assess_fn, explore=strategy, key=seed)
+            tx = optax_ev3.ev3(
+                inner, assess_fn, explore=strategy, adapt=adapt.confident(), key=seed
+            )
         else:
             tx = optax.adam(3e-3)
         first, second = jax.random.split(jax.random.key(seed))

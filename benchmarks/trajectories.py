@@ -42,19 +42,21 @@ def variants():
     for length in (10, 20, 50):
         yield f"own {length}", own(explore.rounds(length))
         yield f"shared {length}", {"explore": explore.rounds(length)}
+    confident = {"adapt": adapt.confident()}
     restarts = {
         "significant": explore.worse_than("adopted"),
         "never": explore.never(),
     }
     for name, restart in restarts.items():
-        yield f"own 20, restart {name}", own(explore.branches(20, restart=restart))
+        strategy = explore.branches(20, restart=restart)
+        yield f"own 20, restart {name}", {**own(strategy), **confident}
     for policy in ("new", "copy"):
         strategy = explore.rounds(20, restart_state=policy)
         yield f"own 20, inner states {policy}", own(strategy)
     averages = [explore.trajectory_average()]
     yield "own 20, averages", own(explore.rounds(20, averages=averages))
     never = explore.branches(20, averages=averages)
-    yield "own 20, restart never, averages", own(never)
+    yield "own 20, restart never, averages", {**own(never), **confident}
     grows = explore.rounds(10, growth=1.5, max_length=80)
     yield "own 10, growing to 80", own(grows)
     own_20 = own(explore.rounds(20))

@@ -53,7 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "explore": explore.rounds(LENGTH, averages=AVERAGES),
         "adapt": None,
     },
-    "EV3, confident": {"adapt": None},
+    "EV3, confident": {"adapt": adapt.confident()},
     "EV3, the paper's rule": {"adapt": adapt.lower_bound()},
     "EV3, no averages": {"explore": branches(averages=())},
     "EV3, no branch averages": {"explore": branches(averages=AVERAGES[:1])},
