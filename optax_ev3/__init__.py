@@ -23,7 +23,7 @@ from optax_ev3._src.history.schedule import found_schedule
 from optax_ev3._src.keep_params import keep_params
 from optax_ev3._src.presets import paper, portfolio
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "EV3State",

@@ -1,5 +1,6 @@
 """Saved in the middle of a run and restored, training goes on bit for bit."""
 
+import collections
 import functools
 import inspect
 import re
@@ -200,6 +201,34 @@ def test_restored_without_its_structure():
         tx.update(w, state, w, batch=weights())
     fixed = flax.serialization.from_state_dict(tx.init(w), state)
     assert isinstance(fixed, optax_ev3.EV3State)
+
+
+# The fields of the state in version 0.1.
+OLD = [
+    "ev3_round",
+    "ev3_calls",
+    "ev3_key",
+    "explorers",
+    "combined",
+    "trajectory",
+    "stable",
+    "memory",
+    "guarded",
+    "record",
+    "racing",
+]
+
+
+def test_a_state_of_version_0_1_is_told_from_others():
+    tx, w = transformation("greedy"), {"w": jnp.ones([3])}
+    old = dict.fromkeys(OLD, jnp.zeros([])) | {"stable": w}
+    with pytest.raises(TypeError, match=r"got dict.*version 0\.1.*stable.*tx\.init"):
+        tx.update(w, old, w, batch=weights())
+    with pytest.raises(TypeError, match=r"got EV3State.*version 0\.1.*stable"):
+        named = collections.namedtuple("EV3State", OLD)
+        tx.update(w, named(**old), w, batch=weights())
+    with pytest.raises(ValueError, match="trajectory"):
+        flax.serialization.from_state_dict(tx.init(w), old)
 
 
 @pytest.mark.parametrize(

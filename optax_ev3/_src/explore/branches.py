@@ -51,7 +51,9 @@ class Branches(strategy.Strategy):
     ) -> "strategy.Strategy":
         """With the gradients that there are; raises if a loss is missing."""
         gradients = self.gradients or ("own" if has_loss else "shared")
-        losses = has_loss or all(one.loss_fn is not None for one in explorers.values())
+        losses = has_loss or all(
+            explorer.loss_fn is not None for explorer in explorers.values()
+        )
         if gradients == "own" and not losses:
             raise ValueError(
                 'gradients="own" needs a loss_fn: branches differentiate it at their '
@@ -63,7 +65,9 @@ class Branches(strategy.Strategy):
         self, explorers: Mapping[str, Explorer], layout: Layout, params: optax.Params
     ) -> ExploreState:
         """All branches at these parameters."""
-        ends = {k: select.spread(params, one.size) for k, one in explorers.items()}
+        ends = {
+            k: select.spread(params, explorer.size) for k, explorer in explorers.items()
+        }
         nothing = jnp.zeros([layout.explorers], jnp.int32)
         branches = BranchesState(
             step=jnp.zeros([], jnp.int32),
@@ -113,7 +117,7 @@ class Branches(strategy.Strategy):
             )
         )
         moved, alive = {}, {}
-        for name, one in ctx.explorers.items():
+        for name, explorer in ctx.explorers.items():
             branch = Branch(
                 state.explorers[name].opt_state,
                 walked.ends[name],
@@ -125,15 +129,18 @@ class Branches(strategy.Strategy):
             )
 
             def go(
-                branch: Any, one: Any = one, name: str = name, walk: Any = walk
+                branch: Any,
+                explorer: Any = explorer,
+                name: str = name,
+                walk: Any = walk,
             ) -> Any:
-                return steps.each_member(walk.advance, one, name, call, branch)
+                return steps.each_member(walk.advance, explorer, name, call, branch)
 
             flag = paused.get(name)
             moved[name] = (
                 go(branch) if flag is None else select.apply_if(~flag, go, branch)
             )
-            alive[name] = finite.finite(moved[name].end, size=one.size)
+            alive[name] = finite.finite(moved[name].end, size=explorer.size)
             # The next explorer waits for this one.
             lead = select.computed_after(alive[name], walk.lead)
             walk = walk._replace(lead=lead)
@@ -166,10 +173,10 @@ class Branches(strategy.Strategy):
 
         def renew(state: ExploreState) -> ExploreState:
             walked, opt_states, ends, means = state.branches, {}, {}, {}
-            for name, one in ctx.explorers.items():
-                ok, spread = alive[name], select.spread(ctx.params, one.size)
+            for name, explorer in ctx.explorers.items():
+                ok, spread = alive[name], select.spread(ctx.params, explorer.size)
                 old, new = state.explorers[name].opt_state, self._first_means(spread)
-                made = inner.init_state(one, ctx.params)
+                made = inner.init_state(explorer, ctx.params)
                 opt_states[name] = select.where_rows(~ok, made, old)
                 ends[name] = select.where_rows(ok, walked.ends[name], spread)
                 means[name] = select.where_rows(ok, walked.means[name], new)
@@ -187,8 +194,8 @@ class Branches(strategy.Strategy):
         del explored
         walked, paused, layout = state.branches, self.paused(ctx, state), ctx.layout
         ends = [
-            Stacked(walked.ends[name], one.size, paused.get(name))
-            for name, one in ctx.explorers.items()
+            Stacked(walked.ends[name], explorer.size, paused.get(name))
+            for name, explorer in ctx.explorers.items()
         ]
         means = [
             end._replace(tree=averages.like(walked.means[name][kind], end.tree))
@@ -235,7 +242,10 @@ class Branches(strategy.Strategy):
         """The way to the lead branch; none without one that is alive."""
         del move
         walked, params = state.branches, ctx.params
-        ends = [Stacked(walked.ends[k], one.size) for k, one in ctx.explorers.items()]
+        ends = [
+            Stacked(walked.ends[k], explorer.size)
+            for k, explorer in ctx.explorers.items()
+        ]
         nowhere, start = ctx.layout.explorers, ctx.layout.explorers + 1
         alive = jnp.append(walked.alive, 0)[walked.lead] > 0
         index = jnp.where(alive, walked.lead, nowhere)

@@ -107,18 +107,18 @@ def evolve(
         raise TypeError(f"space must be a mapping from names, got {space!r}.")
     if not space:
         raise ValueError("space must hold at least one hyperparameter, got none.")
-    for name, one in space.items():
-        if not isinstance(one, Range):
+    for name, span in space.items():
+        if not isinstance(span, Range):
             raise TypeError(
                 f"space[{name!r}] must be a range, such as "
-                f"optax_ev3.log_uniform(1e-5, 1.0), got {one!r}."
+                f"optax_ev3.log_uniform(1e-5, 1.0), got {span!r}."
             )
     size = checks.integer(population, "population", 2)
     # In NumPy, so that a group can be made under jit.
     grid = {}
-    for number, (name, one) in enumerate(space.items()):
+    for number, (name, span) in enumerate(space.items()):
         order = np.random.default_rng(number).permutation(size) if number else ...
-        grid[name] = tuple(one.value(one.first(size), np)[order].tolist())
+        grid[name] = tuple(span.value(span.first(size), np)[order].tolist())
     return members.group(factory, grid, dict(space))
 
 
@@ -140,18 +140,18 @@ class Evolution(NamedTuple):
     path: dict[str, jax.Array]
 
 
-def init(one: Explorer) -> Evolution | tuple[()]:
+def init(explorer: Explorer) -> Evolution | tuple[()]:
     """Where a group begins; nothing for explorers that don't evolve."""
-    if one.space is None or one.grid is None:
+    if explorer.space is None or explorer.grid is None:
         return ()
-    grid, space = one.grid, one.space
+    grid, space = explorer.grid, explorer.space
 
     def each(fill: Any):
         return {k: jnp.asarray(fill(k), jnp.float32) for k in space}
 
     return Evolution(
         each(lambda k: grid[k]),
-        each(lambda k: space[k].first(one.size).mean()),
+        each(lambda k: space[k].first(explorer.size).mean()),
         each(lambda k: min(_FIRST, space[k].most)),
         each(lambda _: 0),
     )
@@ -185,8 +185,8 @@ def advance(
     owner = layout.owner(info.decision.adopted)
     mean = evidence.estimate(info.evidence, info.objective).mean
     mean = jnp.where(info.evidence.valid, mean, -jnp.inf)
-    for number, (name, one) in enumerate(explorers.items()):
-        if one.space is None:
+    for number, (name, explorer) in enumerate(explorers.items()):
+        if explorer.space is None:
             continue
         own = jnp.asarray(layout.rows(name))
         # A branch is as good as its end or, where there are any, its averages.
@@ -200,7 +200,7 @@ def advance(
         draws = (restarted[own] | ~info.evidence.valid[own]) & (own != winner)
         draws = (draws | ~jnp.isfinite(z).any()) & ~paused
         group = states[name].evolution
-        new = move(one.space, group, z, ~draws, jax.random.fold_in(key, number))
+        new = move(explorer.space, group, z, ~draws, jax.random.fold_in(key, number))
         moved[name] = states[name]._replace(evolution=select.where(paused, group, new))
         fresh = fresh.at[own].set(draws)
     return moved, fresh
@@ -226,10 +226,10 @@ def move(
     found = jnp.isfinite(z).any()
     weights = jax.nn.softmax(jnp.where(found, z, 0))
     moved = {}
-    for number, (name, one) in enumerate(space.items()):
+    for number, (name, span) in enumerate(space.items()):
         values, last = group.hyperparams[name], group.center[name]
         # Members of equal merit pull to all sides: noise does not carry us off.
-        center = jnp.where(found, weights @ one.place(values), last)
+        center = jnp.where(found, weights @ span.place(values), last)
         # Clipped, so that one long step does not count for many.
         step = jnp.clip((center - last) / group.spread[name], -1, 1) / _NOISE
         # Where few are drawn anew, that the center stays says little.
@@ -238,11 +238,11 @@ def move(
         path += jnp.sqrt(lately * (2 - lately)) * step
         change = jnp.where(found, jnp.clip(path**2 - 1, -1, 1), 1) * lately
         # Rates that rise in small steps are stopped before they do much harm.
-        most = jnp.where(found, one.most, MOST)
+        most = jnp.where(found, span.most, MOST)
         spread = jnp.clip(group.spread[name] * jnp.exp(change), _LEAST, most)
         size = values.shape[0]
         places = center + spread * _mirrored(jax.random.fold_in(key, number), size)
-        values = jnp.where(stays & found, values, one.value(reflected(places)))
+        values = jnp.where(stays & found, values, span.value(reflected(places)))
         moved[name] = values, center, spread, path
     columns = zip(*moved.values(), strict=True)
     return Evolution(

@@ -19,12 +19,12 @@ from optax_ev3._src.explore.losses import Loss
 _FROM_LOSS = ("value", "grad", "value_fn", "grad_fn", "obj_fn")
 
 
-def init_state(one: Explorer, params: optax.Params) -> Any:
+def init_state(explorer: Explorer, params: optax.Params) -> Any:
     """The inner optimizer's state as arrays that we own, none weakly typed."""
-    return one.each(lambda tx, _: jax.tree.map(_owned, tx.init(params)))
+    return explorer.each(lambda tx, _: jax.tree.map(_owned, tx.init(params)))
 
 
-def first_state(one: Explorer, name: str, params: optax.Params) -> Any:
+def first_state(explorer: Explorer, name: str, params: optax.Params) -> Any:
     """The inner state, in the dtypes that its first steps bring it to.
 
     Some begin with an integer to which a fraction is added. An optimizer that needs
@@ -36,7 +36,7 @@ def first_state(one: Explorer, name: str, params: optax.Params) -> Any:
     grads = gradients_for(params, nothing)
 
     def step(tx: optax.GradientTransformation, state: Any):
-        return inner_update(tx, one, name, state, params, None, {})(grads)[1]
+        return inner_update(tx, explorer, name, state, params, None, {})(grads)[1]
 
     def init(tx: optax.GradientTransformation, _):
         state = jax.tree.map(_owned, tx.init(params))
@@ -50,8 +50,8 @@ def first_state(one: Explorer, name: str, params: optax.Params) -> Any:
                 break
         return state
 
-    state = one.each(init)
-    return state if one.size is None else trees.unlike_params(state)
+    state = explorer.each(init)
+    return state if explorer.size is None else trees.unlike_params(state)
 
 
 def _owned(leaf: Any):
@@ -65,7 +65,7 @@ def _promoted(old: Any, new: Any):
 
 def inner_update(
     tx: optax.GradientTransformation,
-    one: Explorer,
+    explorer: Explorer,
     name: str,
     opt_state: Any,
     params: optax.Params,
@@ -89,7 +89,7 @@ def inner_update(
             "obj_fn": loss.value,
         }
         # What the caller says is of another loss, or of other parameters.
-        last = one.loss_fn is not None or own
+        last = explorer.loss_fn is not None or own
         both = (extra_args, supplied) if last else (supplied, extra_args)
         return {**both[0], **both[1]}
 
@@ -151,14 +151,14 @@ def like_params(update: optax.Updates, params: optax.Params, name: str):
             f"be like the parameters."
         )
 
-    def one(u: Any, p: Any):
+    def typed(u: Any, p: Any) -> jax.Array:
         if trees.is_inexact(p):
             return jnp.asarray(u, p.dtype)
         # What optax.apply_updates leads to, which rounds sums of integers and floats.
         moved = p if trees.is_key(p) else jnp.asarray(p + u, p.dtype)
         return trees.minus(moved, p)
 
-    return jax.tree.map(one, update, params)
+    return jax.tree.map(typed, update, params)
 
 
 def like_state(new: Any, old: Any, name: str):
@@ -169,7 +169,7 @@ def like_state(new: Any, old: Any, name: str):
             f"explorer {name!r} changed the structure of its state: {where}."
         )
 
-    def one(path: Any, n: Any, o: Any):
+    def typed(path: Any, n: Any, o: Any) -> jax.Array:
         got, expected = (f"{jnp.result_type(x)}{list(jnp.shape(x))}" for x in (n, o))
         lost = trees.rank(jnp.result_type(n)) > trees.rank(o.dtype)
         if jnp.shape(n) != o.shape or lost:
@@ -180,4 +180,4 @@ def like_state(new: Any, old: Any, name: str):
             )
         return jnp.asarray(n, o.dtype)
 
-    return tree_map_with_path(one, new, old)
+    return tree_map_with_path(typed, new, old)

@@ -26,24 +26,24 @@ class Loss(NamedTuple):
 
 
 def loss_of(
-    one: Explorer, name: str, call: Call, hyperparams: Mapping[str, jax.Array]
+    explorer: Explorer, name: str, call: Call, hyperparams: Mapping[str, jax.Array]
 ) -> Loss | None:
     """The explorer's loss, or None where it has none.
 
     A loss that names hyperparameters of an evolving group gets them.
     """
     fn, role = call.loss_fn, "loss_fn"
-    if one.loss_fn is not None:
-        fn, role = one.loss_fn, f"loss_fn of explorer {name!r}"
+    if explorer.loss_fn is not None:
+        fn, role = explorer.loss_fn, f"loss_fn of explorer {name!r}"
     if fn is None:
         return None
-    numbers = hyperparams if one.space and one.loss_fn is not None else {}
+    numbers = hyperparams if explorer.space and explorer.loss_fn is not None else {}
     offered = {"key": call.key}
     bound = callbacks.bind(fn, role, call.extra_args, offered, fixed=numbers)
 
     def with_aux(params: optax.Params):
         value, aux = bound(_averaging(params, call.axis_name)), None
-        if one.merge_fn is not None:
+        if explorer.merge_fn is not None:
             if not (isinstance(value, tuple) and len(value) == 2):
                 raise TypeError(
                     f"{role} must return (scalar, aux), since explorer {name!r} has a "

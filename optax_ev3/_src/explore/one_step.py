@@ -161,8 +161,10 @@ def _propose(ctx: Context, opt_states: Mapping[str, Any]) -> dict[str, Step]:
 
         return _checked(take, grads, state, params, start)
 
-    for name, one in ctx.explorers.items():
-        found[name] = steps.each_member(step, one, name, ctx.call, opt_states[name])
+    for name, explorer in ctx.explorers.items():
+        found[name] = steps.each_member(
+            step, explorer, name, ctx.call, opt_states[name]
+        )
     return found
 
 
@@ -205,7 +207,7 @@ def _after(params: optax.Params, update: Stacked) -> optax.Params:
     """Params after an update, or after each of several updates."""
     if update.size is None:
         return trees.plus(params, update.tree)
-    return jax.vmap(lambda one: trees.plus(params, one))(update.tree)
+    return jax.vmap(lambda move: trees.plus(params, move))(update.tree)
 
 
 def _stay_or_back(params: optax.Params, stable: optax.Params) -> list[Stacked]:

@@ -182,8 +182,8 @@ def _copied(
     own = Stacked(states[name], ctx.explorers[name].size)
     nobody = Stacked(select.first(own))
     sources, fits = [], []
-    for other, one in ctx.explorers.items():
-        source = Stacked(states[other], one.size)
+    for other, explorer in ctx.explorers.items():
+        source = Stacked(states[other], explorer.size)
         fit = _member_types(source) == _member_types(own)
         sources += [source] if fit else [nobody] * select.count(source)
         fits += [fit] * select.count(source)

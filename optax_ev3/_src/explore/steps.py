@@ -75,15 +75,15 @@ class Member(NamedTuple):
 
 
 def each_member(
-    fn: Callable[..., Any], one: Explorer, name: str, call: Call, *args: Any
+    fn: Callable[..., Any], explorer: Explorer, name: str, call: Call, *args: Any
 ) -> Any:
     """``fn(member, *args)`` for an explorer; for all members of a sweep, stacked."""
 
     def step(tx: Any, hyperparams: Any, *args: Any) -> Any:
-        loss = loss_of(one, name, call, hyperparams)
-        return fn(Member(tx, one, name, loss, call), *args)
+        loss = loss_of(explorer, name, call, hyperparams)
+        return fn(Member(tx, explorer, name, loss, call), *args)
 
-    return one.each(step, *args, hyperparams=call.hyperparams.get(name))
+    return explorer.each(step, *args, hyperparams=call.hyperparams.get(name))
 
 
 def given_to(name: str, call: Call) -> tuple[optax.Updates, Any]:

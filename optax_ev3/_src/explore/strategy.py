@@ -153,13 +153,13 @@ def first_states(
     """The states of explorers at these parameters."""
     found = {}
     names = layout.names
-    for name, one in explorers.items():
+    for name, explorer in explorers.items():
         rows = layout.rows(name)
         found[name] = ExplorerState(
             {names[row]: states.place(row) for row in rows},
-            inner.first_state(one, name, params),
-            jnp.zeros([] if one.size is None else [one.size], jnp.int32),
-            evolve.init(one),
+            inner.first_state(explorer, name, params),
+            jnp.zeros([] if explorer.size is None else [explorer.size], jnp.int32),
+            evolve.init(explorer),
         )
     averages = range(layout.explorers, layout.proposals)
     return ExploreState(found, {names[row]: states.place(row) for row in averages})
@@ -167,7 +167,7 @@ def first_states(
 
 def opt_states(state: ExploreState) -> dict[str, Any]:
     """The inner states, by name."""
-    return {name: one.opt_state for name, one in state.explorers.items()}
+    return {name: explorer.opt_state for name, explorer in state.explorers.items()}
 
 
 def with_opt_states(
@@ -181,11 +181,11 @@ def with_opt_states(
       skipped: By name, ``[]`` bool, or ``[G]`` for a sweep; None for no step.
     """
     explorers = {}
-    for name, one in state.explorers.items():
-        count = one.skipped
+    for name, explorer in state.explorers.items():
+        count = explorer.skipped
         if skipped is not None:
             count = jnp.where(skipped[name], optax.safe_increment(count), count)
-        explorers[name] = one._replace(opt_state=new[name], skipped=count)
+        explorers[name] = explorer._replace(opt_state=new[name], skipped=count)
     return state._replace(explorers=explorers)
 
 
@@ -193,7 +193,7 @@ def evolved(
     ctx: Context, state: ExploreState, info: RoundInfo, restarted: jax.Array
 ) -> tuple[ExploreState, jax.Array | None]:
     """The state after evolving groups have moved on, and who is another from now on."""
-    if not any(one.space for one in ctx.explorers.values()):
+    if not any(explorer.space for explorer in ctx.explorers.values()):
         return state, None
     explorers, fresh = evolve.advance(
         ctx.explorers, ctx.layout, state.explorers, info, restarted
