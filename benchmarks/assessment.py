@@ -6,8 +6,9 @@ drift: the visible parameters get better, or worse, by a tenth of a round's stan
 reuse: labels by lot and 500 features, as in Dwork et al. (arXiv 1506.02629): nothing
   can be learnt. 1,000 rounds on one and the same held-out set of 500. What does EV3
   report of the stable parameters, more than they are worth on new data?
-chunks: digits, rounds of one step, assessed on 128 held-out examples at once or in
-  chunks. How many examples does that take, and what does it cost?
+chunks: digits, assessed on 128 held-out examples at once or in chunks: rounds of one
+  step, of 20 steps, and the portfolio with 30% of the training labels random. How many
+  examples does that take, and what does it cost?
 f1: digits, the eights against all others (10%), three losses with Adam as explorers,
   assessed by F1. Each loss alone; of the three the one with the best held-out loss, or
   F1; and EV3.
@@ -146,25 +147,39 @@ def _reusing(seed, rule, rounds):
 # Chunks.
 
 
+def _portfolio(assess_fn, **kwargs):
+    return optax_ev3.portfolio(assess_fn, training.loss, **kwargs)
+
+
 OWN = {"loss_fn": training.loss, "explore": explore.rounds(20)}
+# How it is made, and which share of the training labels is random.
 CHUNKED = {
-    "two explorers": (training.TWO, {}),
-    "eight, trajectories of 20": (training.EIGHT, OWN),
+    "two explorers": (functools.partial(optax_ev3.ev3, training.TWO), 0.0),
+    "eight, trajectories of 20": (
+        functools.partial(optax_ev3.ev3, training.EIGHT, **OWN),
+        0.0,
+    ),
+    "portfolio, random labels": (_portfolio, 0.3),
 }
-WAYS = {"at once": {}, "in_chunks(8)": {"chunks": 8}}
+WAYS = {
+    "at once": (128, None),
+    "in_chunks(8)": (128, 8),
+    "a third at once": (43, None),
+}
 
 
 def chunks(task, way, settings):
-    inner, kwargs = CHUNKED[task]
-    log_likelihood, held_out = training.log_likelihood, load().held_out
-    assess_fn = optax_ev3.held_out(log_likelihood, held_out, 128)
-    if WAYS[way]:
-        assess_fn = optax_ev3.in_chunks(assess_fn, **WAYS[way])
+    make, noise = CHUNKED[task]
+    batch, count = WAYS[way]
+    held_out = load().held_out
+    assess_fn = optax_ev3.held_out(training.log_likelihood, held_out, batch)
+    if count:
+        assess_fn = optax_ev3.in_chunks(assess_fn, count)
 
     def make_tx(seed):
-        return optax_ev3.ev3(inner, assess_fn, key=seed, history_length=300, **kwargs)
+        return make(assess_fn, key=seed, history_length=300)
 
-    found, states = training.train(make_tx, settings.steps, settings.seeds)
+    found, states = training.train(make_tx, settings.steps, settings.seeds, noise)
     seeds = range(settings.seeds)
     past = [optax_ev3.history(jax.tree.map(lambda x, i=i: x[i], states)) for i in seeds]
     found["examples"] = [one["examples"].mean() / 128 for one in past]

@@ -89,13 +89,25 @@ def loss(params, batch):
     return -log_likelihood(params, batch).mean()
 
 
-def train(make_tx, steps, seeds):
-    """Figures on the test set by name, each ``[seeds]``, and the final states."""
+def with_random_labels(data, share, seed):
+    """The data, where a share of the labels is drawn at random."""
+    x, y = data
+    which, label = jax.random.split(jax.random.key(seed))
+    is_random = jax.random.bernoulli(which, share, y.shape)
+    return x, jnp.where(is_random, jax.random.randint(label, y.shape, 0, 10), y)
+
+
+def train(make_tx, steps, seeds, noise=0.0):
+    """Figures on the test set by name, each ``[seeds]``, and the final states.
+
+    ``noise`` is the share of the training labels that are random.
+    """
     data = load()
 
     def one(seed):
         params = init(jax.random.key(seed))
-        params, state = fit(make_tx(seed), loss, params, data.train, seed, steps)
+        noisy = with_random_labels(data.train, noise, seed) if noise else data.train
+        params, state = fit(make_tx(seed), loss, params, noisy, seed, steps)
         accuracy = correct(params, data.test).mean()
         return {"accuracy": accuracy, "nll": loss(params, data.test)}, state
 
