@@ -75,9 +75,9 @@ class Composer(NamedTuple):
             explored = self.strategy.step(ctx, state.explore)
             state = state._replace(explore=explored.state)
             end_round = functools.partial(self._end_round, ctx, explored, now)
-            is_traced = control.is_traced(explored.is_over, state.ev3_calls)
-            if not is_traced and state.ev3_calls == 0:
-                # Errors come in the first call, eager or not.
+            is_known = explored.is_over is True or control.is_traced(explored.is_over)
+            if not is_known and state.ev3_calls == 0:
+                # Errors come in the first call of an eager round, not in its last.
                 jax.eval_shape(end_round, (state, ()))
 
             def conclude(carry: Any) -> Any:

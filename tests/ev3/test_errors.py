@@ -134,7 +134,7 @@ BAD_ARGUMENTS = {
     ),
     "restart always": (
         lambda: explore.branches(restart=explore.Restart()),
-        (TypeError, "explore.rounds", "Restart"),
+        (TypeError, "Restart(inner_state='keep')", "explore.rounds"),
     ),
     "worse than what": (
         lambda: explore.worse_than("best"),

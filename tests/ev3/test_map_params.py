@@ -84,7 +84,7 @@ def test_what_is_like_the_parameters(strategy):
     assert {path for path, name in found.items() if name == "w"} == expected
     trees = ["stable['w']", "'adam'].opt_state[0].mu['w']"]
     if strategy != "one_step":
-        trees += ["trajectory.start['w']", "ends['adam']['w']"]
+        trees += ["explore.branches.start['w']", "ends['adam']['w']"]
     if strategy == "averages":
         trees += ["means['adam'][0]['w']", "means['adam'][1]['w']"]
     for tree in trees:

@@ -11,7 +11,7 @@ from helpers import assert_close, assert_identical
 
 import optax_ev3
 from optax_ev3 import adapt, explore
-from optax_ev3._src.base import control, trees
+from optax_ev3._src.base import control, finite, xla
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(16, 3)), jnp.float32)
 Y = jnp.tanh(X @ jnp.array([1.0, -2.0, 0.5]))
@@ -166,7 +166,7 @@ def test_layouts_are_held_with_one_gpu(monkeypatch):
     def held(platform, devices):
         monkeypatch.setattr(jax, "device_count", lambda: devices)
         tree = {"kernel": jnp.ones([3, 3, 2, 4]), "bias": jnp.ones([4])}
-        traced = jax.jit(lambda x: trees.row_major(x)).trace(tree)
+        traced = jax.jit(lambda x: xla.row_major(x)).trace(tree)
         return traced.lower(lowering_platforms=(platform,)).as_text()
 
     count = {
@@ -183,7 +183,7 @@ def test_small_leaves_are_put_together_with_one_gpu(monkeypatch):
     def concatenated(platform, devices):
         monkeypatch.setattr(jax, "device_count", lambda: devices)
         tree = [jnp.ones([n]) for n in range(3, 7)]
-        traced = jax.jit(lambda x: trees.finite(x)).trace(tree)
+        traced = jax.jit(lambda x: finite.finite(x)).trace(tree)
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         return "concatenate" in text and "18xi1" in text
 
@@ -205,12 +205,12 @@ def test_finite(size, devices, elsewhere, monkeypatch):
         "integers": jnp.ones([*shape, 2], jnp.int32),
         "nothing": jnp.ones([*shape, 0]),
     }
-    assert np.all(trees.finite(tree, size=size))
+    assert np.all(finite.finite(tree, size=size))
     for name, wrong in itertools.product(
         ["small", "large", "single"], [np.nan, np.inf]
     ):
         rows = tree[name].reshape(size or 1, -1)
         leaf = rows.at[-1, -1].set(wrong).reshape(tree[name].shape)
-        found = trees.finite(tree | {name: leaf}, size=size)
+        found = finite.finite(tree | {name: leaf}, size=size)
         expected = [True, True, False] if size else False
         np.testing.assert_array_equal(found, expected)

@@ -369,6 +369,7 @@ def test_summary_of_a_paused_explorer_has_its_last_score():
         shown.append([float(figures[f"ev3/{k}/bad"]) for k in ("valid", "score")])
     # It takes part again once no round of its own is remembered.
     valid, scores = np.transpose(shown)
-    assert valid.tolist() == [1, 0, 0, 0, 0, 1, 0]
-    first, again = -(1.1**2), -((1.1 * 0.9**5) ** 2)
-    np.testing.assert_allclose(scores, [first] * 5 + [again] * 2, rtol=1e-5)
+    assert valid.tolist() == [1, 1, 0, 0, 0, 0, 1]
+    # The gradient is the caller's, at 0.9 in the second round.
+    first, second, again = -(1.1**2), -(1.19**2), -((1.1 * 0.9**6) ** 2)
+    np.testing.assert_allclose(scores, [first, *[second] * 5, again], rtol=1e-5)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_ev3._src.base import control, finite, select, trees, xla
+from optax_ev3._src.base.layout import Layout
+from optax_ev3._src.base.states import ExploreState
 from optax_ev3._src.explore import averages, steps
 from optax_ev3._src.explore.averages import Average
 
@@ -62,6 +64,23 @@ class Branch(NamedTuple):
     age: jax.Array
     number: jax.Array
     skipped: jax.Array
+
+
+def branches_by_name(state: ExploreState, layout: Layout) -> dict[str, Branch]:
+    """The branches, those of a sweep stacked."""
+    walked: BranchesState = state.branches
+    number = jnp.arange(layout.explorers, dtype=jnp.int32)
+    rows = [walked.is_ascent, walked.age, number, jnp.zeros_like(number)]
+    rows = [layout.split(row) for row in rows]
+    return {
+        name: Branch(
+            state.explorers[name].opt_state,
+            walked.ends[name],
+            walked.means[name],
+            *(row[name] for row in rows),
+        )
+        for name in layout.members
+    }
 
 
 class Walk(NamedTuple):

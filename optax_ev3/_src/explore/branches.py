@@ -18,7 +18,7 @@ from optax_ev3._src.base.states import ExploreState, RoundInfo
 from optax_ev3._src.explore import averages, inner, restarts, steps, strategy
 from optax_ev3._src.explore import racing as races
 from optax_ev3._src.explore.averages import Average
-from optax_ev3._src.explore.branch import Branch, BranchesState, Walk
+from optax_ev3._src.explore.branch import BranchesState, Walk, branches_by_name
 from optax_ev3._src.explore.explorers import Explorer
 from optax_ev3._src.explore.racing import Racing
 from optax_ev3._src.explore.restarts import Never, Restart, WorseThan
@@ -108,25 +108,9 @@ class Branches(strategy.Strategy):
         walked, paused = state.branches, self.paused(ctx, state)
         call = ctx.call._replace(own=self.gradients == "own")
         walk = Walk(self.averages, self.gradients, walked, walked.lead, ctx.params)
-        is_ascent, age, number = (
-            ctx.layout.split(x)
-            for x in (
-                walked.is_ascent,
-                walked.age,
-                jnp.arange(ctx.layout.explorers, dtype=jnp.int32),
-            )
-        )
         moved, alive = {}, {}
-        for name, explorer in ctx.explorers.items():
-            branch = Branch(
-                state.explorers[name].opt_state,
-                walked.ends[name],
-                walked.means[name],
-                is_ascent[name],
-                age[name],
-                number[name],
-                jnp.zeros_like(number[name]),
-            )
+        for name, branch in branches_by_name(state, ctx.layout).items():
+            explorer = ctx.explorers[name]
 
             def go(
                 branch: Any,

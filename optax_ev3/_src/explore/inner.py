@@ -102,15 +102,7 @@ def inner_update(
             return call(grads, extras)
         except (TypeError, ValueError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
-            where = trees.difference(params, grads)
-            hint = ""
-            if _misses_argument(error):
-                hint = (
-                    f" Extra arguments that it was given: {sorted(extras) or 'none'}. "
-                    f"With ev3(..., loss_fn=...) explorers get {', '.join(_FROM_LOSS)}."
-                )
-            elif where is not None:
-                hint = f" The gradients are not like the parameters: {where}."
+            hint = _hint(error, params, grads, extras)
             raise kind(f"explorer {name!r} cannot be updated: {error}{hint}") from error
 
     def step(grads: optax.Updates) -> tuple[Any, Any]:
@@ -127,6 +119,24 @@ def inner_update(
             return explained(grads, {k: offered[k] for k in wanted & offered.keys()})
 
     return step
+
+
+def _hint(
+    error: Exception,
+    params: optax.Params,
+    grads: optax.Updates,
+    extras: Mapping[str, Any],
+) -> str:
+    """What an optimizer may lack that raises this error."""
+    if _misses_argument(error):
+        return (
+            f" Extra arguments that it was given: {sorted(extras) or 'none'}. With "
+            f"ev3(..., loss_fn=...) explorers get {', '.join(_FROM_LOSS)}."
+        )
+    where = trees.difference(params, grads)
+    if where is not None:
+        return f" The gradients are not like the parameters: {where}."
+    return ""
 
 
 def _misses_argument(error: Exception):
