@@ -14,6 +14,7 @@ from helpers import (
     assert_close,
     assert_finite,
     assert_same_types,
+    compiled_once,
     lenient,
     says,
     types,
@@ -315,7 +316,7 @@ def trajectories(tx, ours, start, steps=3):
         )
         assert_same_types(ours_state, old)
         yield updates, alone_updates, ours_state, alone_state, w
-    assert step._cache_size() == 1
+    assert compiled_once(step)
 
 
 # Here terms of a gradient cancel, and its rounding is divided by a small root: what
@@ -616,7 +617,7 @@ def test_inner_state_that_turns_from_integer_to_float(length, count):
         expected = optax.apply_updates(expected, updates)
         assert_close(w, expected)
     assert float(state.explore.explorers["explorer_0"].opt_state) == 4 * step == alone
-    assert update._cache_size() == 1
+    assert compiled_once(update)
 
 
 def test_members_of_a_sweep_whose_state_turns_to_float():

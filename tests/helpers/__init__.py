@@ -39,6 +39,14 @@ STRATEGIES = {
 }
 
 
+def compiled_once(jitted):
+    """Whether a function that was called has one program, or none any more.
+
+    JAX lets programs go where a process has thousands.
+    """
+    return jitted._cache_size() <= 1
+
+
 def always(index: int) -> adapt.Rule:
     """A rule without judgement: adopts one candidate, keeps stable."""
 

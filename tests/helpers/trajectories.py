@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from helpers import compiled_once
+
 
 def data(step, dtype=jnp.float32):
     rng = np.random.default_rng(step)
@@ -52,7 +54,7 @@ def run(tx, calls, w=None, loss_fn=loss, first=0, state=None):
     for call in range(first, first + calls):
         w, state = step(w, state, data(call, dtype), data(1000 + call, dtype))
         seen.append((w, state))
-    assert step._cache_size() == 1
+    assert compiled_once(step)
     return seen
 
 
