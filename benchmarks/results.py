@@ -46,6 +46,7 @@ class Results:
                 self.path,
                 keep_default_na=False,
                 na_values=[""],
+                float_precision="round_trip",
                 dtype={"task": str, "method": str, "metric": str},
             )
 
