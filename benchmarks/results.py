@@ -46,7 +46,8 @@ class Results:
                 self.path,
                 keep_default_na=False,
                 na_values=[""],
-                float_precision="round_trip",
+                # Not every release of pandas reads numbers to their last digit.
+                converters={"value": lambda text: float(text or "nan")},
                 dtype={"task": str, "method": str, "metric": str},
             )
 
