@@ -164,6 +164,12 @@ def test_length_grows_without_improvement_and_goes_back():
         assert int(state.ev3_round) == sum(end <= call for end in ends)
 
 
+def test_a_long_round_needs_no_bound_on_its_growth():
+    for strategy in (explore.rounds(2**25), explore.branches(2**25)):
+        tx = optax_ev3.ev3(inner(), score, loss_fn=loss, explore=strategy)
+        assert int(tx.init(start()).explore.branches.length) == 2**25
+
+
 RESTARTS = {
     "always": explore.rounds(10),
     "adopted": explore.branches(10, restart=explore.worse_than("adopted")),

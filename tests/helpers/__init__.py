@@ -39,14 +39,6 @@ STRATEGIES = {
 }
 
 
-def compiled_once(jitted):
-    """Whether a function that was called has one program, or none any more.
-
-    JAX lets programs go where a process has thousands.
-    """
-    return jitted._cache_size() <= 1
-
-
 def always(index: int) -> adapt.Rule:
     """A rule without judgement: adopts one candidate, keeps stable."""
 
@@ -169,15 +161,18 @@ def stepper(tx):
     return step
 
 
-def traced(fn):
-    """``jax.jit(fn)``, and a list that gets an item whenever it is traced."""
+def traced(fn, **kwargs):
+    """``jax.jit(fn)``, and a list that gets an item whenever it is traced.
+
+    Unlike JAX's own count of a function's programs, that does not forget any.
+    """
     times = []
 
     def tracing(*args):
         times.append(len(times))
         return fn(*args)
 
-    return jax.jit(tracing), times
+    return jax.jit(tracing, **kwargs), times
 
 
 _PROGRAMS = {}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from helpers import compiled_once
+from helpers import traced
 
 
 def data(step, dtype=jnp.float32):
@@ -32,29 +32,31 @@ def loss(params, batch):
 
 
 @functools.lru_cache(maxsize=16)
-def stepper(tx, loss_fn):
-    """Compiled once for all runs of a transformation, restored ones among them."""
-
-    @jax.jit
+def _traced_stepper(tx, loss_fn):
     def step(w, state, batch, held):
         grads = jax.grad(loss_fn)(w, batch)
         updates, state = tx.update(grads, state, w, batch=batch, held=held)
         return optax.apply_updates(w, updates), state
 
-    return step
+    return traced(step)
+
+
+def stepper(tx, loss_fn):
+    """Compiled once for all runs of a transformation, restored ones among them."""
+    return _traced_stepper(tx, loss_fn)[0]
 
 
 def run(tx, calls, w=None, loss_fn=loss, first=0, state=None):
     """Visible parameters after each call, the states, and the last ones."""
     w = start() if w is None else w
     state = tx.init(w) if state is None else state
-    step = stepper(tx, loss_fn)
+    step, traces = _traced_stepper(tx, loss_fn)
     dtype = w["w"].dtype
     seen = []
     for call in range(first, first + calls):
         w, state = step(w, state, data(call, dtype), data(1000 + call, dtype))
         seen.append((w, state))
-    assert compiled_once(step)
+    assert len(traces) == 1
     return seen
 
 
