@@ -311,11 +311,6 @@ def priority_run(asked, make_rule, settings):
     return one
 
 
-def volume(points):
-    """Hypervolume of each single point ``[..., M]`` over the reference, zero."""
-    return np.prod(np.maximum(points, 0), axis=-1)
-
-
 FIXED = "fixed weights"
 
 

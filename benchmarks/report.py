@@ -12,7 +12,7 @@ from statsmodels.stats.multitest import multipletests
 
 # Okabe and Ito's colours, told apart by the colour-blind, too.
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-BLUE, RED, PINK, GREY = "#0072B2", "#D55E00", "#CC79A7", "#888888"
+BLUE, PINK, GREY = "#0072B2", "#CC79A7", "#888888"
 
 
 def spread(values, digits: int = 4, scale: float = 1.0) -> str:

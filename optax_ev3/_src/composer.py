@@ -20,7 +20,7 @@ from optax_ev3._src.base.states import EV3State, RoundInfo, hyperparams
 from optax_ev3._src.explore import calls
 from optax_ev3._src.explore.calls import Call
 from optax_ev3._src.explore.explorers import Explorer
-from optax_ev3._src.explore.strategy import Context, Explored, Strategy
+from optax_ev3._src.explore.strategy import Candidates, Context, Explored, Strategy
 from optax_ev3._src.history import buffer, credit, lookup
 
 
@@ -100,10 +100,13 @@ class Composer(NamedTuple):
     ) -> tuple[EV3State, Any]:
         """Assess, adapt, and begin the next round."""
         state, _ = carry
-        evidence = self._assess(ctx, explored, now, state)
-        state, info = self._adapt(ctx, now, state, evidence)
+        candidates = self.strategy.candidates(
+            ctx, explored, state.explore, state.stable
+        )
+        evidence = self._assess(ctx, candidates, now, state.ev3_round)
+        state, info = self._adapt(ctx, explored, now, state, evidence)
         finished = self.strategy.finish(
-            ctx, explored, state.explore, state.stable, info
+            ctx, explored, candidates, state.explore, state.stable, info
         )
         if finished.fresh is not None:
             state = self._forgotten(state, self.layout.tile(finished.fresh))
@@ -111,13 +114,10 @@ class Composer(NamedTuple):
         return state, finished.move
 
     def _assess(
-        self, ctx: Context, explored: Explored, now: keys.Keys, state: EV3State
+        self, ctx: Context, candidates: Candidates, now: keys.Keys, ended: jax.Array
     ) -> Evidence:
-        """The scores of all candidates."""
-        candidates = self.strategy.candidates(
-            ctx, explored, state.explore, state.stable
-        )
-        offered = {"key": now.assess, "round": state.ev3_round, "run_key": now.run}
+        """The scores of all candidates; ``ended`` rounds were before this one."""
+        offered = {"key": now.assess, "round": ended, "run_key": now.run}
         scores = assess.score(
             self.assess_fn,
             candidates.params,
@@ -138,7 +138,12 @@ class Composer(NamedTuple):
         )
 
     def _adapt(
-        self, ctx: Context, now: keys.Keys, state: EV3State, evidence: Evidence
+        self,
+        ctx: Context,
+        explored: Explored,
+        now: keys.Keys,
+        state: EV3State,
+        evidence: Evidence,
     ) -> tuple[EV3State, RoundInfo]:
         """What the rule decides, and what is remembered of it."""
         layout, past = self.layout, state.history
@@ -151,7 +156,6 @@ class Composer(NamedTuple):
         verdict = decide(self.rule, evidence, state.rule_state, now.rule)
         since = jnp.asarray(optax.safe_increment(past.since))
         since = jnp.where(verdict.explored, since, past.since)
-        paused = self.strategy.paused(ctx, state.explore)
         info = RoundInfo(
             evidence=verdict.evidence,
             objective=verdict.objective,
@@ -159,11 +163,11 @@ class Composer(NamedTuple):
             decision=verdict.decision,
             overruled=verdict.overruled,
             explored=verdict.explored,
-            paused=layout.tile(layout.repeat(paused)),
+            paused=layout.tile(layout.repeat(explored.paused)),
             length=self.strategy.length(state.explore),
             examples=examples(evidence),
             since=jnp.where(verdict.decision.significant, 0, since),
-            hyperparams=hyperparams(state.explore.explorers),
+            hyperparams=ctx.call.hyperparams,
             key=now.rule,
         )
         state = state._replace(
@@ -171,7 +175,7 @@ class Composer(NamedTuple):
             rule_state=verdict.rule_state,
             history=buffer.append(past, info),
         )
-        if paused:
+        if explored.paused:
             # That they were not valid says nothing about those who were paused.
             state = self._forgotten(state, info.paused)
         return state, info

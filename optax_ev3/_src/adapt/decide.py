@@ -41,7 +41,7 @@ def decide(rule: Rule, evidence: Evidence, rule_state: Any, key: jax.Array) -> V
     # A rule may hide candidates; it makes none valid.
     told = dataclasses.replace(told, valid=told.valid & evidence.valid)
     decision, overruled = enforce_validity(chosen, told)
-    explored = told.valid[: told.proposals].any()
+    explored = told.explored
     return Verdict(
         decision._replace(
             adopted=jnp.where(explored, decision.adopted, fallback(told)),

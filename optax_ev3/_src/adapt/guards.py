@@ -88,7 +88,7 @@ def guarded(rule: Rule, guard: Guard) -> Rule:
         decision, rule_state = rule.decide(released, state.rule_state, key)
         # What is done, which the guard remembers, is valid.
         allowed, _ = enforce_validity(decision, released)
-        replaced = allowed.significant & released.valid[: released.proposals].any()
+        replaced = allowed.significant & released.explored
         promoted = jnp.asarray(allowed.promoted)
         guard_state = guard.settle(guard_state, released, replaced, promoted)
         told = released if decision.evidence is None else decision.evidence

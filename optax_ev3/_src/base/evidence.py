@@ -123,6 +123,11 @@ class Evidence:
         """The place of the best parameters known to be good."""
         return self.candidates - 1
 
+    @property
+    def explored(self) -> jax.Array:
+        """Whether any proposal is valid: ``[]`` bool."""
+        return self.valid[: self.proposals].any()
+
 
 def gather(
     scores: Mapping[str, jax.Array | Resampled],

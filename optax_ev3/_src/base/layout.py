@@ -52,11 +52,6 @@ class Layout:
         return self.proposals
 
     @property
-    def stable(self) -> int:
-        """The candidate that are the stable parameters."""
-        return self.proposals + 1
-
-    @property
     def candidates(self) -> int:
         """C, how many candidates there are."""
         return self.proposals + 2

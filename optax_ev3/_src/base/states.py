@@ -132,6 +132,11 @@ class EV3State(NamedTuple):
     history: History
 
 
+def put_row(buffer: jax.Array, count: jax.Array, row: jax.Array) -> jax.Array:
+    """The ring buffer, of ``count`` rows so far, with the newest for the oldest."""
+    return buffer.at[count % buffer.shape[0]].set(row.astype(buffer.dtype))
+
+
 class RoundInfo(NamedTuple):
     """A round that ends.
 
@@ -163,6 +168,11 @@ class RoundInfo(NamedTuple):
     since: jax.Array
     hyperparams: Mapping[str, Mapping[str, jax.Array]]
     key: jax.Array
+
+    @property
+    def validity(self) -> jax.Array:
+        """``[C]`` int32, 1 for valid candidates, -1 for paused ones, 0 for others."""
+        return jnp.where(self.paused, -1, self.evidence.valid.astype(jnp.int32))
 
 
 def place(index: int) -> dict[str, jax.Array]:

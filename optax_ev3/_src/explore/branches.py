@@ -88,7 +88,7 @@ class Branches(strategy.Strategy):
         state = strategy.first_states(explorers, layout, params)
         return state._replace(branches=branches, racing=race)
 
-    def paused(self, ctx: Context, state: ExploreState) -> dict[str, jax.Array]:
+    def _paused(self, ctx: Context, state: ExploreState) -> dict[str, jax.Array]:
         """Those who lose the race, but for the lead branch, which is visible."""
         if self.racing is None:
             return {}
@@ -105,7 +105,7 @@ class Branches(strategy.Strategy):
 
     def step(self, ctx: Context, state: ExploreState) -> Explored:
         """One step of every branch."""
-        walked, paused = state.branches, self.paused(ctx, state)
+        walked, paused = state.branches, self._paused(ctx, state)
         call = ctx.call._replace(own=self.gradients == "own")
         walk = Walk(self.averages, self.gradients, walked, walked.lead, ctx.params)
         moved, alive = {}, {}
@@ -143,6 +143,7 @@ class Branches(strategy.Strategy):
         return Explored(
             state._replace(branches=branches),
             alive,
+            paused,
             is_over=branches.step >= branches.length,
             is_broken=~jnp.stack([flag.all() for flag in alive.values()]).all(),
         )
@@ -175,8 +176,7 @@ class Branches(strategy.Strategy):
         self, ctx: Context, explored: Explored, state: ExploreState, stable: Any
     ) -> Candidates:
         """The ends of the branches, their averages, and where the round began."""
-        del explored
-        walked, paused, layout = state.branches, self.paused(ctx, state), ctx.layout
+        walked, paused, layout = state.branches, explored.paused, ctx.layout
         ends = [
             Stacked(walked.ends[name], explorer.size, paused.get(name))
             for name, explorer in ctx.explorers.items()
@@ -198,20 +198,21 @@ class Branches(strategy.Strategy):
         self,
         ctx: Context,
         explored: Explored,
+        candidates: Candidates,
         state: ExploreState,
         stable: Any,
         info: RoundInfo,
     ) -> Finished:
         """Some branches start anew from the adopted parameters, the others go on."""
-        candidates = self.candidates(ctx, explored, state, stable).params
+        del explored
         decision = info.decision
-        target = select.pick(decision.adopted, candidates)
+        target = select.pick(decision.adopted, candidates.params)
         # Where the caller gets to, but from where no update leads there.
         visible = trees.plus(ctx.params, finite.towards(target, ctx.params))
         visible = select.where(finite.finite(visible), visible, target)
 
         def promote(_: Any) -> Any:
-            promoted = select.pick(decision.promoted, candidates)
+            promoted = select.pick(decision.promoted, candidates.params)
             is_adopted = decision.promoted == decision.adopted
             return select.where(is_adopted, visible, promoted)
 
@@ -417,7 +418,7 @@ def _made(
     length = checks.static_int(length, "length")
     growth = checks.static_float(growth, "growth")
     if max_length is None:
-        max_length = _LONGEST
+        max_length = max(_LONGEST, length)
     max_length = checks.static_int(max_length, "max_length")
     if max_length < length:
         raise ValueError(

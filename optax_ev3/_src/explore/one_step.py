@@ -46,11 +46,6 @@ class OneStep(strategy.Strategy):
         """All explorers at these parameters."""
         return strategy.first_states(explorers, layout, params)
 
-    def paused(self, ctx: Context, state: ExploreState) -> dict[str, jax.Array]:
-        """Nobody."""
-        del ctx, state
-        return {}
-
     def length(self, state: ExploreState) -> jax.Array:
         """One."""
         del state
@@ -62,7 +57,7 @@ class OneStep(strategy.Strategy):
         opt_states = {name: step.opt_state for name, step in proposed.items()}
         skipped = {name: ~step.finite for name, step in proposed.items()}
         state = strategy.with_opt_states(state, opt_states, skipped)
-        return Explored(state, proposed, is_over=True, is_broken=False)
+        return Explored(state, proposed, {}, is_over=True, is_broken=False)
 
     def reinitialized(self, ctx: Context, explored: Explored) -> Any:
         """Inner states stay finite by themselves."""
@@ -89,11 +84,13 @@ class OneStep(strategy.Strategy):
         self,
         ctx: Context,
         explored: Explored,
+        candidates: Candidates,
         state: ExploreState,
         stable: Any,
         info: RoundInfo,
     ) -> Finished:
         """All explorers go on from the adopted parameters."""
+        del candidates
         everybody = jnp.ones([ctx.layout.explorers], bool)
         state, fresh = strategy.evolved(ctx, state, info, everybody)
         moves = _updates(ctx, explored)

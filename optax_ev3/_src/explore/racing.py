@@ -12,7 +12,7 @@ import optax
 
 from optax_ev3._src.base import checks, evidence, select
 from optax_ev3._src.base.layout import Layout
-from optax_ev3._src.base.states import RoundInfo
+from optax_ev3._src.base.states import RoundInfo, put_row
 
 _FALLS = 2.0  # standard errors
 
@@ -106,21 +106,20 @@ def init(window: int, candidates: int) -> RacingState:
 
 def append(past: RacingState, info: RoundInfo) -> RacingState:
     """With one more round; one in which nothing was valid is not recorded."""
-    row = past.rounds % past.adopted.shape[0]
     valid = info.evidence.valid
     mean, stderr = evidence.estimate(info.evidence, info.objective)
     rounds = jnp.asarray(optax.safe_increment(past.rounds))
     adopted = info.decision.adopted
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        return old.at[row].set(new.astype(old.dtype))
+        return put_row(old, past.rounds, new)
 
     recorded = RacingState(
         rounds=rounds,
         adopted=put(past.adopted, adopted),
         mean=put(past.mean, jnp.where(valid, mean, 0)),
         stderr=put(past.stderr, jnp.where(valid, stderr, 0)),
-        valid=put(past.valid, jnp.where(info.paused, -1, valid.astype(jnp.int32))),
+        valid=put(past.valid, info.validity),
         # Together as many as rounds, which are counted up to the greatest int32.
         adoptions=past.adoptions.at[adopted].add(rounds - past.rounds),
         lost=past.lost,

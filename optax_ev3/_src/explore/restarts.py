@@ -164,27 +164,28 @@ def inner_states(
     old = strategy.opt_states(state)
     if restart.inner_state == "keep":
         return old
+    stacks = {k: Stacked(old[k], one.size) for k, one in ctx.explorers.items()}
+    types = {name: _member_types(stack) for name, stack in stacks.items()}
     renewed = {}
     for name, mask in ctx.layout.split(moved).items():
         if restart.inner_state == "new":
             made = inner.init_state(ctx.explorers[name], visible)
         else:
-            made, known = _copied(ctx, old, name, owner)
+            made, known = _copied(stacks, types, name, owner)
             mask = mask & known
         renewed[name] = select.where_rows(mask, made, old[name])
     return renewed
 
 
 def _copied(
-    ctx: Context, states: dict[str, Any], name: str, owner: jax.Array
+    stacks: dict[str, Stacked], types: dict[str, Any], name: str, owner: jax.Array
 ) -> tuple[Any, jax.Array]:
     """The owner's state for this explorer, and ``[]`` bool whether it fits."""
-    own = Stacked(states[name], ctx.explorers[name].size)
+    own = stacks[name]
     nobody = Stacked(select.first(own))
     sources, fits = [], []
-    for other, explorer in ctx.explorers.items():
-        source = Stacked(states[other], explorer.size)
-        fit = _member_types(source) == _member_types(own)
+    for other, source in stacks.items():
+        fit = types[other] == types[name]
         sources += [source] if fit else [nobody] * select.count(source)
         fits += [fit] * select.count(source)
     copied = select.pick(owner, [*sources, nobody])

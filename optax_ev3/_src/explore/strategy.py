@@ -43,12 +43,14 @@ class Explored(NamedTuple):
     Attributes:
       state: The state after it.
       proposals: What else the strategy needs at the round's end.
+      paused: By name ``[]`` bool, who takes no part in this round; none for all.
       is_over: ``[]`` bool, whether the round ends.
       is_broken: ``[]`` bool, whether something is to be reinitialized.
     """
 
     state: ExploreState
     proposals: Any
+    paused: Mapping[str, jax.Array]
     is_over: Any
     is_broken: Any
 
@@ -110,10 +112,6 @@ class Strategy(abc.ABC):
         """All explorers at these parameters."""
 
     @abc.abstractmethod
-    def paused(self, ctx: Context, state: ExploreState) -> dict[str, jax.Array]:
-        """By name ``[]`` bool, who takes no part in this round; none for all."""
-
-    @abc.abstractmethod
     def length(self, state: ExploreState) -> jax.Array:
         """Calls of ``update`` in this round: ``[]`` int32."""
 
@@ -136,6 +134,7 @@ class Strategy(abc.ABC):
         self,
         ctx: Context,
         explored: Explored,
+        candidates: Candidates,
         state: ExploreState,
         stable: Any,
         info: RoundInfo,

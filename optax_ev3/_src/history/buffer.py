@@ -13,7 +13,7 @@ import optax
 from optax_ev3._src.base import select
 from optax_ev3._src.base.evidence import Estimate, compare, estimate
 from optax_ev3._src.base.layout import Layout
-from optax_ev3._src.base.states import History, RoundInfo
+from optax_ev3._src.base.states import History, RoundInfo, put_row
 from optax_ev3._src.history import credit
 
 
@@ -71,17 +71,17 @@ def append(past: History, info: RoundInfo) -> History:
 
 
 def _appended(past: History, info: RoundInfo) -> History:
-    row = past.rounds % past.adopted.shape[0]
+    last = (past.rounds - 1) % past.adopted.shape[0]
     decision, valid = info.decision, info.evidence.valid
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        return old.at[row].set(new.astype(old.dtype))
+        return put_row(old, past.rounds, new)
 
     def clean(old: jax.Array, new: jax.Array) -> jax.Array:
         return put(old, jnp.where(valid, new, 0))
 
     def keep(old: Estimate, new: Estimate) -> Estimate:
-        mean = jnp.where(valid, new.mean, old.mean[row - 1])
+        mean = jnp.where(valid, new.mean, old.mean[last])
         return Estimate(put(old.mean, mean), clean(old.stderr, new.stderr))
 
     newest = estimate(info.evidence, info.objective)
@@ -90,7 +90,6 @@ def _appended(past: History, info: RoundInfo) -> History:
         k: keep(old, estimate(info.evidence, k)) for k, old in past.others.items()
     }
     against = compare(info.evidence, info.objective, info.evidence.current)
-    state = jnp.where(info.paused, -1, valid.astype(jnp.int32))
     rounds = jnp.asarray(optax.safe_increment(past.rounds))
     overruled = jnp.asarray(optax.safe_increment(past.overruled))
     return past._replace(
@@ -102,7 +101,7 @@ def _appended(past: History, info: RoundInfo) -> History:
         stderr=main.stderr,
         z=clean(past.z, against.z),
         others=others,
-        valid=put(past.valid, state),
+        valid=put(past.valid, info.validity),
         length=put(past.length, info.length),
         examples=put(past.examples, info.examples),
         priorities={
@@ -115,7 +114,7 @@ def _appended(past: History, info: RoundInfo) -> History:
         },
         # Together as many as rounds, which are counted up to the greatest int32.
         adoptions=past.adoptions.at[decision.adopted].add(rounds - past.rounds),
-        credit=credit.add(past.credit, state, newest.mean),
+        credit=credit.add(past.credit, info.validity, newest.mean),
         overruled=jnp.where(info.overruled, overruled, past.overruled),
     )
 
