@@ -21,6 +21,8 @@ COLOURS = dict(zip(POWERS, (BLUE, GREEN, PINK), strict=True))
 def report(results, settings, folder):
     """Prints a table of each part, and draws them in one picture."""
     rates = with_errors(results[results.metric == "rate"], settings.simulations)
+    if len(alike := rates[rates.task == "alike"]):
+        show_alike(alike, settings)
     parts = {name: rates[rates.task == name] for name in DRAWN}
     parts = {name: part for name, part in parts.items() if len(part)}
     shown = {"false": show_false, "anytime": show_anytime, "power": show_power}
@@ -80,6 +82,13 @@ def show_anytime(rates, settings):
     title = f"Ever declared better at {ALPHA:.0%} though no better, {last} rounds of"
     title = f"{title} {settings.round_examples} examples"
     common.show(table.loc[ends.index], title, 4)
+
+
+def show_alike(rates, settings):
+    table = rates.pivot(index="method", columns="test", values="cell")
+    count, examples = max(settings.candidates), settings.alike_examples
+    title = f"The better one of {count} found at {ALPHA:.0%}, {examples} examples"
+    common.show(table.loc[rates.method.unique()], title)
 
 
 def show_power(rates, settings):

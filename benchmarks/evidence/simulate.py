@@ -258,3 +258,35 @@ def power_rates(settings):
 
     declared = simulate(one, 2 * examples, settings, "power")
     return tidy({"rate": [declared[name].mean() for name in POWERS]}, test=POWERS)
+
+
+# Alike: one candidate of many is better, and their differences are correlated.
+
+CORRELATIONS = (0.0, 0.5, 0.9)
+GAIN = 0.17  # In standard deviations of a difference.
+
+
+def alike_rates(correlation, settings):
+    """How often the better one is found, by each correction for all candidates."""
+    count, examples = max(settings.candidates), settings.alike_examples
+    tested = jnp.arange(count + 1) < count
+    fn = ev.paired_t().p_value
+
+    def one(key):
+        common, own = jax.random.split(key)
+        differences = math.sqrt(correlation) * jax.random.normal(common, (1, examples))
+        noise = jax.random.normal(own, (count, examples))
+        differences += math.sqrt(1 - correlation) * noise
+        scores = jnp.pad(differences.at[0].add(GAIN), ((0, 1), (0, 0)))
+        found = gather("real", scores)
+        p = {
+            "paired t, Bonferroni": ev.bonferroni(fn(found, SCORE, count), tested),
+            "paired t, max-t": ev.max_t(
+                found, SCORE, count, tested, settings.resamples
+            ),
+        }
+        return {name: values[0] <= ALPHA for name, values in p.items()}
+
+    found = simulate(one, count * examples, settings, f"alike {correlation}")
+    rates = [found[name].mean() for name in found]
+    return tidy({"rate": rates}, test=list(found))
