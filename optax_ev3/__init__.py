@@ -18,7 +18,12 @@ from optax_ev3._src.explore.evolve import evolve
 from optax_ev3._src.explore.explorers import Explorer, explorer, product, sweep
 from optax_ev3._src.explore.ranges import log_uniform, uniform
 from optax_ev3._src.history.progress import credit, should_grow, stalled
-from optax_ev3._src.history.report import history, stable_params, summary
+from optax_ev3._src.history.report import (
+    best_params,
+    history,
+    stable_params,
+    summary,
+)
 from optax_ev3._src.history.schedule import found_schedule
 from optax_ev3._src.keep_params import keep_params
 from optax_ev3._src.presets import paper, portfolio
@@ -30,6 +35,7 @@ __all__ = [
     "Explorer",
     "ExplorerState",
     "adapt",
+    "best_params",
     "credit",
     "distillation",
     "ev3",

@@ -118,10 +118,11 @@ class Composer(NamedTuple):
     ) -> Evidence:
         """The scores of all candidates; ``ended`` rounds were before this one."""
         offered = {"key": now.assess, "round": ended, "run_key": now.run}
+        rows, valid = candidates.rows, candidates.finite
         scores = assess.score(
             self.assess_fn,
             candidates.params,
-            candidates.finite,
+            valid if rows is None else valid[rows],
             mode=self.assess_mode,
             key=now.resample,
             extra_args=ctx.call.extra_args,
@@ -129,7 +130,7 @@ class Composer(NamedTuple):
             axis_name=self.axis_name,
         )
         return gather(
-            scores.values,
+            assess.spread(scores.values, rows, self.layout.candidates),
             candidates.finite,
             candidates.is_ascent,
             self.axis_name,

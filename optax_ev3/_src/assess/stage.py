@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from optax_ev3._src.assess import chunks, scores
 from optax_ev3._src.assess.scores import MODES, Scores
 from optax_ev3._src.base import callbacks, select
 
-__all__ = ["MODES", "AssessFn", "Scores", "check", "score"]
+__all__ = ["MODES", "AssessFn", "Scores", "check", "score", "spread"]
 
 AssessFn = Callable[..., Any] | chunks.InChunks
 
@@ -66,3 +67,18 @@ def score(
         return score_all(chunks.bind(assess_fn, extra_args, offered, chunk))
 
     return chunks.score(assess_fn, score_chunk, valid, axis_name)
+
+
+def spread(values: Any, rows: jax.Array | None, count: int) -> Any:
+    """Scores of some candidates among those of all: zeros for the others.
+
+    Args:
+      values: Arrays with a leading axis over the candidates scored.
+      rows: int32, which these are; None for all.
+      count: C, how many candidates there are.
+    """
+    if rows is None:
+        return values
+    return jax.tree.map(
+        lambda x: jnp.zeros([count, *x.shape[1:]], x.dtype).at[rows].set(x), values
+    )

@@ -98,7 +98,7 @@ class Layout:
         )
 
     def repeat(self, flags: Mapping[str, jax.Array]) -> jax.Array:
-        """``[K]`` bool from one flag for each explorer; false for those without."""
+        """``[K]`` bool from flags by name, one or ``[G]``; false for those without."""
         return jnp.concatenate(
             [
                 jnp.broadcast_to(flags.get(name, False), [len(names)])

@@ -3,7 +3,7 @@
 Dimensions: ``K`` explorers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +13,9 @@ import optax
 from optax_ev3._src.base import control, finite, select, trees, xla
 from optax_ev3._src.base.layout import Layout
 from optax_ev3._src.base.states import ExploreState
-from optax_ev3._src.explore import averages, steps
+from optax_ev3._src.explore import averages, inner, steps, strategy
 from optax_ev3._src.explore.averages import Average
+from optax_ev3._src.explore.explorers import Explorer
 
 
 class BranchesState(NamedTuple):
@@ -66,6 +67,39 @@ class Branch(NamedTuple):
     skipped: jax.Array
 
 
+def first_branches(
+    explorers: Mapping[str, Explorer],
+    layout: Layout,
+    params: optax.Params,
+    kinds: Sequence[Average],
+    length: int,
+) -> ExploreState:
+    """All branches at these parameters, before the first round of this length."""
+    ends = {k: select.spread(params, one.size) for k, one in explorers.items()}
+    nothing = jnp.zeros([layout.explorers], jnp.int32)
+    branches = BranchesState(
+        step=jnp.zeros([], jnp.int32),
+        length=jnp.asarray(length, jnp.int32),
+        lead=jnp.zeros([], jnp.int32),
+        start=params,
+        ends=ends,
+        alive=nothing + 1,
+        is_ascent=nothing,
+        age=nothing,
+        means={name: first_means(kinds, end) for name, end in ends.items()},
+    )
+    # Buffers of their own, so that all can be donated.
+    branches = jax.tree.map(trees.owned_copy, branches)
+    return strategy.first_states(explorers, layout, params)._replace(branches=branches)
+
+
+def first_means(
+    kinds: Sequence[Average], end: optax.Params
+) -> tuple[optax.Params, ...]:
+    """Averages that begin."""
+    return tuple(averages.wide(end) for _ in kinds)
+
+
 def branches_by_name(state: ExploreState, layout: Layout) -> dict[str, Branch]:
     """The branches, those of a sweep stacked."""
     walked: BranchesState = state.branches
@@ -81,6 +115,50 @@ def branches_by_name(state: ExploreState, layout: Layout) -> dict[str, Branch]:
         )
         for name in layout.members
     }
+
+
+def after_step(
+    state: ExploreState,
+    layout: Layout,
+    moved: Mapping[str, Branch],
+    alive: Mapping[str, jax.Array],
+) -> ExploreState:
+    """The state with branches that took a step; by name, which ends are finite."""
+    walked: BranchesState = state.branches
+    skipped = {k: (moved[k].skipped > 0) | ~alive[k] for k in moved}
+    opt_states = {name: branch.opt_state for name, branch in moved.items()}
+    state = strategy.with_opt_states(state, opt_states, skipped)
+    join = layout.join
+    walked = walked._replace(
+        step=walked.step + 1,
+        ends={name: branch.end for name, branch in moved.items()},
+        alive=jnp.where(join(alive), walked.alive, 0),
+        is_ascent=join({name: branch.is_ascent for name, branch in moved.items()}),
+        age=join({name: branch.age for name, branch in moved.items()}),
+        means={name: branch.means for name, branch in moved.items()},
+    )
+    return state._replace(branches=walked)
+
+
+def begun_anew(
+    ctx: strategy.Context,
+    state: ExploreState,
+    which: Mapping[str, jax.Array],
+    params: optax.Params,
+    kinds: Sequence[Average],
+) -> ExploreState:
+    """Some branches begin at these parameters, with new inner states."""
+    walked, opt_states, ends, means = state.branches, {}, {}, {}
+    for name, explorer in ctx.explorers.items():
+        flags, spread = which[name], select.spread(params, explorer.size)
+        old, new = state.explorers[name].opt_state, first_means(kinds, spread)
+        made = inner.init_state(explorer, params)
+        opt_states[name] = select.where_rows(flags, made, old)
+        ends[name] = select.where_rows(flags, spread, walked.ends[name])
+        means[name] = select.where_rows(flags, new, walked.means[name])
+    age = jnp.where(ctx.layout.join(which), 0, walked.age)
+    walked = walked._replace(ends=ends, means=means, age=age)
+    return strategy.with_opt_states(state, opt_states)._replace(branches=walked)
 
 
 class Walk(NamedTuple):

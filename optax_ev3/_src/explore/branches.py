@@ -15,10 +15,16 @@ from optax_ev3._src.base import checks, finite, select, trees
 from optax_ev3._src.base.layout import Layout
 from optax_ev3._src.base.select import Stacked
 from optax_ev3._src.base.states import ExploreState, RoundInfo
-from optax_ev3._src.explore import averages, inner, restarts, steps, strategy
+from optax_ev3._src.explore import averages, restarts, steps, strategy
 from optax_ev3._src.explore import racing as races
 from optax_ev3._src.explore.averages import Average
-from optax_ev3._src.explore.branch import BranchesState, Walk, branches_by_name
+from optax_ev3._src.explore.branch import (
+    Walk,
+    after_step,
+    begun_anew,
+    branches_by_name,
+    first_branches,
+)
 from optax_ev3._src.explore.explorers import Explorer
 from optax_ev3._src.explore.racing import Racing
 from optax_ev3._src.explore.restarts import Never, Restart, WorseThan
@@ -65,28 +71,13 @@ class Branches(strategy.Strategy):
         self, explorers: Mapping[str, Explorer], layout: Layout, params: optax.Params
     ) -> ExploreState:
         """All branches at these parameters."""
-        ends = {
-            k: select.spread(params, explorer.size) for k, explorer in explorers.items()
-        }
-        nothing = jnp.zeros([layout.explorers], jnp.int32)
-        branches = BranchesState(
-            step=jnp.zeros([], jnp.int32),
-            length=jnp.asarray(self.first_length, jnp.int32),
-            lead=jnp.zeros([], jnp.int32),
-            start=params,
-            ends=ends,
-            alive=nothing + 1,
-            is_ascent=nothing,
-            age=nothing,
-            means={name: self._first_means(end) for name, end in ends.items()},
-        )
         race: Any = ()
         if self.racing is not None:
             race = races.init(self.racing.window, layout.candidates)
-        # Buffers of their own, so that all can be donated.
-        branches = jax.tree.map(trees.owned_copy, branches)
-        state = strategy.first_states(explorers, layout, params)
-        return state._replace(branches=branches, racing=race)
+        state = first_branches(
+            explorers, layout, params, self.averages, self.first_length
+        )
+        return state._replace(racing=race)
 
     def _paused(self, ctx: Context, state: ExploreState) -> dict[str, jax.Array]:
         """Those who lose the race, but for the lead branch, which is visible."""
@@ -128,23 +119,12 @@ class Branches(strategy.Strategy):
             # The next explorer waits for this one.
             lead = select.computed_after(alive[name], walk.lead)
             walk = walk._replace(lead=lead)
-        join = ctx.layout.join
-        branches = walked._replace(
-            step=walked.step + 1,
-            ends={name: branch.end for name, branch in moved.items()},
-            alive=jnp.where(join(alive), walked.alive, 0),
-            is_ascent=join({name: branch.is_ascent for name, branch in moved.items()}),
-            age=join({name: branch.age for name, branch in moved.items()}),
-            means={name: branch.means for name, branch in moved.items()},
-        )
-        skipped = {k: (moved[k].skipped > 0) | ~alive[k] for k in moved}
-        opt_states = {name: branch.opt_state for name, branch in moved.items()}
-        state = strategy.with_opt_states(state, opt_states, skipped)
+        state = after_step(state, ctx.layout, moved, alive)
         return Explored(
-            state._replace(branches=branches),
+            state,
             alive,
             paused,
-            is_over=branches.step >= branches.length,
+            is_over=state.branches.step >= state.branches.length,
             is_broken=~jnp.stack([flag.all() for flag in alive.values()]).all(),
         )
 
@@ -154,23 +134,8 @@ class Branches(strategy.Strategy):
         They do so unassessed: the state stays finite without the earlier inner states,
         which are overwritten by then.
         """
-        alive = explored.proposals
-
-        def renew(state: ExploreState) -> ExploreState:
-            walked, opt_states, ends, means = state.branches, {}, {}, {}
-            for name, explorer in ctx.explorers.items():
-                ok, spread = alive[name], select.spread(ctx.params, explorer.size)
-                old, new = state.explorers[name].opt_state, self._first_means(spread)
-                made = inner.init_state(explorer, ctx.params)
-                opt_states[name] = select.where_rows(~ok, made, old)
-                ends[name] = select.where_rows(ok, walked.ends[name], spread)
-                means[name] = select.where_rows(ok, walked.means[name], new)
-            age = jnp.where(ctx.layout.join(alive), walked.age, 0)
-            walked = walked._replace(ends=ends, means=means, age=age)
-            state = strategy.with_opt_states(state, opt_states)
-            return state._replace(branches=walked)
-
-        return renew
+        broken = {name: ~flag for name, flag in explored.proposals.items()}
+        return lambda state: begun_anew(ctx, state, broken, ctx.params, self.averages)
 
     def candidates(
         self, ctx: Context, explored: Explored, state: ExploreState, stable: Any
@@ -237,10 +202,6 @@ class Branches(strategy.Strategy):
         index = jnp.where(walked.step == 0, start, index)
         visible = select.pick(index, [*ends, Stacked(params), Stacked(walked.start)])
         return finite.towards(visible, params)
-
-    def _first_means(self, end: optax.Params) -> tuple[optax.Params, ...]:
-        """Averages that begin."""
-        return tuple(averages.wide(end) for _ in self.averages)
 
     def _restarted(
         self, ctx: Context, state: ExploreState, visible: optax.Params, info: RoundInfo

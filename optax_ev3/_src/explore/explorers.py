@@ -65,19 +65,29 @@ class Explorer(NamedTuple):
           *args: More arguments.
           hyperparams: Numbers ``[G]`` by name; default: the grid.
         """
-        if self.grid is None or self.factory is None:
+        if self.grid is None:
             return fn(self.tx, {}, *args)
-        factory = self.factory
 
         def one(numbers: Any, *args: Any):
-            own = {k: v for k, v in numbers.items() if _takes(factory, k)}
-            return fn(factory(**own), numbers, *args)
+            return fn(self._made(numbers), numbers, *args)
 
         grid = {k: jnp.asarray(v) for k, v in self.grid.items()}
         rows = hyperparams or grid, *args
         if control.is_traced(rows):
             return jax.vmap(one)(*rows)
         return control.stacked(one, *rows)
+
+    def member(self, row: jax.Array) -> tuple[optax.GradientTransformation, Any]:
+        """Of a sweep the optimizer in this row, and its numbers by name."""
+        numbers = {k: jnp.asarray(v)[row] for k, v in (self.grid or {}).items()}
+        return self._made(numbers), numbers
+
+    def _made(self, numbers: Mapping[str, Any]) -> optax.GradientTransformation:
+        """The optimizer with these numbers."""
+        if self.factory is None:
+            return self.tx
+        own = {k: v for k, v in numbers.items() if _takes(self.factory, k)}
+        return self.factory(**own)
 
 
 def explorer(

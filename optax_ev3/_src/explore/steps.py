@@ -86,6 +86,23 @@ def each_member(
     return explorer.each(step, *args, hyperparams=call.hyperparams.get(name))
 
 
+def one_member(
+    fn: Callable[[Member, Any], Any],
+    explorer: Explorer,
+    name: str,
+    call: Call,
+    row: jax.Array,
+    own: Any,
+) -> Any:
+    """``fn(member, own)`` for an explorer; for one member of a sweep, in its row."""
+    if explorer.size is None:
+        return each_member(fn, explorer, name, call, own)
+    tx, numbers = explorer.member(row)
+    member = Member(tx, explorer, name, loss_of(explorer, name, call, numbers), call)
+    new = fn(member, jax.tree.map(lambda x: x[row], own))
+    return jax.tree.map(lambda x, n: x.at[row].set(n), own, new)
+
+
 def given_to(name: str, call: Call) -> tuple[optax.Updates, Any]:
     """The caller's gradients, which this explorer needs, and auxiliary outputs."""
     if call.grads is None:

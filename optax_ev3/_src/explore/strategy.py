@@ -43,7 +43,8 @@ class Explored(NamedTuple):
     Attributes:
       state: The state after it.
       proposals: What else the strategy needs at the round's end.
-      paused: By name ``[]`` bool, who takes no part in this round; none for all.
+      paused: By name, who takes no part in this round: ``[]`` bool, or ``[G]`` for the
+        members of a sweep; none for all.
       is_over: ``[]`` bool, whether the round ends.
       is_broken: ``[]`` bool, whether something is to be reinitialized.
     """
@@ -59,14 +60,17 @@ class Candidates(NamedTuple):
     """The candidates of a round.
 
     Attributes:
-      params: C trees, some of them stacked.
+      params: C trees, some of them stacked; or those of ``rows`` alone.
       finite: ``[C]`` bool, which of them took part and are finite.
       is_ascent: ``[C]`` bool, whose update raises the explorer's loss to first order.
+      rows: int32, which candidates ``params`` are, where most take no part; None for
+        all, in their order.
     """
 
     params: list[Stacked]
     finite: jax.Array
     is_ascent: jax.Array
+    rows: jax.Array | None = None
 
 
 class Finished(NamedTuple):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import core
 
+from optax_ev3._src.base import select
 from optax_ev3._src.base.states import ExplorerState, place_index
 from optax_ev3._src.history.lookup import candidates, find, positions
 
@@ -44,6 +45,51 @@ def stable_params(state: Any) -> Any:
     """
     # A copy, since Flax NNX changes its variables in place.
     return jax.tree.map(lambda leaf: leaf, find(state).stable)
+
+
+def best_params(state: Any) -> Any:
+    """The best parameters seen, by their held-out score: for evaluation.
+
+    As with ``optax.contrib.schedule_free_eval_params``, these are not the parameters
+    that training goes on with: they may be an average, or of another explorer than the
+    one at work. After each round they are what was adopted, or the stable parameters
+    where these had the higher mean score in that round. In a relay, and in branches
+    that never restart, with the default rule, what is adopted is the best of all
+    candidates and of the best before. In one-step rounds, whose state keeps no other
+    copy, they are the stable parameters.
+
+    Args:
+      state: As for :func:`stable_params`.
+
+    Returns:
+      A tree like the parameters that ``init`` was given, see :func:`stable_params`.
+      Before the first round has ended, these parameters.
+
+    Raises:
+      ValueError: If ``state`` holds no state of ev3, or more than one.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_ev3
+      >>> tx = optax_ev3.ev3(
+      ...     [optax.sgd(0.1), optax.sgd(0.2)],
+      ...     optax_ev3.minimize(jnp.square),
+      ...     explore=optax_ev3.explore.relay(),
+      ... )
+      >>> w = jnp.array(2.0)
+      >>> updates, state = tx.update(2 * w, tx.init(w), w)
+      >>> print(f"{optax_ev3.best_params(state):.1f}")
+      1.6
+    """
+    found = find(state)
+    if found.explore.branches == ():
+        return stable_params(state)
+    past = found.history
+    row = (past.rounds - 1) % past.adopted.shape[0]
+    mean, stable = past.mean[row], past.mean.shape[1] - 1
+    # Where stable has just been replaced, its score is not that of the new ones.
+    is_stable = (past.valid[row, stable] > 0) & (past.significant[row] == 0)
+    is_stable &= mean[stable] > mean[past.adopted[row]]
+    return select.where(is_stable, found.stable, found.explore.branches.start)
 
 
 def summary(state: Any) -> dict[str, jax.Array]:

@@ -1,0 +1,320 @@
+"""A relay: branches that take turns with the caller's gradients, one at a time.
+
+Dimensions: ``K`` explorers, ``C`` candidates.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_ev3._src.base import checks, evidence, finite, select
+from optax_ev3._src.base.layout import Layout
+from optax_ev3._src.base.select import Stacked
+from optax_ev3._src.base.states import ExploreState, RoundInfo
+from optax_ev3._src.explore import averages as _averages
+from optax_ev3._src.explore import restarts, steps, strategy, turns
+from optax_ev3._src.explore.averages import Average
+from optax_ev3._src.explore.branch import (
+    BranchesState,
+    Walk,
+    after_step,
+    begun_anew,
+    branches_by_name,
+    first_branches,
+)
+from optax_ev3._src.explore.explorers import Explorer
+from optax_ev3._src.explore.racing import Racing
+from optax_ev3._src.explore.restarts import Never
+from optax_ev3._src.explore.strategy import Candidates, Context, Explored, Finished
+
+# A challenge takes turns from the leader: it is short.
+_RACING = Racing(patience=1, window=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Relay(strategy.Strategy):
+    """See :func:`relay`."""
+
+    max_length: int
+    averages: tuple[Average, ...]
+    racing: Racing | None
+
+    @property
+    def restarts(self) -> bool:
+        """Branches go on from where they are."""
+        return False
+
+    def checked(
+        self, explorers: Mapping[str, Explorer], has_loss: bool
+    ) -> "strategy.Strategy":
+        """Raises if a group evolves, whose members are compared in every round."""
+        del has_loss
+        evolving = [name for name, one in explorers.items() if one.space is not None]
+        if evolving:
+            raise ValueError(
+                f"explore.relay tries one explorer at a time, and groups that evolve "
+                f"compare their members in every round: take explore.branches for "
+                f"{evolving}, or sweep() in place of evolve()."
+            )
+        return self
+
+    def init(
+        self, explorers: Mapping[str, Explorer], layout: Layout, params: optax.Params
+    ) -> ExploreState:
+        """All branches at these parameters."""
+        length = turns.first_length(self.max_length, layout.explorers)
+        state = first_branches(explorers, layout, params, self.averages, length)
+        return state._replace(racing=turns.init(layout.explorers, self.racing))
+
+    def length(self, state: ExploreState) -> jax.Array:
+        """Calls of this turn, which may have ended early."""
+        return state.branches.step
+
+    def step(self, ctx: Context, state: ExploreState) -> Explored:
+        """One step of the explorer whose turn it is."""
+        walked: BranchesState = state.branches
+        lead, layout, moved = walked.lead, ctx.layout, {}
+        walk = Walk(self.averages, "shared", walked, lead, ctx.params)
+        is_finite = jnp.asarray(True)
+        for name, branch in branches_by_name(state, layout).items():
+            rows, explorer = layout.rows(name), ctx.explorers[name]
+            row = lead - rows[0]
+
+            def go(
+                carry: Any, explorer: Explorer = explorer, name: str = name, row=row
+            ) -> Any:
+                new = steps.one_member(
+                    walk.advance, explorer, name, ctx.call, row, carry[0]
+                )
+                end = select.pick(row, [Stacked(new.end, explorer.size)])
+                return new, finite.finite(end)
+
+            takes = (row >= 0) & (row < len(rows))
+            moved[name], is_finite = select.apply_if(takes, go, (branch, is_finite))
+        is_lead = layout.split(jnp.arange(layout.explorers) == lead)
+        alive = {name: ~flag | is_finite for name, flag in is_lead.items()}
+        skipped = jnp.stack([(branch.skipped > 0).any() for branch in moved.values()])
+        state = after_step(state, layout, moved, alive)
+        is_last = state.branches.step >= state.branches.length
+        return Explored(
+            state,
+            alive,
+            {name: ~flag for name, flag in is_lead.items()},
+            is_over=is_last | skipped.any() | ~is_finite,
+            is_broken=~is_finite,
+        )
+
+    def reinitialized(self, ctx: Context, explored: Explored) -> Any:
+        """A branch that is not finite begins anew at the best parameters."""
+        broken = {name: ~flag for name, flag in explored.proposals.items()}
+
+        def renew(state: ExploreState) -> ExploreState:
+            best = state.branches.start
+            return begun_anew(ctx, state, broken, best, self.averages)
+
+        return renew
+
+    def candidates(
+        self, ctx: Context, explored: Explored, state: ExploreState, stable: Any
+    ) -> Candidates:
+        """The branch at work, its averages, and the best parameters before."""
+        del explored
+        walked, layout = state.branches, ctx.layout
+        lead, ends = walked.lead, _stacks(ctx, walked.ends)
+        end = select.pick(lead, ends)
+        found = [end]
+        for kind in range(len(self.averages)):
+            means = {name: means[kind] for name, means in walked.means.items()}
+            found.append(_averages.like(select.pick(lead, _stacks(ctx, means)), end))
+        rows = lead + layout.explorers * jnp.arange(layout.kinds)
+        others = jnp.asarray([layout.current, layout.current + 1])
+        at_work = jnp.arange(layout.explorers) == lead
+        return Candidates(
+            [*map(Stacked, found), Stacked(walked.start), Stacked(stable)],
+            layout.tile(at_work & (walked.alive > 0), True),
+            jnp.zeros([layout.candidates], bool),
+            jnp.append(rows, others).astype(jnp.int32),
+        )
+
+    def finish(
+        self,
+        ctx: Context,
+        explored: Explored,
+        candidates: Candidates,
+        state: ExploreState,
+        stable: Any,
+        info: RoundInfo,
+    ) -> Finished:
+        """The best parameters so far stay; it is another one's turn, or the same's."""
+        decision, layout, lead = info.decision, ctx.layout, state.branches.lead
+        best = select.pick(_place(layout, decision.adopted), candidates.params)
+
+        def promote(_: Any) -> Any:
+            return select.pick(_place(layout, decision.promoted), candidates.params)
+
+        stable = select.apply_if(decision.significant, promote, stable)
+        found = _outcome(info, layout, lead)
+        coming = turns.advance(state.racing, lead, found, self.max_length, self.racing)
+        walked = state.branches._replace(start=best)
+        # Where gradients were not finite the branch is left, but for a good one.
+        is_early = walked.step < walked.length
+        is_left = {
+            name: ~flag & is_early & ~found.adopted
+            for name, flag in explored.paused.items()
+        }
+
+        def leave(state: ExploreState) -> ExploreState:
+            return begun_anew(ctx, state, is_left, best, self.averages)
+
+        state = state._replace(branches=walked, racing=coming.turns)
+        state = select.apply_if(is_early & ~found.adopted, leave, state)
+
+        def join(state: ExploreState) -> ExploreState:
+            return self._joined(ctx, state, coming.lead, coming.turns.leader)
+
+        state = select.apply_if(coming.joins, join, state)
+        walked = state.branches._replace(
+            step=jnp.zeros([], jnp.int32),
+            length=coming.length,
+            lead=coming.lead,
+            alive=jnp.ones_like(walked.alive),
+        )
+        return Finished(state._replace(branches=walked), stable, None)
+
+    def update(self, ctx: Context, state: ExploreState, move: Any) -> optax.Updates:
+        """The way to the branch at work."""
+        del move
+        ends = _stacks(ctx, state.branches.ends)
+        return finite.towards(select.pick(state.branches.lead, ends), ctx.params)
+
+    def _joined(
+        self, ctx: Context, state: ExploreState, who: jax.Array, leader: jax.Array
+    ) -> ExploreState:
+        """One branch goes on from where another one is, and with its averages."""
+        walked = state.branches
+        is_who = jnp.arange(ctx.layout.explorers) == who
+        end = select.pick(leader, _stacks(ctx, walked.ends))
+        copied = restarts.inner_states(ctx, state, Never("copy"), end, is_who, leader)
+
+        def put(parts: Mapping[str, Any]) -> dict[str, Any]:
+            one = select.pick(leader, _stacks(ctx, parts))
+            return {
+                name: select.where_rows(
+                    flags, select.spread(one, ctx.explorers[name].size), parts[name]
+                )
+                for name, flags in ctx.layout.split(is_who).items()
+            }
+
+        walked = walked._replace(
+            ends=put(walked.ends),
+            means=put(walked.means),
+            age=jnp.where(is_who, walked.age[leader], walked.age),
+        )
+        return strategy.with_opt_states(state, copied)._replace(branches=walked)
+
+
+def _stacks(ctx: Context, trees: Mapping[str, Any]) -> list[Stacked]:
+    """By explorer, in their order."""
+    return [Stacked(trees[name], one.size) for name, one in ctx.explorers.items()]
+
+
+def _place(layout: Layout, candidate: jax.Array) -> jax.Array:
+    """Where a candidate is among those that take part."""
+    is_own = candidate < layout.proposals
+    other = candidate - layout.proposals + layout.kinds
+    return jnp.where(is_own, candidate // layout.explorers, other)
+
+
+def _outcome(info: RoundInfo, layout: Layout, lead: jax.Array) -> turns.Outcome:
+    """What the turn of ``lead`` has brought, on the examples of the round."""
+    told, adopted = info.evidence, info.decision.adopted
+    against = evidence.compare(told, info.objective, told.current)
+    mean = evidence.estimate(told, info.objective).mean
+    own = lead + layout.explorers * jnp.arange(layout.kinds)
+    best = own[jnp.argmax(jnp.where(told.valid[own], mean[own], -jnp.inf))]
+    return turns.Outcome(
+        gain=against.gain[best],
+        stderr=against.stderr[best],
+        moved=against.gain[adopted],
+        adopted=layout.owner(adopted) == lead,
+        finite=told.valid[own].any(),
+    )
+
+
+def relay(
+    length: int = 25,
+    *,
+    averages: Sequence[Average] | None = None,
+    racing: Racing | None = _RACING,
+) -> strategy.Strategy:
+    """Explorers take turns with the caller's gradients: the price of one optimizer.
+
+    Branches as in :func:`branches`, that go on from where they are, but in each call of
+    ``update`` only one of them takes a step, with the gradient that the caller took at
+    its parameters: these are the visible ones. It needs no ``loss_fn``, and one
+    gradient a call, whatever the number of explorers.
+
+    First turns are short, 1, 2, 4, ... calls for each explorer, so that a harmful one
+    is visible for a few calls only. After each of the last of these cycles the better
+    half goes on, until one explorer is left, which leads. The leader has turn after
+    turn; now and then another explorer challenges it for a turn, and takes the lead if
+    it is better after it.
+
+    At the end of a turn the branch and its averages are assessed beside ``current``,
+    here the best parameters so far (:func:`optax_ev3.best_params`), and ``stable``. A
+    turn whose gradients or parameters are not finite ends at once. An explorer that was
+    never adopted, and fell in two turns in a row by three standard errors, or was not
+    finite, gets no turn any more.
+
+    Args:
+      length: Calls of ``update`` in a turn.
+      averages: More candidates at no gradient cost. Default:
+        :func:`trajectory_average`, here that of the turn, and :func:`branch_average`.
+      racing: Who is tried again, and when. ``window``: turns of the leader before the
+        first challenge, twice as many before each further one. ``patience``: turns that
+        a challenger may lose in a row. A turn in which it makes up half of what it was
+        behind does not count. From its second challenge on, a challenger that is far
+        behind goes on from where the leader is. None: the leader is never challenged.
+
+    Returns:
+      For the ``explore`` argument of :func:`optax_ev3.ev3`.
+
+    Raises:
+      TypeError: If ``length`` is no integer, or an argument of the wrong kind.
+      ValueError: If ``length`` is below 1; in ``ev3``, if an explorer is a group that
+        evolves.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_ev3
+      >>> from optax_ev3 import explore
+      >>> def score(w):
+      ...     return -((w - 3.0) ** 2)
+      >>> inner = [optax.adam(0.1), optax.sgd(0.3)]
+      >>> tx = optax_ev3.ev3(inner, score, explore=explore.relay())
+      >>> w = jnp.zeros([])
+      >>> state = tx.init(w)
+      >>> @jax.jit
+      ... def step(w, state):
+      ...     updates, state = tx.update(2 * (w - 3.0), state, w)
+      ...     return optax.apply_updates(w, updates), state
+      >>> for _ in range(100):
+      ...     w, state = step(w, state)
+      >>> print(f"{optax_ev3.best_params(state):.2f}")
+      3.00
+
+    References:
+      Jamieson and Talwalkar, `Non-stochastic Best Arm Identification and Hyperparameter
+      Optimization <https://arxiv.org/abs/1502.07943>`_, 2016 (successive halving).
+    """
+    if averages is None:
+        averages = (_averages.trajectory_average(), _averages.branch_average())
+    if racing is not None and not isinstance(racing, Racing):
+        raise TypeError(
+            f"racing must be None or explore.Racing(...), got {racing!r} of type "
+            f"{type(racing).__name__}."
+        )
+    return Relay(checks.static_int(length, "length"), _averages.check(averages), racing)
