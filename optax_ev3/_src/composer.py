@@ -69,7 +69,15 @@ class Composer(NamedTuple):
         now = keys.split(state, self.key_impl, self.axis_name)
         grads = calls.gradients_for(params, updates)
         numbers = hyperparams(state.explore.explorers)
-        call = Call(grads, self.loss_fn, extra_args, now.loss, self.axis_name, numbers)
+        call = Call(
+            grads,
+            self.loss_fn,
+            extra_args,
+            now.loss,
+            self.axis_name,
+            numbers,
+            count=state.ev3_calls,
+        )
         ctx = Context(self.explorers, self.layout, params, call)
         with inputs.about_flattened(params):
             explored = self.strategy.step(ctx, state.explore)

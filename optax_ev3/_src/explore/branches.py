@@ -15,7 +15,7 @@ from optax_ev3._src.base import checks, finite, select, trees
 from optax_ev3._src.base.layout import Layout
 from optax_ev3._src.base.select import Stacked
 from optax_ev3._src.base.states import ExploreState, RoundInfo
-from optax_ev3._src.explore import averages, restarts, steps, strategy
+from optax_ev3._src.explore import averages, calls, restarts, steps, strategy
 from optax_ev3._src.explore import racing as races
 from optax_ev3._src.explore.averages import Average
 from optax_ev3._src.explore.branch import (
@@ -46,6 +46,7 @@ class Branches(strategy.Strategy):
     restart: Restart
     averages: tuple[Average, ...]
     racing: Racing | None
+    schedule: optax.Schedule | None = None
 
     @property
     def restarts(self) -> bool:
@@ -97,7 +98,8 @@ class Branches(strategy.Strategy):
     def step(self, ctx: Context, state: ExploreState) -> Explored:
         """One step of every branch."""
         walked, paused = state.branches, self._paused(ctx, state)
-        call = ctx.call._replace(own=self.gradients == "own")
+        call = calls.scaled(ctx.call, self.schedule)
+        call = call._replace(own=self.gradients == "own")
         walk = Walk(self.averages, self.gradients, walked, walked.lead, ctx.params)
         moved, alive = {}, {}
         for name, branch in branches_by_name(state, ctx.layout).items():
@@ -307,6 +309,7 @@ def branches(
     restart: Restart | None = None,
     averages: Sequence[Average] = (),
     racing: Racing | None = None,
+    schedule: optax.Schedule | None = None,
 ) -> strategy.Strategy:
     """Trajectories that go on from where they are.
 
@@ -324,6 +327,9 @@ def branches(
       averages: See :func:`rounds`.
       racing: :class:`Racing` pauses explorers that do not win, which then cost
         nothing. Default: nobody is paused.
+      schedule: Factor of all updates, by calls of ``update`` so far, such as
+        ``optax.linear_schedule``: rates that fall in the last part of a training.
+        Default: updates are the inner optimizers' own.
 
     Returns:
       For the ``explore`` argument of :func:`optax_ev3.ev3`.
@@ -363,7 +369,8 @@ def branches(
             f"racing must be None or explore.Racing(patience={patience}), got "
             f"{racing!r} of type {type(racing).__name__}."
         )
-    return _made(length, growth, max_length, gradients, restart, averages, racing)
+    made = _made(length, growth, max_length, gradients, restart, averages, racing)
+    return dataclasses.replace(made, schedule=calls.checked_schedule(schedule))
 
 
 def _made(

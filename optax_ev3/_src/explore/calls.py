@@ -23,6 +23,8 @@ class Call(NamedTuple):
       hyperparams: By evolving group and name ``[G]``, the numbers of its members.
       own: Whether explorers may be elsewhere than the caller, with gradients of their
         own: they take ``value`` and the like from their losses then.
+      count: ``[]`` int32, calls of ``update`` before this one.
+      scale: ``[]``, factor of all updates; None for one.
     """
 
     grads: optax.Updates
@@ -32,6 +34,23 @@ class Call(NamedTuple):
     axis_name: Any = None
     hyperparams: Mapping[str, Mapping[str, jax.Array]] = types.MappingProxyType({})
     own: bool = False
+    count: Any = 0
+    scale: Any = None
+
+
+def checked_schedule(schedule: Any) -> optax.Schedule | None:
+    """The schedule; raises unless it can be called."""
+    if schedule is not None and not callable(schedule):
+        raise TypeError(
+            f"schedule must map calls of update to a factor of all updates, such as "
+            f"optax.linear_schedule(1.0, 0.0, 200, 800), got {schedule!r}."
+        )
+    return schedule
+
+
+def scaled(call: Call, schedule: optax.Schedule | None) -> Call:
+    """The call, whose updates a schedule scales."""
+    return call if schedule is None else call._replace(scale=schedule(call.count))
 
 
 def gradients_for(params: optax.Params, grads: optax.Updates) -> optax.Updates:

@@ -16,7 +16,7 @@ from optax_ev3._src.base.layout import Layout
 from optax_ev3._src.base.select import Stacked
 from optax_ev3._src.base.states import ExploreState, RoundInfo
 from optax_ev3._src.explore import averages as _averages
-from optax_ev3._src.explore import restarts, steps, strategy, turns
+from optax_ev3._src.explore import calls, restarts, steps, strategy, turns
 from optax_ev3._src.explore.averages import Average
 from optax_ev3._src.explore.branch import (
     BranchesState,
@@ -42,6 +42,7 @@ class Relay(strategy.Strategy):
     max_length: int
     averages: tuple[Average, ...]
     racing: Racing | None
+    schedule: optax.Schedule | None = None
 
     @property
     def restarts(self) -> bool:
@@ -79,7 +80,7 @@ class Relay(strategy.Strategy):
         walked: BranchesState = state.branches
         lead, layout, moved = walked.lead, ctx.layout, {}
         walk = Walk(self.averages, "shared", walked, lead, ctx.params)
-        is_finite = jnp.asarray(True)
+        call, is_finite = calls.scaled(ctx.call, self.schedule), jnp.asarray(True)
         for name, branch in branches_by_name(state, layout).items():
             rows, explorer = layout.rows(name), ctx.explorers[name]
             row = lead - rows[0]
@@ -88,7 +89,7 @@ class Relay(strategy.Strategy):
                 carry: Any, explorer: Explorer = explorer, name: str = name, row=row
             ) -> Any:
                 new = steps.one_member(
-                    walk.advance, explorer, name, ctx.call, row, carry[0]
+                    walk.advance, explorer, name, call, row, carry[0]
                 )
                 end = select.pick(row, [Stacked(new.end, explorer.size)])
                 return new, finite.finite(end)
@@ -250,6 +251,7 @@ def relay(
     *,
     averages: Sequence[Average] | None = None,
     racing: Racing | None = _RACING,
+    schedule: optax.Schedule | None = None,
 ) -> strategy.Strategy:
     """Explorers take turns with the caller's gradients: the price of one optimizer.
 
@@ -279,6 +281,7 @@ def relay(
         a challenger may lose in a row. A turn in which it makes up half of what it was
         behind does not count. From its second challenge on, a challenger that is far
         behind goes on from where the leader is. None: the leader is never challenged.
+      schedule: See :func:`branches`.
 
     Returns:
       For the ``explore`` argument of :func:`optax_ev3.ev3`.
@@ -317,4 +320,9 @@ def relay(
             f"racing must be None or explore.Racing(...), got {racing!r} of type "
             f"{type(racing).__name__}."
         )
-    return Relay(checks.static_int(length, "length"), _averages.check(averages), racing)
+    return Relay(
+        max_length=checks.static_int(length, "length"),
+        averages=_averages.check(averages),
+        racing=racing,
+        schedule=calls.checked_schedule(schedule),
+    )

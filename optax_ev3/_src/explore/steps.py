@@ -69,6 +69,8 @@ class Member(NamedTuple):
             self.call.own,
         )(grads)
         update = inner.like_params(update, params, self.name)
+        if self.call.scale is not None:
+            update = _scaled(update, self.call.scale)
         if self.explorer.merge_fn is not None:
             update = _merged(update, params, self.explorer.merge_fn, aux, self.name)
         return update, inner.like_state(new, opt_state, self.name)
@@ -112,6 +114,18 @@ def given_to(name: str, call: Call) -> tuple[optax.Updates, Any]:
             f"explorer(tx, loss_fn)."
         )
     return call.grads, call.extra_args.get("aux")
+
+
+def _scaled(update: optax.Updates, factor: jax.Array) -> optax.Updates:
+    """The update times a factor; what is no float stays."""
+
+    def one(u: jax.Array) -> jax.Array:
+        if not trees.is_inexact(u):
+            return u
+        wide = u.astype(trees.wide_dtype(u))
+        return (wide * jnp.asarray(factor, wide.dtype)).astype(u.dtype)
+
+    return jax.tree.map(one, update)
 
 
 def _merged(
