@@ -104,7 +104,8 @@ def farsighted(
        by a paired standard error above the one of the scores themselves; where one
        step loses more than the scores' own standard error explains; and where it has
        led to parameters that are worse than ``stable`` by a z below -4, and good at
-       quite other examples: then ``stable`` is adopted. The explorer is passed over for
+       quite other examples, while another one is free to lead: then ``stable`` is
+       adopted. The explorer is passed over for
        2, 4, 8, ... stretches. Gains in single steps excuse nothing.
     4. *Back to stable.* Where a stretch ends with ``current`` worse than ``stable``, by
        a z below -4, ``stable`` is adopted, and stretches are four times as long from
@@ -167,7 +168,10 @@ def farsighted(
         state, eligible = _eligible(evidence, state, to_current, own.max(), alpha)
         z = to_stable.z[evidence.current]
         is_worse = z < -_WORSE
-        is_harm = (z < -AT_ONCE) & (to_stable.stderr[evidence.current] > own[1])
+        is_far = to_stable.stderr[evidence.current] > own[1]
+        # Where it happens to all in turn, it is not the explorer's fault.
+        others = (eligible & (state.pause == 0)).at[state.stretch.leader].set(False)
+        is_harm = (z < -AT_ONCE) & is_far & others.any()
         change = (jnp.abs(to_current.gain) + to_current.stderr)[: evidence.proposals]
         state, failed = _next_stretch(state, eligible, change, is_harm, is_worse)
         leader = state.stretch.leader
@@ -247,14 +251,19 @@ def _eligible(
     # Where all change the scores that much, the one that does so least may pass.
     change, gain = to_current.stderr[:proposals], to_current.gain[:proposals]
     least = jnp.min(change, where=descends, initial=jnp.inf)
-    is_leap = change > jnp.maximum(own, least)
+    # Where a score has no spread, as F1 where nothing is found, it is no measure.
+    is_leap = (own > 0) & (change > jnp.maximum(own, least))
     # One that leads nowhere may do so where all scores are alike, which shows nothing.
-    leaps = jnp.where(change > 0, _fade(state.leaps, is_leap), state.leaps)
+    is_shown = (own > 0) & (change > 0)
+    leaps = jnp.where(is_shown, _fade(state.leaps, is_leap), state.leaps)
     steady = tallies.narrow(tallies.narrow(descends, ~is_leap), leaps <= 0)
     critical = statistics.z_value(alpha / proposals)
     # Exact values have no error of their own.
     allowed = critical * jnp.where(own > 0, own, state.noise)
-    eligible = steady & (gain >= -allowed)
+    held = steady & (gain >= -allowed)
+    # Nobody took over from a leader that was cut short: then all lose, and one moves on.
+    is_stuck = (state.pause[state.stretch.leader] > 0) & ~held.any()
+    eligible = jnp.where(is_stuck, steady, held)
     return state._replace(ascents=ascents, leaps=leaps), eligible
 
 
@@ -285,13 +294,16 @@ def _next_stretch(
     past = state.stretch
     cut = ~eligible[past.leader] | is_harm
     ended = (past.left <= 0) & ~cut
-    over, failed = cut | ended, ended & is_worse
+    led = past.calls > 0  # Not so before the first call.
+    over, failed = cut | ended, ended & is_worse & led
     cuts = state.cuts.at[past.leader].add(cut)
     pause = jnp.where(over, jnp.maximum(state.pause - 1, 0), state.pause)
     longer = 2 ** jnp.minimum(cuts[past.leader], _PAUSES)
     pause = pause.at[past.leader].set(jnp.where(cut, longer, pause[past.leader]))
-    measured = state.progress.at[past.leader].set(past.gain / past.calls)
-    progress = jnp.where(ended & (past.calls > 0), measured, state.progress)
+    measured = state.progress.at[past.leader].set(
+        past.gain / jnp.maximum(past.calls, 1)
+    )
+    progress = jnp.where(ended & led, measured, state.progress)
     leader = jnp.where(
         over, _lead(progress, pause, eligible, change, past.leader), past.leader
     )
@@ -336,7 +348,7 @@ def _lead(
 
 def _one_more(stretch: Stretch, gain: jax.Array, burn_in: float) -> Stretch:
     """The stretch with one more call."""
-    counts = stretch.left <= (1 - burn_in) * stretch.length
+    counts = stretch.left <= jnp.ceil((1 - burn_in) * stretch.length)
     return stretch._replace(
         left=stretch.left - 1,
         gain=stretch.gain + jnp.where(counts, gain, 0).astype(stretch.gain.dtype),
