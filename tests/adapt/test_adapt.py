@@ -340,7 +340,7 @@ class TestChooseAndConfirm:
 @pytest.mark.parametrize("confidence", [0.5, 1.0, 95, -1, float("nan")])
 def test_confidence_out_of_range(rule, confidence):
     with pytest.raises(ValueError, match=r"confidence must be above 0\.5 and below 1"):
-        rule(confidence)
+        rule(confidence=confidence)
 
 
 @pytest.mark.parametrize("rule", ALL_RULES.values(), ids=ALL_RULES)

@@ -72,7 +72,8 @@ def test_one_with_half_the_progress_is_retried_when_that_has_halved():
     starts = [t for t in starts if led[t] == SGD]
     assert 4 <= len(starts) <= 8
     ratios = np.diff(np.add(starts[1:], 10)) / np.add(starts[1:-1], 10)
-    assert (abs(ratios - 1) < 0.25).all()
+    assert (abs(ratios - 1) < 0.35).all()  # Stretches are of 4 calls.
+    assert (abs(ratios[2:] - 1) < 0.1).all()
 
 
 def test_an_explorer_shown_to_be_harmful_loses_its_stretch_and_is_paused_for_longer():
@@ -162,11 +163,11 @@ def test_forgets_explorers_that_are_others_from_now_on():
     run = Run(length=2)
     for _ in range(9):
         run([0.02, 0.01])
-    assert np.isfinite(run.state.progress).all()
+    assert (run.state.progress < 1).all()
     state = run.rule.forget(run.state, jnp.array([False, True]))
-    assert list(np.isfinite(state.progress)) == [True, False]
-    np.testing.assert_array_equal(state.current.total[1], 0)
-    np.testing.assert_array_equal(state.current.total[0], run.state.current.total[0])
+    assert list(state.progress < 1) == [True, False]
+    assert state.leaps[1] == state.ascents[1] == 0
+    assert state.ascents[0] == run.state.ascents[0] < 0
 
 
 @pytest.mark.parametrize("length", [0, -1])
@@ -222,7 +223,6 @@ def final(tx, key=KEY, steps=600, split=None):
     seen = []
     for part in parts:
         carry, (finite, path) = jax.lax.scan(step, carry, part)
-        carry = jax.tree.map(jnp.asarray, jax.tree.map(lambda x: x, carry))
         seen.append((finite, path))
     finite = jnp.concatenate([f for f, _ in seen])
     path = jnp.concatenate([p for _, p in seen])
@@ -247,17 +247,16 @@ def flat(make, seeds=8):
 
 
 def test_finds_the_one_that_is_better_in_the_end():
-    alone = {name: flat(lambda tx=tx: tx) for name, tx in INNER.items()}
-    assert alone["adam"] < 0.5 * alone["sgd"]
-    found = flat(ev3(INNER))
-    assert found < 1.5 * alone["adam"] + 0.1
-    # The one-step rule is misled: the problem is one.
-    assert flat(ev3(INNER, adapt.confident())) > 2 * found + 0.5
+    way = {name: 8 - flat(lambda tx=tx: tx) for name, tx in INNER.items()}
+    assert way["sgd"] < 0.2 * way["adam"]
+    assert 8 - flat(ev3(INNER)) > 0.85 * way["adam"]
+    # A rule that looks at single steps is misled by this problem.
+    assert 8 - flat(ev3(INNER, adapt.confident())) < 0.7 * way["adam"]
 
 
 def test_harmful_explorers_change_little():
     without, with_harmful = losses(ev3(INNER)), losses(ev3({**INNER, **HARMFUL}))
-    assert np.log(with_harmful).mean() < np.log(without).mean() + 0.7
+    assert np.log(with_harmful).mean() < np.log(without).mean() + np.log(1.05)
 
 
 def test_runs_are_the_same_bit_for_bit_also_restored():

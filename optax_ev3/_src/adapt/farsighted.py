@@ -26,6 +26,7 @@ _FADING = 0.9  # what an earlier round's step weighs, a round later: 10 in all
 _WORSE = 2.0  # z at which a stretch has failed at its end
 _PATIENCE = 4  # a stretch that failed is followed by one so many times as long
 _LONGEST = 2**20  # calls of a stretch
+_UNTRIED = 3e38  # progress of an explorer that has not led yet
 _PAUSES = 16  # a pause is no longer than 2 to this power
 
 
@@ -53,7 +54,7 @@ class FarsightedState(NamedTuple):
     Attributes:
       stretch: The present one.
       progress: ``[K]`` float32, gain in score per call, after the burn-in of each
-        explorer's last stretch that was not cut short; infinite before the first one.
+        explorer's last stretch that was not cut short; huge before the first one.
       pause: ``[K]`` int32, stretches for which an explorer is passed over.
       cuts: ``[K]`` int32, how many stretches of an explorer were cut short.
       ascents: ``[K]`` float32, faded mean of 1 for an ascent, and -1 for none.
@@ -202,7 +203,7 @@ def _init(proposals: int, length: int) -> FarsightedState:
     return FarsightedState(
         # The first call begins a stretch.
         stretch=Stretch(count(0), count(length), count(0), nothing, nothing),
-        progress=jnp.full([proposals], jnp.inf, jnp.float32),
+        progress=jnp.full([proposals], _UNTRIED, jnp.float32),
         pause=count(0, proposals),
         cuts=count(0, proposals),
         ascents=jnp.zeros([proposals], jnp.float32),
@@ -216,7 +217,7 @@ def _init(proposals: int, length: int) -> FarsightedState:
 def _forget(state: FarsightedState, fresh: jax.Array) -> FarsightedState:
     """Nothing is known of explorers that are others from now on."""
     return state._replace(
-        progress=jnp.where(fresh, jnp.inf, state.progress),
+        progress=jnp.where(fresh, _UNTRIED, state.progress),
         pause=jnp.where(fresh, 0, state.pause),
         cuts=jnp.where(fresh, 0, state.cuts),
         ascents=jnp.where(fresh, 0, state.ascents),
@@ -261,7 +262,7 @@ def _eligible(
     # Exact values have no error of their own.
     allowed = critical * jnp.where(own > 0, own, state.noise)
     held = steady & (gain >= -allowed)
-    # Nobody took over from a leader that was cut short: then all lose, and one moves on.
+    # Nobody took over from a leader that was cut short: all lose, so one moves on.
     is_stuck = (state.pause[state.stretch.leader] > 0) & ~held.any()
     eligible = jnp.where(is_stuck, steady, held)
     return state._replace(ascents=ascents, leaps=leaps), eligible
@@ -295,7 +296,7 @@ def _next_stretch(
     cut = ~eligible[past.leader] | is_harm
     ended = (past.left <= 0) & ~cut
     led = past.calls > 0  # Not so before the first call.
-    over, failed = cut | ended, ended & is_worse & led
+    over, failed = cut | ended, (past.left <= 0) & is_worse & led
     cuts = state.cuts.at[past.leader].add(cut)
     pause = jnp.where(over, jnp.maximum(state.pause - 1, 0), state.pause)
     longer = 2 ** jnp.minimum(cuts[past.leader], _PAUSES)
