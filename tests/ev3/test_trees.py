@@ -118,6 +118,8 @@ STRATEGIES = {
             racing=explore.Racing(1),
         ),
     },
+    "relay": {"explore": explore.relay(2)},
+    "relay, sweep": {"inner": _sweep() | two(), "explore": explore.relay(2)},
     "sweep": {"inner": _sweep()},
     "sweep, copy": {
         "inner": _sweep() | two(),

@@ -235,7 +235,8 @@ def _challenges(
     leader = jnp.where(wins, rival, past.leader)
     rarer = over & ~stalls
     gap = jnp.where(rarer, jnp.minimum(2 * past.gap, _RAREST), past.gap)
-    wait = jnp.where(over, gap, past.wait - (leads & ~challenged))
+    waited = (leads & ~challenged).astype(jnp.int32)
+    wait = jnp.where(over, gap, past.wait - waited)
     # A new challenge, by whom has had the fewest; of these by the best.
     able = (past.harmful == 0) & (jnp.arange(count) != leader)
     begins = leads & ~challenged & ((wait <= 0) | stalls) & able.any()
