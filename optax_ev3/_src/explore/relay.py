@@ -98,20 +98,23 @@ class Relay(strategy.Strategy):
             moved[name], is_finite = select.apply_if(takes, go, (branch, is_finite))
         is_lead = layout.split(jnp.arange(layout.explorers) == lead)
         alive = {name: ~flag | is_finite for name, flag in is_lead.items()}
-        skipped = jnp.stack([(branch.skipped > 0).any() for branch in moved.values()])
+        skipped = [(branch.skipped > 0).any() for branch in moved.values()]
+        is_skipped = jnp.stack(skipped).any()
         state = after_step(state, layout, moved, alive)
         is_last = state.branches.step >= state.branches.length
+        is_first = state.branches.step == 1
         return Explored(
             state,
-            alive,
+            (alive, is_skipped & is_first),
             {name: ~flag for name, flag in is_lead.items()},
-            is_over=is_last | skipped.any() | ~is_finite,
+            is_over=is_last | is_skipped | ~is_finite,
             is_broken=~is_finite,
         )
 
     def reinitialized(self, ctx: Context, explored: Explored) -> Any:
         """A branch that is not finite begins anew at the best parameters."""
-        broken = {name: ~flag for name, flag in explored.proposals.items()}
+        alive, _ = explored.proposals
+        broken = {name: ~flag for name, flag in alive.items()}
 
         def renew(state: ExploreState) -> ExploreState:
             best = state.branches.start
@@ -161,18 +164,17 @@ class Relay(strategy.Strategy):
         found = _outcome(info, layout, lead)
         coming = turns.advance(state.racing, lead, found, self.max_length, self.racing)
         walked = state.branches._replace(start=best)
-        # Where gradients were not finite the branch is left, but for a good one.
-        is_early = walked.step < walked.length
-        is_left = {
-            name: ~flag & is_early & ~found.adopted
-            for name, flag in explored.paused.items()
-        }
+        # Gradients that are not finite end a turn. Where they leave a turn without any
+        # step, it is the branch's fault, not a batch's: but for a good one, it is left.
+        _, is_stuck = explored.proposals
+        leaves = is_stuck & ~found.adopted
+        is_left = {name: ~flag & leaves for name, flag in explored.paused.items()}
 
         def leave(state: ExploreState) -> ExploreState:
             return begun_anew(ctx, state, is_left, best, self.averages)
 
         state = state._replace(branches=walked, racing=coming.turns)
-        state = select.apply_if(is_early & ~found.adopted, leave, state)
+        state = select.apply_if(leaves, leave, state)
 
         def join(state: ExploreState) -> ExploreState:
             return self._joined(ctx, state, coming.lead, coming.turns.leader)
