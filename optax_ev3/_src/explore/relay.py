@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ev3._src.base import checks, evidence, finite, select
+from optax_ev3._src.base import checks, evidence, finite, select, trees
 from optax_ev3._src.base.layout import Layout
 from optax_ev3._src.base.select import Stacked
 from optax_ev3._src.base.states import ExploreState, RoundInfo
@@ -33,6 +33,8 @@ from optax_ev3._src.explore.strategy import Candidates, Context, Explored, Finis
 
 # A challenge takes turns from the leader: it is short.
 _RACING = Racing(patience=1, window=2)
+# What the way to a branch may lose of it by rounding: a few times what bfloat16 does.
+_ROUNDED = 1 / 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Relay(strategy.Strategy):
                 end = select.pick(row, [Stacked(new.end, explorer.size)])
                 return new, finite.finite(end)
 
-            takes = (row >= 0) & (row < len(rows))
+            takes = (row >= 0) & (row < len(rows)) & (walked.step >= 0)
             moved[name], is_finite = select.apply_if(takes, go, (branch, is_finite))
         is_lead = layout.split(jnp.arange(layout.explorers) == lead)
         alive = {name: ~flag | is_finite for name, flag in is_lead.items()}
@@ -180,8 +182,10 @@ class Relay(strategy.Strategy):
             return self._joined(ctx, state, coming.lead, coming.turns.leader)
 
         state = select.apply_if(coming.joins, join, state)
+        end = select.pick(coming.lead, _stacks(ctx, state.branches.ends))
         walked = state.branches._replace(
-            step=jnp.zeros([], jnp.int32),
+            # Where one update does not lead to the branch, the next one does.
+            step=-_is_missed(end, ctx.params).astype(jnp.int32),
             length=coming.length,
             lead=coming.lead,
             alive=jnp.ones_like(walked.alive),
@@ -223,6 +227,20 @@ class Relay(strategy.Strategy):
 def _stacks(ctx: Context, trees: Mapping[str, Any]) -> list[Stacked]:
     """By explorer, in their order."""
     return [Stacked(trees[name], one.size) for name, one in ctx.explorers.items()]
+
+
+def _is_missed(target: optax.Params, params: optax.Params) -> jax.Array:
+    """Whether the update to the target is rounded to one that leads elsewhere."""
+    reached = trees.plus(params, finite.towards(target, params))
+
+    def misses(new: jax.Array, wanted: jax.Array) -> jax.Array:
+        if not trees.is_inexact(wanted) or not wanted.size:
+            return jnp.asarray(False)
+        error, size = jnp.abs(trees.minus(new, wanted)).max(), jnp.abs(wanted).max()
+        return ~(error <= _ROUNDED * size)
+
+    missed = jax.tree.leaves(jax.tree.map(misses, reached, target))
+    return jnp.stack(missed).any() if missed else jnp.asarray(False)
 
 
 def _place(layout: Layout, candidate: jax.Array) -> jax.Array:
@@ -272,7 +290,8 @@ def relay(
     here the best parameters so far (:func:`optax_ev3.best_params`), and ``stable``. A
     turn whose gradients or parameters are not finite ends at once. An explorer that was
     never adopted, and fell in two turns in a row by three standard errors, or was not
-    finite, gets no turn any more.
+    finite, gets no turn any more. From parameters so large that rounding would lose the
+    next branch on the way, it takes one call more to get there.
 
     Args:
       length: Calls of ``update`` in a turn.
