@@ -264,6 +264,7 @@ STRATEGIES = {
     "shared": {"explore": explore.rounds(3, gradients="shared")},
     "never": {"explore": explore.branches(3)},
     "race": {"explore": explore.branches(1, racing=explore.Racing(1, 4))},
+    "relay": {"explore": explore.relay(3)},
 }
 
 

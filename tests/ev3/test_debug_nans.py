@@ -34,6 +34,7 @@ STRATEGIES = {
             ],
         ),
     },
+    "relay": {"explore": explore.relay(2)},
     "guard": {"rule": adapt.guarded(adapt.greedy(), adapt.ladder())},
 }
 
@@ -52,14 +53,13 @@ def score(w, batch):
     return -jnp.square(w["w"] - 1).sum() * batch
 
 
-def explorers():
+def explorers(strategy):
     rate = {"learning_rate": [0.01, 0.1]}
     space = {"learning_rate": optax_ev3.log_uniform(1e-3, 0.1, 0.05)}
-    return {
-        "adam": optax.adam(0.1),
-        "sweep": optax_ev3.sweep(optax.sgd, **rate),
-        "group": optax_ev3.evolve(optax.sgd, space, population=2),
-    }
+    found = {"adam": optax.adam(0.1), "sweep": optax_ev3.sweep(optax.sgd, **rate)}
+    if strategy != "relay":  # There no group evolves.
+        found["group"] = optax_ev3.evolve(optax.sgd, space, population=2)
+    return found
 
 
 def run(tx, jitted, steps=5, read=optax_ev3.summary):
@@ -83,7 +83,7 @@ def run(tx, jitted, steps=5, read=optax_ev3.summary):
 def test_whole_steps(strategy):
     kwargs = {"loss_fn": loss, "assess_fn": score, "rule": "greedy"}
     kwargs |= STRATEGIES[strategy]
-    tx = transformation(inner=explorers(), **kwargs)
+    tx = transformation(inner=explorers(strategy), **kwargs)
     with debugging(infs=True):
         found, state = run(tx, jitted=True)
         optax_ev3.credit(state)

@@ -24,6 +24,7 @@ STRATEGIES = {
             ],
         ),
     },
+    "relay": {"explore": explore.relay(2)},
 }
 
 
@@ -43,6 +44,8 @@ def transformation(strategy):
         ),
         "group": optax_ev3.evolve(optax.adam, space, population=2),
     }
+    if strategy == "relay":  # There no group evolves.
+        del inner["group"]
     settings = {"loss_fn": lambda p: p["b"].sum(), **STRATEGIES[strategy]}
     return optax_ev3.ev3(inner, lambda p: -p["b"].sum(), **settings)
 
@@ -85,7 +88,7 @@ def test_what_is_like_the_parameters(strategy):
     trees = ["stable['w']", "'adam'].opt_state[0].mu['w']"]
     if strategy != "one_step":
         trees += ["explore.branches.start['w']", "ends['adam']['w']"]
-    if strategy == "averages":
+    if strategy in ("averages", "relay"):
         trees += ["means['adam'][0]['w']", "means['adam'][1]['w']"]
     for tree in trees:
         assert any(path.endswith(tree) for path in expected), tree

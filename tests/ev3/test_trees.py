@@ -118,6 +118,8 @@ STRATEGIES = {
             racing=explore.Racing(1),
         ),
     },
+    "relay": {"explore": explore.relay(2)},
+    "relay, sweep": {"inner": _sweep() | two(), "explore": explore.relay(2)},
     "sweep": {"inner": _sweep()},
     "sweep, copy": {
         "inner": _sweep() | two(),
@@ -184,7 +186,7 @@ def test_a_tree_that_can_be_called_is_a_tree(setting):
 
 
 @pytest.mark.parametrize("tree", CALLABLE)
-@pytest.mark.parametrize("setting", ["one step", "own", "shared"])
+@pytest.mark.parametrize("setting", ["one step", "own", "shared", "relay"])
 def test_one_explorer_trains_callable_trees_like_optax(setting, tree):
     inner, w = optax.adam(0.1), CALLABLE[tree]()
     kwargs = {**STRATEGIES[setting], "inner": [inner], "adapt": always(0)}
@@ -621,7 +623,9 @@ def test_nothing_of_ours_promotes_dtypes(setting):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "complex64", "mixed"])
-@pytest.mark.parametrize("setting", ["one step", "own", "never", "significant"])
+@pytest.mark.parametrize(
+    "setting", ["one step", "own", "never", "significant", "relay"]
+)
 def test_parameters_of_any_precision_are_not_promoted(setting, dtype):
     w = TREES[dtype]()
 
@@ -646,7 +650,7 @@ def test_corrections_promote_nothing():
 
 
 @pytest.mark.parametrize("promotion", ["standard", "strict"])
-@pytest.mark.parametrize("setting", ["one step", "own", "shared"])
+@pytest.mark.parametrize("setting", ["one step", "own", "shared", "relay"])
 def test_python_and_numpy_numbers_train_eagerly(setting, promotion):
     w = {"python": 1.0, "float64": np.float64(2.0), "float32": np.float32(3.0)}
 

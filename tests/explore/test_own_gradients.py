@@ -36,6 +36,7 @@ STRATEGIES = {
         ),
         "adapt": adapt.greedy(),
     },
+    "relay": {"explore": explore.relay(3)},
 }
 
 
@@ -169,6 +170,11 @@ def test_an_optimizer_around_takes_none():
         ({"adam": optax.adam(0.1)}, {}, "adam"),
         ({"adam": optax.adam(0.1)}, {"loss_fn": loss}, "adam"),
         ({"adam": optax.adam(0.1)}, {"explore": explore.rounds(2)}, "adam"),
+        (
+            {"adam": optax.adam(0.1)},
+            {"explore": explore.relay(2), "loss_fn": loss},
+            "adam",
+        ),
         ({**own({"sgd": optax.sgd(0.1)}), "adam": optax.adam(0.1)}, {}, "adam"),
         (EXPLORERS["sweep"], {}, "adam"),
         (EXPLORERS["group"], {"explore": explore.rounds(2)}, "sgd"),

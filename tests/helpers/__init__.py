@@ -36,6 +36,7 @@ STRATEGIES = {
             averages=[explore.trajectory_average(), explore.branch_average()],
         ),
     },
+    "relay": {"explore": explore.relay(2)},
 }
 
 

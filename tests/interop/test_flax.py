@@ -242,6 +242,7 @@ STRATEGIES = {
     "shared": {"explore": explore.rounds(2, gradients="shared")},
     "never": {"explore": explore.branches(2)},
     "race": {"explore": explore.branches(1, racing=explore.Racing(1, 4))},
+    "relay": {"explore": explore.relay(2, averages=[])},
 }
 
 

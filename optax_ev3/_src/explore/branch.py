@@ -22,7 +22,8 @@ class BranchesState(NamedTuple):
     """Where the branches are.
 
     Attributes:
-      step: ``[]`` int32, calls of ``update`` since the round's start.
+      step: ``[]`` int32, calls of ``update`` since the round's start; -1 where it takes
+        one more to get to the branch, in a relay.
       length: ``[]`` int32, calls in this round.
       lead: ``[]`` int32, the explorer whose branch is visible; K if none is.
       start: The parameters at the round's start.

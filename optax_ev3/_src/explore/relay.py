@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ev3._src.base import checks, evidence, finite, select
+from optax_ev3._src.base import checks, evidence, finite, select, trees
 from optax_ev3._src.base.layout import Layout
 from optax_ev3._src.base.select import Stacked
 from optax_ev3._src.base.states import ExploreState, RoundInfo
@@ -36,6 +36,8 @@ from optax_ev3._src.explore.strategy import Candidates, Context, Explored, Finis
 _RACING = Racing(patience=1, window=2)
 # Of so many steps, one enters the averages: they would take as long as the optimizer.
 _EVERY = 5
+# What the way to a branch may lose of it by rounding: a few times what bfloat16 does.
+_ROUNDED = 1 / 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,24 +99,27 @@ class Relay(strategy.Strategy):
                 end = select.pick(row, [Stacked(new.end, explorer.size)])
                 return new, finite.finite(end)
 
-            takes = (row >= 0) & (row < len(rows))
+            takes = (row >= 0) & (row < len(rows)) & (walked.step >= 0)
             moved[name], is_finite = select.apply_if(takes, go, (branch, is_finite))
         is_lead = layout.split(jnp.arange(layout.explorers) == lead)
         alive = {name: ~flag | is_finite for name, flag in is_lead.items()}
-        skipped = jnp.stack([(branch.skipped > 0).any() for branch in moved.values()])
+        skipped = [(branch.skipped > 0).any() for branch in moved.values()]
+        is_skipped = jnp.stack(skipped).any()
         state = after_step(state, layout, moved, alive)
         is_last = state.branches.step >= state.branches.length
+        is_first = state.branches.step == 1
         return Explored(
             state,
-            alive,
+            (alive, is_skipped & is_first),
             {name: ~flag for name, flag in is_lead.items()},
-            is_over=is_last | skipped.any() | ~is_finite,
+            is_over=is_last | is_skipped | ~is_finite,
             is_broken=~is_finite,
         )
 
     def reinitialized(self, ctx: Context, explored: Explored) -> Any:
         """A branch that is not finite begins anew at the best parameters."""
-        broken = {name: ~flag for name, flag in explored.proposals.items()}
+        alive, _ = explored.proposals
+        broken = {name: ~flag for name, flag in alive.items()}
 
         def renew(state: ExploreState) -> ExploreState:
             best = state.branches.start
@@ -164,25 +169,26 @@ class Relay(strategy.Strategy):
         found = _outcome(info, layout, lead)
         coming = turns.advance(state.racing, lead, found, self.max_length, self.racing)
         walked = state.branches._replace(start=best)
-        # Where gradients were not finite the branch is left, but for a good one.
-        is_early = walked.step < walked.length
-        is_left = {
-            name: ~flag & is_early & ~found.adopted
-            for name, flag in explored.paused.items()
-        }
+        # Gradients that are not finite end a turn. Where they leave a turn without any
+        # step, it is the branch's fault, not a batch's: but for a good one, it is left.
+        _, is_stuck = explored.proposals
+        leaves = is_stuck & ~found.adopted
+        is_left = {name: ~flag & leaves for name, flag in explored.paused.items()}
 
         def leave(state: ExploreState) -> ExploreState:
             return begun_anew(ctx, state, is_left, best, self.averages)
 
         state = state._replace(branches=walked, racing=coming.turns)
-        state = select.apply_if(is_early & ~found.adopted, leave, state)
+        state = select.apply_if(leaves, leave, state)
 
         def join(state: ExploreState) -> ExploreState:
             return self._joined(ctx, state, coming.lead, coming.turns.leader)
 
         state = select.apply_if(coming.joins, join, state)
+        end = select.pick(coming.lead, _stacks(ctx, state.branches.ends))
         walked = state.branches._replace(
-            step=jnp.zeros([], jnp.int32),
+            # Where one update does not lead to the branch, the next one does.
+            step=-_is_missed(end, ctx.params).astype(jnp.int32),
             length=coming.length,
             lead=coming.lead,
             alive=jnp.ones_like(walked.alive),
@@ -228,6 +234,20 @@ class Relay(strategy.Strategy):
 def _stacks(ctx: Context, trees: Mapping[str, Any]) -> list[Stacked]:
     """By explorer, in their order."""
     return [Stacked(trees[name], one.size) for name, one in ctx.explorers.items()]
+
+
+def _is_missed(target: optax.Params, params: optax.Params) -> jax.Array:
+    """Whether the update to the target is rounded to one that leads elsewhere."""
+    reached = trees.plus(params, finite.towards(target, params))
+
+    def misses(new: jax.Array, wanted: jax.Array) -> jax.Array:
+        if not trees.is_inexact(wanted) or not wanted.size:
+            return jnp.asarray(False)
+        error, size = jnp.abs(trees.minus(new, wanted)).max(), jnp.abs(wanted).max()
+        return ~(error <= _ROUNDED * size)
+
+    missed = jax.tree.leaves(jax.tree.map(misses, reached, target))
+    return jnp.stack(missed).any() if missed else jnp.asarray(False)
 
 
 def _place(layout: Layout, candidate: jax.Array) -> jax.Array:
@@ -277,7 +297,8 @@ def relay(
     here the best parameters so far (:func:`optax_ev3.best_params`), and ``stable``. A
     turn whose gradients or parameters are not finite ends at once. An explorer that was
     never adopted, and fell in two turns in a row by three standard errors, or was not
-    finite, gets no turn any more.
+    finite, gets no turn any more. From parameters so large that rounding would lose the
+    next branch on the way, it takes one call more to get there.
 
     Args:
       length: Calls of ``update`` in a turn.

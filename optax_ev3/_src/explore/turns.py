@@ -175,9 +175,8 @@ def advance(
 
 def _noted(past: Turns, lead: jax.Array, outcome: Outcome) -> Turns:
     """With the levels after a turn, and who is harmful."""
-    level, best = past.best + outcome.gain, past.best + outcome.moved
-    level = jnp.clip(level, -_HIGHEST, _HIGHEST).astype(jnp.float32)
     before = past.level[lead]
+    level = _cut(past.best + outcome.gain, before)
     # An exact score has no error: a fall is one that undoes all that was reached.
     error = jnp.where(outcome.stderr > 0, _WORSE * outcome.stderr, past.best)
     fell = jnp.where(level < before - error, past.fell[lead] + 1, 0)
@@ -187,7 +186,7 @@ def _noted(past: Turns, lead: jax.Array, outcome: Outcome) -> Turns:
     harmful = past.harmful.at[lead].max(is_harmful.astype(jnp.int32))
     return past._replace(
         level=past.level.at[lead].set(jnp.where(outcome.finite, level, before)),
-        best=jnp.clip(best, -_HIGHEST, _HIGHEST).astype(jnp.float32),
+        best=_cut(past.best + outcome.moved, past.best),
         adopted=adopted,
         fell=past.fell.at[lead].set(fell.astype(jnp.int32)),
         # If all are, all go on.
@@ -195,11 +194,20 @@ def _noted(past: Turns, lead: jax.Array, outcome: Outcome) -> Turns:
     )
 
 
+def _cut(level: jax.Array, otherwise: jax.Array) -> jax.Array:
+    """The level within bounds; another one where it is not a number."""
+    level = jnp.where(jnp.isnan(level), otherwise, level)
+    return jnp.clip(level, -_HIGHEST, _HIGHEST).astype(jnp.float32)
+
+
 def _first_turns(past: Turns, lead: jax.Array, stages: list[int]) -> Next:
     """The next one in the cycle; at its end the better half goes on."""
     count = past.level.shape[0]
     index = jnp.arange(count)
-    field = (past.field > 0) & (past.harmful == 0)
+    able = past.harmful == 0
+    field = (past.field > 0) & able
+    # Where all who were left are harmful, those go on who had been left out.
+    field = jnp.where(field.any(), field, able)
     left = field & (index > lead)
     ends = ~left.any()
     cycle = past.cycle + ends.astype(jnp.int32)
@@ -220,8 +228,11 @@ def _challenges(
 ) -> Next:
     """The leader, or one that challenges it."""
     count = past.level.shape[0]
+    able = past.harmful == 0
+    heir = jnp.argmax(jnp.where(able, past.level, -jnp.inf)).astype(jnp.int32)
     if racing is None or count == 1:
-        return _next(past, past.leader)
+        leader = jnp.where(able[past.leader], past.leader, heir)
+        return _next(past._replace(leader=leader), leader)
     leads = lead == past.leader
     stalled = jnp.where(leads, jnp.where(stands, past.stalled + 1, 0), past.stalled)
     stalls = stalled >= _STALLS
@@ -231,16 +242,19 @@ def _challenges(
     # Both have had a turn.
     decided = challenged & leads
     behind = past.level[past.leader] - past.level[rival]
-    wins = decided & (behind < 0) & ~is_harmful
+    wins = decided & ((behind < 0) | ~able[past.leader]) & ~is_harmful
     lost = jnp.where(decided & (behind >= past.behind / 2), past.lost + 1, 0)
     goes_on = decided & ~wins & ~is_harmful & (lost < racing.patience)
     over = challenged & jnp.where(leads, ~goes_on, is_harmful)
     leader = jnp.where(wins, rival, past.leader)
+    leader = jnp.where(able[leader], leader, heir)
     rarer = over & ~stalls
     gap = jnp.where(rarer, jnp.minimum(2 * past.gap, _RAREST), past.gap)
-    wait = jnp.where(over, gap, past.wait - (leads & ~challenged))
+    waited = (leads & ~challenged).astype(jnp.int32)
+    wait = jnp.where(over, gap, past.wait - waited)
     # A new challenge, by whom has had the fewest; of these by the best.
-    able = (past.harmful == 0) & (jnp.arange(count) != leader)
+    # Where no score has told any two apart, the first one is left in the lead.
+    able &= (jnp.arange(count) != leader) & (past.level != past.level[leader]).any()
     begins = leads & ~challenged & ((wait <= 0) | stalls) & able.any()
     fewest = jnp.min(past.challenges, where=able, initial=jnp.iinfo(jnp.int32).max)
     able &= past.challenges == fewest
