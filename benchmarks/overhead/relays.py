@@ -41,9 +41,7 @@ def measure_relays(name: str, problem: Problem, settings: Any):
             return out
 
         runners[label] = turn
-    seconds = race(
-        runners, settings._replace(sample_seconds=0.0), time.process_time
-    )
+    seconds = race(runners, settings._replace(sample_seconds=0.0), time.process_time)
     return [
         {
             "model": name,
