@@ -125,12 +125,12 @@ def test_one_explorer_is_that_optimizer_alone():
     """At every call, with the averages and the best parameters by hand."""
     tx, w = optax.adam(0.03), start()
     inner_state, best, found, past = tx.init(w), w, [], []
-    averages = [explore.trajectory_average(), explore.branch_average(0.9)]
+    averages = [explore.trajectory_average(), explore.branch_average()]
     seen = run(
         optax_ev3.ev3(
-            {"adam": tx}, assess, explore=explore.relay(5, averages=averages)
+            {"adam": tx}, assess, explore=explore.relay(10, averages=averages)
         ),
-        17,
+        34,
     )
     for call, (visible, state) in enumerate(seen):
         updates, inner_state = tx.update(gradient(w, data(call)), inner_state, w)
@@ -138,19 +138,20 @@ def test_one_explorer_is_that_optimizer_alone():
         found.append(w)
         assert_close(visible, w)
         assert_close(state.explore.explorers["adam"].opt_state, inner_state)
-        turn = found[call // 5 * 5 :]
-        weight = np.cumprod([1.0, *[min(i / (i + 1), 0.9) for i in range(call, 0, -1)]])
-        weight *= [max(1 / (i + 1), 0.1) for i in range(call, -1, -1)]
-        expected = [
-            jax.tree.map(lambda *x: np.mean(x, axis=0), *turn),
-            jax.tree.map(lambda *x, by=weight[::-1]: np.tensordot(by, x, 1), *found),
-        ]
-        assert_close(state.explore.branches.means["adam"], tuple(expected))
         if call % 5 == 4:
+            # Of five steps, one enters the averages: here of ten, the last of a half.
+            turn, ever = found[call // 10 * 10 + 4 :: 5], found[4::5]
+            expected = [mean_of(turn), mean_of(ever)]
+            assert_close(state.explore.branches.means["adam"], tuple(expected))
+        if call % 10 == 9:
             past += [w, *expected]
             best = max([best, *past], key=lambda p: np.mean(assess(p)))
         assert_close(optax_ev3.best_params(state), best)
-    assert optax_ev3.history(seen[-1][1])["length"].tolist() == [5] * 3
+    assert optax_ev3.history(seen[-1][1])["length"].tolist() == [10] * 3
+
+
+def mean_of(trees):
+    return jax.tree.map(lambda *x: np.mean(x, axis=0), *trees)
 
 
 def test_gradients_are_those_at_the_visible_parameters():

@@ -17,9 +17,16 @@ class TrajectoryAverage:
 
     prefix: ClassVar[str] = "average"
 
-    def weight(self, step: jax.Array, age: jax.Array) -> jax.Array:
-        """What the newest parameters weigh in a step of the trajectory."""
-        return 1 / (step + 1)
+    def weight(self, step: jax.Array, age: jax.Array, every: int) -> jax.Array:
+        """What the newest parameters weigh in a step of the trajectory.
+
+        Args:
+          step: ``[]`` int32, steps of the trajectory before.
+          age: ``[]`` int32, steps of the branch before.
+          every: Of so many steps, one is averaged.
+        """
+        del age
+        return 1 / (step // every + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +41,10 @@ class BranchAverage:
 
     prefix: ClassVar[str] = "branch_average"
 
-    def weight(self, step: jax.Array, age: jax.Array) -> jax.Array:
-        """What the newest parameters weigh, by the steps of the branch before."""
-        return jnp.maximum(1 / (age + 1), 1 - self.decay)
+    def weight(self, step: jax.Array, age: jax.Array, every: int) -> jax.Array:
+        """What the newest parameters weigh, see :class:`TrajectoryAverage`."""
+        del step
+        return jnp.maximum(1 / (age // every + 1), 1 - self.decay**every)
 
 
 Average = TrajectoryAverage | BranchAverage

@@ -3,7 +3,7 @@
 Dimensions: ``K`` explorers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -149,16 +149,42 @@ def begun_anew(
     kinds: Sequence[Average],
 ) -> ExploreState:
     """Some branches begin at these parameters, with new inner states."""
-    walked, opt_states, ends, means = state.branches, {}, {}, {}
-    for name, explorer in ctx.explorers.items():
-        flags, spread = which[name], select.spread(params, explorer.size)
-        old, new = state.explorers[name].opt_state, first_means(kinds, spread)
-        made = inner.init_state(explorer, params)
-        opt_states[name] = select.where_rows(flags, made, old)
-        ends[name] = select.where_rows(flags, spread, walked.ends[name])
-        means[name] = select.where_rows(flags, new, walked.means[name])
+
+    def begin(name: str) -> Callable[[Any], Any]:
+        explorer, flags = ctx.explorers[name], which[name]
+
+        def anew(old: Any) -> Any:
+            end = select.spread(params, explorer.size)
+            new = inner.init_state(explorer, params), end, first_means(kinds, end)
+            return select.where_rows(flags, new, old)
+
+        return lambda own: select.apply_if(flags.any(), anew, own)
+
+    state = replaced(state, {name: begin(name) for name in which})
+    walked: BranchesState = state.branches
     age = jnp.where(ctx.layout.join(which), 0, walked.age)
-    walked = walked._replace(ends=ends, means=means, age=age)
+    return state._replace(branches=walked._replace(age=age))
+
+
+def replaced(
+    state: ExploreState, change: Mapping[str, Callable[[Any], Any]]
+) -> ExploreState:
+    """The state with ``change(inner state, end, averages)`` of each explorer.
+
+    One explorer after the other: none needs memory for all.
+    """
+    walked: BranchesState = state.branches
+    new = {
+        name: fn(
+            (state.explorers[name].opt_state, walked.ends[name], walked.means[name])
+        )
+        for name, fn in change.items()
+    }
+    walked = walked._replace(
+        ends={name: parts[1] for name, parts in new.items()},
+        means={name: parts[2] for name, parts in new.items()},
+    )
+    opt_states = {name: parts[0] for name, parts in new.items()}
     return strategy.with_opt_states(state, opt_states)._replace(branches=walked)
 
 
@@ -171,6 +197,7 @@ class Walk(NamedTuple):
       state: Where the branches are.
       lead: ``[]`` int32, the explorer whose branch is visible.
       params: The visible parameters.
+      every: Of so many steps, one enters the averages; and the last one.
     """
 
     averages: Sequence[Average]
@@ -178,6 +205,7 @@ class Walk(NamedTuple):
     state: BranchesState
     lead: jax.Array
     params: optax.Params
+    every: int = 1
 
     def advance(self, member: steps.Member, branch: Branch) -> Branch:
         """The branch after a step, if its gradients are finite."""
@@ -192,10 +220,7 @@ class Walk(NamedTuple):
             opt_state, end, means, _, age = moving
             update, opt_state = member.advance(grads, aux, opt_state, end)
             end = trees.plus(end, update)
-            means = tuple(
-                averages.move(mean, end, average.weight(self.state.step, age))
-                for mean, average in zip(means, self.averages, strict=True)
-            )
+            means = self.averaged(means, end, age, is_last)
             is_ascent = control.cond(is_last, climbs, lambda _: branch.is_ascent, end)
             return opt_state, end, means, is_ascent, age + 1
 
@@ -211,6 +236,23 @@ class Walk(NamedTuple):
         opt_state, end, means, is_ascent, age = moved
         skipped = (~ok).astype(jnp.int32)
         return Branch(opt_state, end, means, is_ascent, age, branch.number, skipped)
+
+    def averaged(
+        self, means: Any, end: optax.Params, age: jax.Array, is_last: jax.Array
+    ) -> Any:
+        """The averages after a step that led to ``end``."""
+
+        def move(means: Any) -> Any:
+            return tuple(
+                averages.move(mean, end, average.weight(self.state.step, age, every))
+                for mean, average in zip(means, self.averages, strict=True)
+            )
+
+        every = self.every
+        if every == 1 or not means:
+            return move(means)
+        is_due = is_last | (self.state.step % every == every - 1)
+        return select.apply_if(is_due, move, means)
 
     def gradients(
         self, member: steps.Member, params: optax.Params, leads: jax.Array

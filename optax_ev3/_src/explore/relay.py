@@ -25,6 +25,7 @@ from optax_ev3._src.explore.branch import (
     begun_anew,
     branches_by_name,
     first_branches,
+    replaced,
 )
 from optax_ev3._src.explore.explorers import Explorer
 from optax_ev3._src.explore.racing import Racing
@@ -35,6 +36,8 @@ from optax_ev3._src.explore.strategy import Candidates, Context, Explored, Finis
 _RACING = Racing(patience=1, window=2)
 # What the way to a branch may lose of it by rounding: a few times what bfloat16 does.
 _ROUNDED = 1 / 64
+# Of so many steps, one enters the averages: they would take as long as the optimizer.
+_EVERY = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Relay(strategy.Strategy):
         """One step of the explorer whose turn it is."""
         walked: BranchesState = state.branches
         lead, layout, moved = walked.lead, ctx.layout, {}
-        walk = Walk(self.averages, "shared", walked, lead, ctx.params)
+        walk = Walk(self.averages, "shared", walked, lead, ctx.params, _EVERY)
         call, is_finite = calls.scaled(ctx.call, self.schedule), jnp.asarray(True)
         for name, branch in branches_by_name(state, layout).items():
             rows, explorer = layout.rows(name), ctx.explorers[name]
@@ -202,26 +205,30 @@ class Relay(strategy.Strategy):
         self, ctx: Context, state: ExploreState, who: jax.Array, leader: jax.Array
     ) -> ExploreState:
         """One branch goes on from where another one is, and with its averages."""
-        walked = state.branches
-        is_who = jnp.arange(ctx.layout.explorers) == who
+        walked, layout = state.branches, ctx.layout
+        is_who = jnp.arange(layout.explorers) == who
         end = select.pick(leader, _stacks(ctx, walked.ends))
+        means = tuple(
+            select.pick(
+                leader, _stacks(ctx, {k: v[i] for k, v in walked.means.items()})
+            )
+            for i in range(len(self.averages))
+        )
         copied = restarts.inner_states(ctx, state, Never("copy"), end, is_who, leader)
 
-        def put(parts: Mapping[str, Any]) -> dict[str, Any]:
-            one = select.pick(leader, _stacks(ctx, parts))
-            return {
-                name: select.where_rows(
-                    flags, select.spread(one, ctx.explorers[name].size), parts[name]
-                )
-                for name, flags in ctx.layout.split(is_who).items()
-            }
+        def go_there(name: str, flags: jax.Array) -> Any:
+            size = ctx.explorers[name].size
 
-        walked = walked._replace(
-            ends=put(walked.ends),
-            means=put(walked.means),
-            age=jnp.where(is_who, walked.age[leader], walked.age),
-        )
-        return strategy.with_opt_states(state, copied)._replace(branches=walked)
+            def there(old: Any) -> Any:
+                new = select.spread((end, means), size)
+                return copied[name], *select.where_rows(flags, new, old[1:])
+
+            return lambda own: select.apply_if(flags.any(), there, own)
+
+        flags = layout.split(is_who)
+        state = replaced(state, {name: go_there(name, flags[name]) for name in flags})
+        age = jnp.where(is_who, walked.age[leader], walked.age)
+        return state._replace(branches=state.branches._replace(age=age))
 
 
 def _stacks(ctx: Context, trees: Mapping[str, Any]) -> list[Stacked]:

@@ -113,10 +113,13 @@ def init(explorers: int, racing: Racing | None) -> Turns:
     def whole(value: int) -> jax.Array:
         return jnp.asarray(value, jnp.int32)
 
-    nobody = jnp.zeros([explorers], jnp.int32)
+    def each(value: int) -> jax.Array:
+        return jnp.full([explorers], value, jnp.int32)
+
+    # Buffers of their own, so that all can be donated.
     return Turns(
         cycle=whole(0),
-        field=nobody + 1,
+        field=each(1),
         leader=whole(0),
         challenger=whole(explorers),
         wait=whole(gap),
@@ -124,12 +127,12 @@ def init(explorers: int, racing: Racing | None) -> Turns:
         lost=whole(0),
         stalled=whole(0),
         behind=jnp.zeros([], jnp.float32),
-        challenges=nobody,
+        challenges=each(0),
         level=jnp.zeros([explorers], jnp.float32),
         best=jnp.zeros([], jnp.float32),
-        adopted=nobody,
-        fell=nobody,
-        harmful=nobody,
+        adopted=each(0),
+        fell=each(0),
+        harmful=each(0),
     )
 
 
