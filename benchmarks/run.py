@@ -19,6 +19,7 @@ FOLDER = pathlib.Path(__file__).parent / "results"
 
 # Modules of this package, which are also the names of folders of results.
 SUITES = {
+    "one_line": "EV3 of two optimizers, in one line, against each of them alone",
     "quality": "EV3 against searches and other methods, on eleven small tasks",
     "rules": "what the rules are worth, and how often they take noise for proof",
     "trajectories": "what trajectories of several steps are worth",

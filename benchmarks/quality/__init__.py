@@ -55,7 +55,7 @@ def cells(settings, tasks, results):
     seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
     names = FEW_METHODS if settings.few else (*METHODS, *PROCEDURES)
     for name in FEW_TASKS if settings.few else tasks:
-        task = functools.cache(TASKS[name])
+        task = functools.cache(lambda name=name: TASKS[name]()._replace(name=name))
         for method in names:
 
             def measure(task=task, method=method):

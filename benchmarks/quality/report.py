@@ -181,7 +181,12 @@ def _show_summary(found, kinds):
     columns = ["better", "level", "worse", "ratio"]
     shown = pd.DataFrame.from_dict(lines, orient="index", columns=columns)
     show(shown.rename_axis("EV3 against"))
-    ranked = [EV3, *kinds.others]
+    for ours in (EV3, *kinds.variants):
+        _show_ranks(found, [ours, *kinds.others])
+    print("better, worse: at 5%, paired t tests, Holm's correction over tasks")
+
+
+def _show_ranks(found, ranked):
     complete = [one[ranked] for one in found.values() if set(ranked) <= set(one)]
     if complete:
         means = pd.concat([one.mean().to_frame().T for one in complete])
@@ -192,7 +197,6 @@ def _show_summary(found, kinds):
             ranks = compared.rank(axis=1).mean().sort_values()
             listed = ", ".join(f"{name} {rank:.1f}" for name, rank in ranks.items())
             print(f"{title}: {listed}")
-    print("better, worse: at 5%, paired t tests, Holm's correction over tasks")
 
 
 def _significant(p_values):

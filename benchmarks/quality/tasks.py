@@ -32,6 +32,7 @@ class Task(NamedTuple):
       figure: What the figure is.
       steps: Of each explorer.
       batch: Training examples in a step.
+      name: What it is called in :data:`TASKS`.
     """
 
     parts: Callable[[int], Parts]
@@ -42,6 +43,7 @@ class Task(NamedTuple):
     figure: str
     steps: int
     batch: int
+    name: str = ""
 
     def held_out(self, params: Any, part: Any) -> jax.Array:
         """The mean score of all held-out examples."""

@@ -111,7 +111,8 @@ def ev3_trainer(task, method, budget, seeds):
                 .at[-1]
                 .add(assessed / passes)
             )
-            kept = keep(kept, (params,), ended & (done <= limits))
+            shown = method.evaluated(params, new)
+            kept = keep(kept, (shown,), ended & (done <= limits))
             return params, new, number + 1, gradients, assessed, kept
 
         start = (
@@ -239,13 +240,6 @@ def untrained(task, steps, seeds):
         return figures_of(task, parts, task.init(jax.random.key(seed)))
 
     return over_seeds(one, seeds, stacked(task.parts, seeds))()
-
-
-PROCEDURES = {
-    "population-based training": population,
-    "soup": soup,
-    "untrained": untrained,
-}
 
 
 PROCEDURES = {

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from optax_ev3._src.adapt.confident import confident
+from optax_ev3._src.adapt.farsighted import farsighted
 from optax_ev3._src.adapt.rules import greedy
 from optax_ev3._src.assess import stage as assess
 from optax_ev3._src.base import callbacks
@@ -29,14 +30,12 @@ def checked_strategy(
     return strategy.checked(explorers, has_loss)
 
 
-def checked_rule(rule: Any, strategy: Strategy) -> Rule:
-    """The ``adapt`` argument; raises unless it is a rule.
-
-    Where explorers start from what is adopted, a harmful choice lasts: the default is
-    careful. Where they go on from where they are, the best one may always be visible.
-    """
+def checked_rule(
+    rule: Any, strategy: Strategy, explorers: Mapping[str, Explorer]
+) -> Rule:
+    """The ``adapt`` argument; raises unless it is a rule."""
     if rule is None:
-        rule = confident() if strategy.restarts else greedy()
+        rule = _default_rule(strategy, explorers)
     if not isinstance(rule, Rule):
         raise TypeError(
             "adapt must be a rule, such as optax_ev3.adapt.confident(), got "
@@ -45,6 +44,20 @@ def checked_rule(rule: Any, strategy: Strategy) -> Rule:
     for name in rule.objectives:
         explore.check_characters(name, "an objective")
     return rule
+
+
+def _default_rule(strategy: Strategy, explorers: Mapping[str, Explorer]) -> Rule:
+    """What suits the strategy.
+
+    Where explorers start from what is adopted, a harmful choice lasts: the default is
+    careful, and where rounds are of one step, it looks further than they do. Where
+    explorers go on from where they are, the best one may always be visible.
+    """
+    if not strategy.restarts:
+        return greedy()
+    # One that is another explorer after each step makes no progress of its own.
+    evolves = any(explorer.space is not None for explorer in explorers.values())
+    return farsighted() if strategy.one_step and not evolves else confident()
 
 
 def check_callbacks(

@@ -72,8 +72,9 @@ def ev3(
         the call, the same for all explorers.
       explore: How explorers are tried, see :mod:`optax_ev3.explore`. Default:
         ``explore.one_step()``, every call is a round.
-      adapt: The rule, see :mod:`optax_ev3.adapt`. Default: ``adapt.greedy()`` for
-        branches that never restart, else ``adapt.confident()``.
+      adapt: The rule, see :mod:`optax_ev3.adapt`. Default:
+        ``adapt.farsighted()`` for one-step rounds of explorers that do not evolve,
+        ``adapt.greedy()`` for branches that never restart, else ``adapt.confident()``.
       assess_mode: How the C candidates are scored: ``"unroll"`` (C calls in one
         program), ``"vmap"`` (one call on stacked parameters) or ``"map"`` (a compiled
         loop, the quickest to compile). Paused explorers cost nothing in ``"unroll"``.
@@ -138,7 +139,7 @@ def ev3(
         explorers=explorers,
         layout=members.layout_of(explorers, [x.prefix for x in strategy.averages]),
         strategy=strategy,
-        rule=arguments.checked_rule(adapt, strategy),
+        rule=arguments.checked_rule(adapt, strategy, explorers),
         assess_fn=assess_fn,
         loss_fn=loss_fn,
         assess_mode=assess_mode,

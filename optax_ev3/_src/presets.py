@@ -5,51 +5,74 @@ from typing import Any
 
 import optax
 
-from optax_ev3._src.adapt.rules import greedy, lower_bound
+from optax_ev3._src.adapt.rules import lower_bound
 from optax_ev3._src.assess.stage import AssessFn
+from optax_ev3._src.base import checks
 from optax_ev3._src.ev3 import ev3
-from optax_ev3._src.explore import averages, branches, racing, restarts
+from optax_ev3._src.explore import averages, branches, racing, relay, restarts
+from optax_ev3._src.explore.strategy import Strategy
+
+# Of all calls, those of the last part in which rates fall (Haegele et al.: a fifth).
+_COOLDOWN = 0.2
 
 
 def portfolio(
     assess_fn: AssessFn,
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[..., Any] | None = None,
     *,
     inner: Sequence[Any] | Mapping[str, Any] | None = None,
+    total_steps: int | None = None,
     **kwargs: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """No optimizer and no learning rate to choose: eight of them race.
+    """No optimizer and no learning rate to choose: eight of them compete.
 
-    Adam at five learning rates, SGD with momentum at two, and RMSProp train apart, each
-    with gradients of its own; the best of them and of their averages is visible. Those
-    that do not win are paused, and cost nothing: after the first rounds two to five are
-    at work at a time.
+    Adam at five learning rates, SGD with momentum at two, and RMSProp. Evaluate
+    :func:`optax_ev3.best_params`: the best of them and of their averages.
+
+    - With a ``loss_fn`` they train side by side, each with gradients of its own
+      (:func:`optax_ev3.explore.branches`). Those that do not win are paused, and cost
+      nothing: after the first rounds two to five are at work at a time.
+    - Without one they take turns with the caller's gradients
+      (:func:`optax_ev3.explore.relay`): one gradient a call.
+
+    Where ``total_steps`` is known, all rates fall to zero in the last fifth of the
+    calls. Where it is not, averages do what such a cool-down does.
 
     Args:
       assess_fn: See :func:`optax_ev3.ev3`.
       loss_fn: See :func:`optax_ev3.ev3`.
       inner: Other explorers, see :func:`optax_ev3.ev3`.
+      total_steps: Calls of ``update`` in the whole training; updates after them are
+        zero.
       **kwargs: What else :func:`optax_ev3.ev3` takes, ``explore`` and ``adapt``
         included: they replace what is chosen here.
 
     Returns:
       A transformation; see :func:`optax_ev3.ev3`.
 
+    Raises:
+      TypeError: If ``total_steps`` is no integer.
+      ValueError: If it is below 1, or given together with ``explore``.
+
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_ev3
       >>> def loss(w):
       ...     return ((w - 3.0) ** 2).sum()
-      >>> tx = optax_ev3.portfolio(optax_ev3.minimize(loss), loss)
+      >>> tx = optax_ev3.portfolio(optax_ev3.minimize(loss), total_steps=400)
       >>> w = jnp.zeros(2)
       >>> state = tx.init(w)
       >>> @jax.jit
       ... def step(w, state):
-      ...     updates, state = tx.update(None, state, w)
+      ...     updates, state = tx.update(jax.grad(loss)(w), state, w)
       ...     return optax.apply_updates(w, updates), state
-      >>> for _ in range(200):
+      >>> for _ in range(400):
       ...     w, state = step(w, state)
-      >>> print(bool(jnp.allclose(w, 3.0, atol=0.1)))
+      >>> print(bool(jnp.allclose(optax_ev3.best_params(state), 3.0, atol=0.1)))
       True
+
+    References:
+      Haegele et al., `Scaling Laws and Compute-Optimal Training Beyond Fixed Training
+      Durations <https://arxiv.org/abs/2405.18392>`_, 2024 (the cool-down).
     """
     if inner is None:
         # Apart, not as a sweep, which races as one.
@@ -60,16 +83,31 @@ def portfolio(
             "momentum_0.1": optax.sgd(0.1, momentum=0.9),
             "rmsprop_0.001": optax.rmsprop(1e-3),
         }
-    chosen: dict[str, Any] = {
-        "explore": branches.branches(
-            25,
-            restart=restarts.never(inner_state="copy"),
-            averages=[averages.trajectory_average(), averages.branch_average()],
-            racing=racing.Racing(patience=2, window=8),
-        ),
-        "adapt": greedy(),
-    }
+    schedule = None
+    if total_steps is not None:
+        if "explore" in kwargs:
+            raise ValueError(
+                "total_steps sets the schedule of the strategy chosen here: give the "
+                "one in explore= a schedule of its own."
+            )
+        total_steps = checks.static_int(total_steps, "total_steps")
+        last = max(round(_COOLDOWN * total_steps), 1)
+        schedule = optax.linear_schedule(1.0, 0.0, last, total_steps - last)
+    chosen: dict[str, Any] = {"explore": _competition(loss_fn is not None, schedule)}
     return ev3(inner, assess_fn, loss_fn=loss_fn, **{**chosen, **kwargs})
+
+
+def _competition(has_loss: bool, schedule: optax.Schedule | None) -> Strategy:
+    """Branches that race, or a relay."""
+    if not has_loss:
+        return relay.relay(25, schedule=schedule)
+    return branches.branches(
+        25,
+        restart=restarts.never(inner_state="copy"),
+        averages=[averages.trajectory_average(), averages.branch_average()],
+        racing=racing.Racing(patience=2, window=8),
+        schedule=schedule,
+    )
 
 
 def paper(

@@ -21,6 +21,7 @@ ALL_RULES = {
     "lower_bound": adapt.lower_bound(),
     "choose_and_confirm": adapt.choose_and_confirm(),
     "confident": adapt.confident(),
+    "farsighted": adapt.farsighted(),
 }
 
 
@@ -333,12 +334,13 @@ class TestChooseAndConfirm:
 
 
 @pytest.mark.parametrize(
-    "rule", [adapt.greedy, adapt.confident, adapt.choose_and_confirm]
+    "rule",
+    [adapt.greedy, adapt.confident, adapt.farsighted, adapt.choose_and_confirm],
 )
 @pytest.mark.parametrize("confidence", [0.5, 1.0, 95, -1, float("nan")])
 def test_confidence_out_of_range(rule, confidence):
     with pytest.raises(ValueError, match=r"confidence must be above 0\.5 and below 1"):
-        rule(confidence)
+        rule(confidence=confidence)
 
 
 @pytest.mark.parametrize("rule", ALL_RULES.values(), ids=ALL_RULES)
@@ -383,6 +385,11 @@ class TestEveryRule:
         assert counts[:2].sum() == 0
 
     def test_goes_back_to_a_clearly_better_stable(self, rule):
+        if rule is ALL_RULES["farsighted"]:
+            rule = adapt.farsighted(length=1)  # It waits for the end of a stretch.
+            state = decide(rule, draws([0, 0, 0, 0]))[2]
+            assert decide(rule, draws([-1, -1.5, -1, 1]), state)[0] == 3
+            return
         adopted, significant, _ = decide(rule, draws([-1, -1.5, -1, 1]))
         assert (adopted, significant) == (3, False)
 

@@ -26,6 +26,7 @@ RULES = {
     "greedy": adapt.greedy(),
     "lower_bound": adapt.lower_bound(),
     "confident": adapt.confident(),
+    "farsighted": adapt.farsighted(),
 }
 
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.stats import norm
 
+from optax_ev3._src.adapt import tallies
 from optax_ev3._src.adapt.rules import first_of
 from optax_ev3._src.base import statistics
 from optax_ev3._src.base.checks import error_rate
@@ -24,39 +24,10 @@ from optax_ev3._src.base.evidence import (
 )
 
 # Chosen on digits with the tables of `python -m benchmarks rules`.
-_ONE_STEP = 1.5, 10.0  # the most that a round says, and rounds' worth of doubt
+ONE_STEP = 1.5, 10.0  # the most that a round says, and rounds' worth of doubt
 _LONGER = 10.0, 1.0  # the same for rounds of several steps
-_FADING = 0.95  # what an earlier round weighs, a round later: 20 rounds in all
-_AT_ONCE = 4.0  # z at which one round is enough to go back to stable
-_MOST = 10.0  # the most that one round says of current against stable, as z
+AT_ONCE = 4.0  # z at which one round is enough to go back to stable
 _BACK = 1e4  # going back undoes much: its level is divided by this
-_ROUNDS = 30  # rounds for which the evidence between these two is tightest
-
-
-class Tally(NamedTuple):
-    """Evidence that adds up over rounds, old rounds fading (Stouffer's method).
-
-    Attributes:
-      total: Faded sum of z values, each cut at the same size either way.
-      weight: Faded sum of the squared weights of the rounds that said anything.
-    """
-
-    total: jax.Array
-    weight: jax.Array
-
-
-class Trial(NamedTuple):
-    """``current`` against ``stable``, since either was last replaced by the other.
-
-    Attributes:
-      total: ``[]``, sum of z values.
-      weight: ``[]``, rounds that said anything.
-      rounds: ``[]``, all rounds since ``stable`` was replaced.
-    """
-
-    total: jax.Array
-    weight: jax.Array
-    rounds: jax.Array
 
 
 class ConfidentState(NamedTuple):
@@ -70,9 +41,9 @@ class ConfidentState(NamedTuple):
         exact values only.
     """
 
-    current: Tally
-    pairs: Tally
-    stable: Trial
+    current: tallies.Tally
+    pairs: tallies.Tally
+    stable: tallies.Trial
     noise: jax.Array
 
 
@@ -164,7 +135,7 @@ def confident(
     def decide(
         evidence: Evidence, state: ConfidentState, key: jax.Array
     ) -> tuple[Decision, ConfidentState]:
-        default_clip, default_doubt = _ONE_STEP if evidence.one_step else _LONGER
+        default_clip, default_doubt = ONE_STEP if evidence.one_step else _LONGER
         most = default_clip if clip is None else clip
         doubt = default_doubt if prior_rounds is None else prior_rounds
         objective = single_objective(evidence)
@@ -173,32 +144,31 @@ def confident(
             return compare(evidence, objective, reference, state.noise)
 
         to_current, to_stable = against(evidence.current), against(evidence.stable)
-        pairs = _add(state.pairs, _pairwise(evidence, against), most)
-        current = _add(state.current, _of_proposals(evidence, to_current.z), most)
+        pairs = tallies.add(state.pairs, _pairwise(evidence, against), most)
+        current = tallies.add(
+            state.current, tallies.of_proposals(evidence, to_current.z), most
+        )
         eligible = _eligible(
             evidence,
             to_current,
             estimate(evidence, objective).stderr[evidence.current],
-            _z(current, doubt),
+            tallies.z_of(current, doubt),
             statistics.z_value(alpha / evidence.proposals),
         )
-        chosen = _choose(evidence, eligible, _z(pairs, doubt), key)
+        chosen = _choose(evidence, eligible, tallies.z_of(pairs, doubt), key)
         decision, trial = _settle(evidence, state.stable, to_stable, chosen, alpha)
-        step = _step(evidence, to_current.gain, decision.adopted)
-        noise = _root_mean_square(state.noise, step)
+        step = tallies.step_size(evidence, to_current.gain, decision.adopted)
+        noise = tallies.root_mean_square(state.noise, step)
         return decision, ConfidentState(current, pairs, trial, noise)
 
     return Rule(_init, decide, forget=_forget)
 
 
 def _init(proposals: int) -> ConfidentState:
-    def tally(*shape: int) -> Tally:
-        return Tally(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
-
     return ConfidentState(
-        current=tally(proposals),
-        pairs=tally(proposals, proposals),
-        stable=Trial(*(jnp.zeros([], jnp.float32) for _ in Trial._fields)),
+        current=tallies.no_tally(proposals),
+        pairs=tallies.no_tally(proposals, proposals),
+        stable=tallies.no_trial(),
         noise=jnp.zeros([], jnp.float32),
     )
 
@@ -207,22 +177,13 @@ def _forget(state: ConfidentState, fresh: jax.Array) -> ConfidentState:
     """Nothing is known of explorers that are others from now on."""
     either = fresh[:, None] | fresh[None, :]
 
-    def cleared(tally: Tally, mask: jax.Array) -> Tally:
-        return Tally(*(jnp.where(mask, 0, x) for x in tally))
-
     return state._replace(
-        current=cleared(state.current, fresh), pairs=cleared(state.pairs, either)
+        current=tallies.cleared(state.current, fresh),
+        pairs=tallies.cleared(state.pairs, either),
     )
 
 
 # Who is adopted.
-
-
-def _of_proposals(evidence: Evidence, z: jax.Array) -> jax.Array:
-    """The z values of the proposals, ``[K]``; what is not valid loses for certain."""
-    proposals = evidence.proposals
-    valid = evidence.valid[:proposals]
-    return jnp.where(valid, z[:proposals], -statistics.CERTAIN)
 
 
 def _pairwise(
@@ -260,11 +221,11 @@ def _eligible(
     ascends = evidence.is_ascent[:proposals] & ~proven
     # Where all change the scores that much, the one that does so least may pass.
     leap = to_current.stderr[:proposals]
-    least = jnp.min(leap, where=_narrow(valid, ~ascends), initial=jnp.inf)
+    least = jnp.min(leap, where=tallies.narrow(valid, ~ascends), initial=jnp.inf)
     leaps = (leap > jnp.maximum(alone, least)) & ~proven
-    eligible = _narrow(_narrow(valid, ~ascends), ~leaps)
+    eligible = tallies.narrow(tallies.narrow(valid, ~ascends), ~leaps)
     eligible &= to_current.z[:proposals] >= -critical
-    return _narrow(eligible, z >= -critical)
+    return tallies.narrow(eligible, z >= -critical)
 
 
 def _choose(
@@ -278,88 +239,15 @@ def _choose(
 
 def _settle(
     evidence: Evidence,
-    trial: Trial,
+    trial: tallies.Trial,
     to_stable: Comparison,
     chosen: jax.Array,
     alpha: float,
-) -> tuple[Decision, Trial]:
+) -> tuple[Decision, tallies.Trial]:
     """What the trial of ``current`` and this round say of ``stable``."""
-    trial = _one_more(trial, to_stable.z[evidence.current])
-    better, worse = _verdict(trial, alpha / 2, alpha / _BACK)
-    back = worse | (to_stable.z[chosen] < -_AT_ONCE)
+    trial = tallies.one_more(trial, to_stable.z[evidence.current])
+    better = tallies.log_e(trial) >= math.log(2 / alpha)
+    harm = tallies.log_e(trial._replace(total=-trial.total))
+    back = (harm >= math.log(_BACK / alpha)) | (to_stable.z[chosen] < -AT_ONCE)
     adopted = jnp.where(back, evidence.stable, chosen)
-    # Choosing favours the lucky: what was chosen has to be better by more.
-    level = statistics.spend(alpha / 2, trial.rounds) / (evidence.proposals + 1)
-    p = norm.sf(to_stable.z[adopted])
-    at_once = evidence.valid[adopted] & (p < level)
-    replaced = at_once | better
-    parted = ~replaced & (adopted != evidence.stable)
-    promoted = jnp.where(at_once, adopted, evidence.current)
-    return Decision(adopted, replaced, promoted), Trial(
-        jnp.where(parted, trial.total, 0),
-        jnp.where(parted, trial.weight, 0),
-        jnp.where(replaced, 0, trial.rounds),
-    )
-
-
-# Evidence over rounds.
-
-
-def _one_more(trial: Trial, z: jax.Array) -> Trial:
-    """The trial with one more round; one that ties says nothing."""
-    z = jnp.clip(z, -_MOST, _MOST).astype(jnp.float32)
-    return Trial(
-        trial.total + z, trial.weight + (z != 0).astype(z.dtype), trial.rounds + 1
-    )
-
-
-def _verdict(trial: Trial, gain: float, harm: float) -> tuple[jax.Array, jax.Array]:
-    """Whether ``current`` is shown to be better, or worse, each at its own level."""
-    rho = statistics.best_rho(_ROUNDS)
-
-    def log_e(total: jax.Array) -> jax.Array:
-        return statistics.mixture_log_e(total, trial.weight, rho)
-
-    better = log_e(trial.total) >= math.log(1 / gain)
-    return better, log_e(-trial.total) >= math.log(1 / harm)
-
-
-def _add(tally: Tally, z: jax.Array, clip: float) -> Tally:
-    """The tally with one more round; a round that ties says nothing."""
-    z = jnp.clip(z, -clip, clip).astype(jnp.float32)
-    return Tally(
-        total=_FADING * tally.total + z,
-        weight=_FADING**2 * tally.weight + (z != 0).astype(z.dtype),
-    )
-
-
-def _z(tally: Tally, doubt: float) -> jax.Array:
-    """What all rounds together say, as z values."""
-    return tally.total / jnp.sqrt(tally.weight + doubt)
-
-
-def _narrow(mask: jax.Array, condition: jax.Array) -> jax.Array:
-    """``mask`` where the condition holds as well, unless that leaves nobody."""
-    narrower = mask & condition
-    return jnp.where(narrower.any(), narrower, mask)
-
-
-def _root_mean_square(past: jax.Array, step: jax.Array) -> jax.Array:
-    """One more step in a fading root mean square, without overflow."""
-    scale = jnp.maximum(past, jnp.abs(step))
-    scale = jnp.where(scale > 0, scale, 1)
-    past, step = past / scale, step / scale
-    return scale * jnp.sqrt(_FADING * past**2 + (1 - _FADING) * step**2)
-
-
-def _step(evidence: Evidence, gain: jax.Array, adopted: jax.Array) -> jax.Array:
-    """Size of this round's step in score: of the smallest one if none was taken.
-
-    If standing still did not count, exact values would find every step too bad for
-    ever.
-    """
-    proposals = evidence.proposals
-    valid = evidence.valid[:proposals]
-    sizes = jnp.where(valid, jnp.abs(gain[:proposals]), jnp.inf)
-    smallest = jnp.where(valid.any(), sizes.min(), 0)
-    return jnp.where(adopted < proposals, gain[adopted], smallest).astype(jnp.float32)
+    return tallies.settle(evidence, trial, to_stable, adopted, better, alpha)

@@ -125,8 +125,9 @@ def one_step() -> strategy.Strategy:
 
     The default of :func:`optax_ev3.ev3`. All start from the visible parameters, and one
     of the steps is adopted, or none. It needs no ``loss_fn``, and one gradient a call.
-    What gains most in one step is not always what gains most in the end: where that
-    matters, and a ``loss_fn`` can be given, :func:`branches` look further.
+    What gains most in one step is not always what gains most in the end: so the default
+    rule, :func:`optax_ev3.adapt.farsighted`, lets explorers lead for some calls, and
+    looks at their progress.
 
     Examples:
       >>> import optax, optax_ev3

@@ -34,10 +34,10 @@ from optax_ev3._src.explore.strategy import Candidates, Context, Explored, Finis
 
 # A challenge takes turns from the leader: it is short.
 _RACING = Racing(patience=1, window=2)
-# What the way to a branch may lose of it by rounding: a few times what bfloat16 does.
-_ROUNDED = 1 / 64
 # Of so many steps, one enters the averages: they would take as long as the optimizer.
 _EVERY = 5
+# What the way to a branch may lose of it by rounding: a few times what bfloat16 does.
+_ROUNDED = 1 / 64
 
 
 @dataclasses.dataclass(frozen=True)
