@@ -40,7 +40,8 @@ class Call(NamedTuple):
 
 def checked_schedule(schedule: Any) -> optax.Schedule | None:
     """The schedule; raises unless it can be called."""
-    if schedule is not None and not callable(schedule):
+    can_be_called = schedule is None or callable(schedule)
+    if not can_be_called:
         raise TypeError(
             f"schedule must map calls of update to a factor of all updates, such as "
             f"optax.linear_schedule(1.0, 0.0, 200, 800), got {schedule!r}."

@@ -91,7 +91,10 @@ class Relay(strategy.Strategy):
             row = lead - rows[0]
 
             def go(
-                carry: Any, explorer: Explorer = explorer, name: str = name, row=row
+                carry: Any,
+                explorer: Explorer = explorer,
+                name: str = name,
+                row: jax.Array = row,
             ) -> Any:
                 new = steps.one_member(
                     walk.advance, explorer, name, call, row, carry[0]
@@ -250,7 +253,7 @@ def _is_missed(target: optax.Params, params: optax.Params) -> jax.Array:
     return jnp.stack(missed).any() if missed else jnp.asarray(False)
 
 
-def _place(layout: Layout, candidate: jax.Array) -> jax.Array:
+def _place(layout: Layout, candidate: Any) -> jax.Array:
     """Where a candidate is among those that take part."""
     is_own = candidate < layout.proposals
     other = candidate - layout.proposals + layout.kinds
