@@ -2,7 +2,7 @@
 
 import types
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -40,13 +40,12 @@ class Call(NamedTuple):
 
 def checked_schedule(schedule: Any) -> optax.Schedule | None:
     """The schedule; raises unless it can be called."""
-    can_be_called = schedule is None or callable(schedule)
-    if not can_be_called:
+    if schedule is not None and not callable(schedule):
         raise TypeError(
             f"schedule must map calls of update to a factor of all updates, such as "
             f"optax.linear_schedule(1.0, 0.0, 200, 800), got {schedule!r}."
         )
-    return schedule
+    return cast("optax.Schedule | None", schedule)
 
 
 def scaled(call: Call, schedule: optax.Schedule | None) -> Call:
