@@ -296,3 +296,36 @@ def test_an_explorer_that_leaves_the_finite_numbers_ends_its_turn_and_begins_ane
     past = optax_ev3.history(seen[-1][1])
     assert past["length"].tolist() == [1, 1, 2]
     assert int(optax_ev3.summary(seen[-1][1])["ev3/skipped"]) == 2
+
+
+def test_a_leader_without_gradients_loses_the_lead():
+    """The square root has none below zero, where one step leads, and scores well."""
+
+    def own(w):
+        return jnp.square(w + 1) / 2
+
+    inner = {
+        "stuck": optax.sgd(1.0),
+        "slow": optax_ev3.explorer(optax.sgd(0.05), own),
+    }
+    strategy = explore.relay(4, averages=[])
+    tx = optax_ev3.ev3(inner, lambda w: -own(w), explore=strategy)
+
+    @jax.jit
+    def go(w, state):
+        def step(carry, _):
+            w, state = carry
+            lead = state.explore.branches.lead
+            updates, state = tx.update(jax.grad(jnp.sqrt)(w), state, w)
+            return (optax.apply_updates(w, updates), state), (lead, w)
+
+        return jax.lax.scan(step, (w, state), length=120)
+
+    w = jnp.float32(0.2)
+    (_, state), (lead, seen) = go(w, tx.init(w))
+    assert_finite(seen)
+    # It led to the best by far; from there the other one goes on.
+    assert float(seen[2]) == pytest.approx(0.2 - 0.5 / 0.2**0.5)
+    assert np.isnan(jax.grad(jnp.sqrt)(seen[2]))
+    assert int(state.explore.racing.leader) == 1 and (np.asarray(lead)[60:] == 1).all()
+    assert float(optax_ev3.best_params(state)) == pytest.approx(-1, abs=1e-3)
