@@ -3,6 +3,7 @@
 import functools
 import pickle
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import optax
 import pytest
 from flax.training import train_state
 from helpers import (
+    TREES,
     assert_close,
     assert_finite,
     assert_identical,
@@ -17,6 +19,8 @@ from helpers import (
     lenient,
     says,
     traced,
+    transformation,
+    x64,
 )
 from helpers.relay import ByHand, assess, gradient
 from helpers.trajectories import data, loss, score, start
@@ -167,6 +171,35 @@ def test_states_have_one_type_and_runs_the_same_bits():
         assert_same_types(now, (start(), state))
     assert_same_types(jax.jit(tx.init)(start()), state)
     assert_identical(run(tx, CALLS, step=step)[-1], seen[-1])
+
+
+@pytest.mark.parametrize(
+    ("tree", "wide"),
+    [("float16", False), ("float32", True), ("float64", True), ("mixed", False)]
+    + [(tree, False) for tree in ("none", "zero_size", "scalar", "nested")],
+)
+def test_states_of_any_parameters_have_one_type(tree, wide):
+    with x64(wide):
+        w = TREES[tree]()
+        tx = transformation("greedy", explore=explore.relay(2))
+        state = tx.init(w)
+        new = jax.eval_shape(helpers.stepper(tx), w, state, helpers.weights())
+        assert_same_types(new, (w, state))
+
+
+@pytest.mark.skipif(
+    not hasattr(jax, "set_mesh"), reason="this release has no explicit sharding"
+)
+def test_explicit_sharding_is_kept():
+    axis_type = jax.sharding.AxisType.Explicit
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
+    with jax.set_mesh(mesh):
+        sharding = jax.sharding.NamedSharding(mesh, jax.P(None, "x"))
+        w = jax.device_put(jnp.zeros((2, 8), jnp.float16), sharding)
+        tx = relay(assess_fn=lambda w: -(w**2).sum())
+        state = tx.init(w)
+        typeof = functools.partial(jax.tree.map, jax.typeof)
+        assert typeof(jax.jit(tx.update)(w, state, w)) == typeof((w, state))
 
 
 @pytest.mark.parametrize("call", [4, 8, 11])
