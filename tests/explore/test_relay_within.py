@@ -27,6 +27,7 @@ from helpers.trajectories import data, loss, score, start
 
 import optax_ev3
 from optax_ev3 import adapt, explore, metrics
+from optax_ev3._src.assess.stage import spread
 
 RACING = explore.Racing(1, 2)
 LENGTH = 4
@@ -287,7 +288,7 @@ def test_train_state_and_chains_unchanged():
 
 
 def test_a_sweep_equals_its_members_one_by_one():
-    rates = [0.02, 0.05, 0.1]
+    rates = [0.02, 0.05, float("nan")]  # One of them harmful: it is so alone.
     swept = {
         "adam": optax.adam(0.02),
         "sgd": optax_ev3.sweep(optax.sgd, learning_rate=rates),
@@ -298,6 +299,7 @@ def test_a_sweep_equals_its_members_one_by_one():
     }
     (w, state), (other, expected) = (run(relay(x), 60)[-1] for x in (swept, single))
     assert_close(w, other, 1e-4, 1e-5)
+    assert state.explore.racing.harmful.tolist() == [0, 0, 0, 1]
     past, theirs = map(optax_ev3.history, (state, expected))
     assert past["candidates"].tolist() == theirs["candidates"].tolist()
     np.testing.assert_array_equal(past["adopted"], theirs["adopted"])
@@ -370,6 +372,29 @@ def test_the_schedule_of_branches_is_checked_too():
 
 
 # Assessments and rules.
+
+
+@pytest.mark.parametrize("count", [2, 6])
+def test_only_those_who_took_part_are_assessed(count):
+    """The explorer, two averages, current and stable, whoever else there is."""
+    times = []
+
+    def counted(w):
+        jax.debug.callback(lambda: times.append(1))
+        return -jnp.square(w)
+
+    tx = relay([optax.sgd(0.1)] * count, assess_fn=counted)
+    w = jnp.ones([])
+    jax.jit(tx.update)(w, tx.init(w), w)
+    jax.effects_barrier()
+    assert len(times) == 5
+
+
+def test_scores_of_some_candidates_take_their_places():
+    found = spread({"a": jnp.arange(6.0).reshape(2, 3)}, jnp.asarray([3, 1]), 5)
+    expected = np.zeros([5, 3])
+    expected[3], expected[1] = [0, 1, 2], [3, 4, 5]
+    np.testing.assert_array_equal(found["a"], expected)
 
 
 def aggregate(w):
