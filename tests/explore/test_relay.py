@@ -23,7 +23,9 @@ RACING = explore.Racing(1, 2)
 
 
 def relay(inner=None, length=4, racing=RACING, **kwargs):
-    settings = {"assess_fn": assess, "explore": explore.relay(length, racing=racing)}
+    averages = kwargs.pop("averages", None)
+    strategy = explore.relay(length, racing=racing, averages=averages)
+    settings = {"assess_fn": assess, "explore": strategy}
     return optax_ev3.ev3(INNER if inner is None else inner, **{**settings, **kwargs})
 
 
@@ -184,6 +186,29 @@ def test_gradients_are_those_at_the_visible_parameters():
             else:
                 assert_identical(after[i], before[i])
         w = optax.apply_updates(w, updates)
+
+
+def test_a_bad_batch_at_the_start_of_a_turn_leaves_the_best_branch_as_it_is():
+    tx, w, poisoned = optax.sgd(0.02, momentum=0.9), start(), (4, 9)
+    around, inner_state = relay([tx], averages=()), tx.init(w)
+    seen, state, step = [], around.init(w), stepper(around)
+    visible, batch = w, data(0)
+    for call in range(13):
+        poison = jnp.float32(jnp.nan if call in poisoned else 0)
+        visible, state = step(visible, state, batch, poison)
+        if call not in poisoned:
+            updates, inner_state = tx.update(gradient(w, batch), inner_state, w)
+            w = optax.apply_updates(w, updates)
+        seen.append(mean_score(w))
+        assert_close(visible, w)
+        assert_close(state.explore.explorers["explorer_0"].opt_state, inner_state)
+    # It was the best when its gradients came to nothing.
+    assert seen[4] == max(seen[:5]) and seen[9] == max(seen[:10])
+    assert optax_ev3.history(state)["length"].tolist() == [4, 1, 4, 1]
+
+
+def mean_score(w):
+    return float(np.mean(assess(w)))
 
 
 # Harmful explorers.
