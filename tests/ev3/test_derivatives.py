@@ -143,3 +143,16 @@ def test_forward_mode_within_trajectories(setting):
     found = jax.jvp(fn, (0.3,), (1.0,))[1]
     expected = jax.grad(plain)(0.3, weights)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_forward_mode_within_a_relay():
+    """Of one explorer: with two, a part of the calls is the other one's."""
+    weights = jnp.ones_like(X)
+
+    def fn(rate):
+        tx = optax_ev3.ev3([momentum(rate)], score, explore=explore.relay(3))
+        return train(tx, weights, {"x": X})
+
+    found = jax.jit(lambda rate: jax.jvp(fn, (rate,), (1.0,))[1])(0.3)
+    expected = jax.grad(plain)(0.3, weights)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)

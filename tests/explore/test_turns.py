@@ -256,6 +256,27 @@ def test_who_is_not_finite_gets_no_other_turn_but_where_all_are():
     assert {who for who, *_ in seen} == {0, 1, 2}
 
 
+@pytest.mark.parametrize(
+    ("gains", "stderr", "best", "harmful"),
+    [
+        ([-2.9, -5.8], 1.0, 0.0, 0),
+        ([-3.1, -6.2], 1.0, 0.0, 1),
+        ([-3.1, -6.2, -9.3], 1.0, 0.0, 1),
+        # Two in a row: not with one between them that is no fall.
+        ([-3.1, -3.1, -6.2], 1.0, 0.0, 0),
+        # An exact score falls where it undoes all progress.
+        ([-3.9, -7.8], 0.0, 4.0, 0),
+        ([-8.1, -12.2], 0.0, 4.0, 1),
+    ],
+)
+def test_two_falls_in_a_row_are_harmful(gains, stderr, best, harmful):
+    known = turns.init(2, None)._replace(best=jnp.float32(best))
+    for gain in gains:
+        result = outcome(gain, stderr)
+        known = advance(4, None)(known, jnp.int32(1), result).turns
+    assert known.harmful.tolist() == [0, harmful]
+
+
 def test_who_was_adopted_once_is_never_harmful():
     def of(who):
         return outcome(-9.0, 0.5, adopted=True)

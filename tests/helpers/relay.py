@@ -25,6 +25,11 @@ def _updater(tx):
     return jax.jit(optax.with_extra_args_support(tx).update)
 
 
+def mixed(mean, new, past):
+    """An average that goes on, and what its past weighs."""
+    return jax.tree.map(lambda m, n: past * m + (1 - past) * n, mean, new)
+
+
 class ByHand:
     """A relay of some optimizers, call by call.
 
@@ -81,13 +86,13 @@ class ByHand:
         if self.factor is not None:
             updates = jax.tree.map(lambda u: u * self.factor(self.calls), updates)
         one.w = optax.apply_updates(one.w, updates)
-        past = self.step / (self.step + 1), min(one.age / (one.age + 1), self.decay)
-
-        def moved(mean, past):
-            return jax.tree.map(lambda m, n: past * m + (1 - past) * n, mean, one.w)
-
-        one.turn, one.branch = moved(one.turn, past[0]), moved(one.branch, past[1])
         one.age += 1
+        # Of five steps, one enters the averages; and the last one.
+        if self.step % 5 == 4 or self.step == self.length - 1:
+            before, ever = self.step // 5, (one.age - 1) // 5
+            one.turn = mixed(one.turn, one.w, before / (before + 1))
+            past = min(ever / (ever + 1), self.decay**5)
+            one.branch = mixed(one.branch, one.w, past)
 
     def end_turn(self, is_poisoned):
         who = self.branches[self.who]

@@ -2,7 +2,7 @@
 
 import types
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def checked_schedule(schedule: Any) -> Any:
             f"schedule must map calls of update to a factor of all updates, such as "
             f"optax.linear_schedule(1.0, 0.0, 200, 800), got {schedule!r}."
         )
-    return schedule
+    return cast("optax.Schedule | None", schedule)
 
 
 def scaled(call: Call, schedule: optax.Schedule | None) -> Call:

@@ -94,7 +94,7 @@ class Relay(strategy.Strategy):
                 carry: Any,
                 explorer: Explorer = explorer,
                 name: str = name,
-                row: Any = row,
+                row: jax.Array = row,
             ) -> Any:
                 new = steps.one_member(
                     walk.advance, explorer, name, call, row, carry[0]
