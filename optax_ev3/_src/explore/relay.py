@@ -89,7 +89,10 @@ class Relay(strategy.Strategy):
             row = lead - rows[0]
 
             def go(
-                carry: Any, explorer: Explorer = explorer, name: str = name, row=row
+                carry: Any,
+                explorer: Explorer = explorer,
+                name: str = name,
+                row: jax.Array = row,
             ) -> Any:
                 new = steps.one_member(
                     walk.advance, explorer, name, call, row, carry[0]
@@ -158,7 +161,8 @@ class Relay(strategy.Strategy):
         best = select.pick(_place(layout, decision.adopted), candidates.params)
 
         def promote(_: Any) -> Any:
-            return select.pick(_place(layout, decision.promoted), candidates.params)
+            place = _place(layout, jnp.asarray(decision.promoted))
+            return select.pick(place, candidates.params)
 
         stable = select.apply_if(decision.significant, promote, stable)
         found = _outcome(info, layout, lead)
