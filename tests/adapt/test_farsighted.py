@@ -103,6 +103,21 @@ def test_an_explorer_shown_to_be_harmful_loses_its_stretch_and_is_paused_for_lon
     assert (gaps[1:] >= 1.5 * gaps[:-1]).all()
 
 
+def test_a_first_gain_over_a_score_without_spread_is_no_leap():
+    """As F1 does where nothing is found yet; stable found some, by chance."""
+    run = Run(length=50)
+    leader = run([0.0, 0.0])
+    for _ in range(20):
+        rng = np.random.default_rng(run.rounds)
+        run.rounds += 1
+        values = np.zeros([4, 200])
+        values[leader] = rng.random(200) < 0.1
+        values[3] = 0.01 * rng.normal(size=200)
+        found, run.state = run.decide(gather(values), run.state, KEY)
+        assert int(found.adopted) == leader
+    assert int(run.state.cuts[leader]) == 0
+
+
 def test_momentum_may_ascend_at_times():
     run = Run(length=100)
     leader = [run([0.0, 0.0]) for _ in range(10)][-1]

@@ -238,7 +238,10 @@ def test_a_state_of_version_0_1_is_told_from_others():
         (lambda: (ev3_of(optax.sgd(0.1)), {"w": jnp.ones([3])}), r"count.*nothing"),
         (lambda: (ev3_of(rule=adapt.greedy()), {"w": jnp.ones([3])}), "rule_state"),
         (
-            lambda: (ev3_of(explore=explore.rounds(2)), {"w": jnp.ones([3])}),
+            lambda: (
+                ev3_of(rule=adapt.farsighted(), explore=explore.rounds(2)),
+                {"w": jnp.ones([3])},
+            ),
             "branches",
         ),
     ],

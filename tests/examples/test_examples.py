@@ -31,6 +31,16 @@ def test_example_learns(name, call):
     assert float(shown["ev3/share/adam"]) + float(shown["ev3/share/sgd"]) > 0.5
 
 
+def test_example_of_a_relay_learns_and_goes_on(call):
+    whole = call("relay.py", "--steps=200", "--seed=1")
+    accuracies = re.findall(r"test accuracy ([\d.]+)", whole)
+    assert float(accuracies[0]) < 0.3 and float(accuracies[-1]) > LEARNED
+    call("relay.py", "--steps=100", "--seed=1", "--folder=run")
+    again = call("relay.py", "--steps=200", "--seed=1", "--folder=run")
+    assert "Goes on from step 100." in again
+    assert re.findall(r"test accuracy ([\d.]+)", again) == accuracies[1:]
+
+
 def test_example_of_a_metric_learns(call):
     out = call("f1_score.py", "--steps=100", "--seed=1")
     before, after = map(float, re.findall(r"test F1 ([\d.]+)", out))
@@ -73,17 +83,17 @@ def test_demo_draws_and_succeeds(tmp_path):
     row = rf"^(\w.+?) +{number}{number}{number}(\d+) +[\d.]+$"
     table = re.findall(row, done.stdout, re.M)
     names, nlls, errors, stopped, gradients = zip(*table, strict=True)
-    assert names[:2] == ("EV3, recommended", "EV3, one step")
-    assert len(names) == 7 and all(name.endswith(" alone") for name in names[2:])
-    ours, _, *alone = map(float, nlls)
-    assert ours < statistics.median(alone)
+    assert names[:3] == ("EV3, portfolio", "EV3, relay", "EV3, one step")
+    assert len(names) == 8 and all(name.endswith(" alone") for name in names[3:])
+    ours, relay, _, *alone = map(float, nlls)
+    assert max(ours, relay) < statistics.median(alone)
     assert all(float(error) < 100 * (1.1 - LEARNED) for error in errors)
     # Nobody takes more gradients than the others, but for the rest of a round.
-    assert gradients[1:] == ("800",) * 6 and 800 - 5 * 25 < int(gradients[0]) <= 800
+    assert gradients[1:] == ("800",) * 7 and 800 - 5 * 25 < int(gradients[0]) <= 800
     # What the sentence says is what the table shows.
     for figures in (nlls, stopped):
-        ours, _, *alone = map(float, figures)
-        best = names[2:][alone.index(min(alone))].removesuffix(" alone")
+        ours, _, _, *alone = map(float, figures)
+        best = names[3:][alone.index(min(alone))].removesuffix(" alone")
         said = rf"{ours:.3f}, lower than that of (\d) of.+?{best}: {min(alone):.3f}"
         beaten = int(re.search(said, " ".join(done.stdout.split()))[1])
         # The table is rounded.

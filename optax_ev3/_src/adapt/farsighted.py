@@ -102,14 +102,14 @@ def farsighted(
        leader when that has halved.
     3. *Harm.* A stretch is cut short where the leader is not valid; where it mostly
        ascends its own loss; where it changes the scores beyond recognition in one step,
-       by a paired standard error above the one of the scores themselves; where one
+       by a paired standard error above the one of the score itself; where one
        step loses more than the scores' own standard error explains; and where it has
        led to parameters that are worse than ``stable`` by a z below -4, and good at
        quite other examples, while another one is free to lead: then ``stable`` is
        adopted. The explorer is passed over for
        2, 4, 8, ... stretches. Gains in single steps excuse nothing.
     4. *Back to stable.* Where a stretch ends with ``current`` worse than ``stable``, by
-       a z below -4, ``stable`` is adopted, and stretches are four times as long from
+       a z below -2, ``stable`` is adopted, and stretches are four times as long from
        then on: what leads through worse parameters to better ones needs time, and what
        does not costs ever less.
     5. *Stable* is replaced as by :func:`confident`, at the same levels. The trial of
@@ -164,9 +164,8 @@ def farsighted(
             compare(evidence, objective, reference, state.noise)
             for reference in (evidence.current, evidence.stable)
         )
-        # The score of ``current`` may have no spread: then that of stable counts.
         own = estimate(evidence, objective).stderr[evidence.proposals :]
-        state, eligible = _eligible(evidence, state, to_current, own.max(), alpha)
+        state, eligible = _eligible(evidence, state, to_current, own, alpha)
         z = to_stable.z[evidence.current]
         is_worse = z < -_WORSE
         is_far = to_stable.stderr[evidence.current] > own[1]
@@ -241,7 +240,7 @@ def _eligible(
       evidence: The scores of the round.
       state: Before the round.
       to_current: The proposals against ``current``, in this round.
-      own: ``[]``, the standard error of a score alone.
+      own: ``[2]``, the standard errors of the scores of current and stable alone.
       alpha: The level of a proof, before the correction.
     """
     proposals = evidence.proposals
@@ -252,15 +251,17 @@ def _eligible(
     # Where all change the scores that much, the one that does so least may pass.
     change, gain = to_current.stderr[:proposals], to_current.gain[:proposals]
     least = jnp.min(change, where=descends, initial=jnp.inf)
-    # Where a score has no spread, as F1 where nothing is found, it is no measure.
-    is_leap = (own > 0) & (change > jnp.maximum(own, least))
+    # Where the score of current has no spread, as F1 where nothing is found, there is
+    # no measure: the first gain of a good explorer is as large as any.
+    is_leap = (own[0] > 0) & (change > jnp.maximum(own[0], least))
     # One that leads nowhere may do so where all scores are alike, which shows nothing.
-    is_shown = (own > 0) & (change > 0)
+    is_shown = (own[0] > 0) & (change > 0)
     leaps = jnp.where(is_shown, _fade(state.leaps, is_leap), state.leaps)
     steady = tallies.narrow(tallies.narrow(descends, ~is_leap), leaps <= 0)
     critical = statistics.z_value(alpha / proposals)
     # Exact values have no error of their own.
-    allowed = critical * jnp.where(own > 0, own, state.noise)
+    error = own.max()
+    allowed = critical * jnp.where(error > 0, error, state.noise)
     held = steady & (gain >= -allowed)
     # Nobody took over from a leader that was cut short: all lose, so one moves on.
     is_stuck = (state.pause[state.stretch.leader] > 0) & ~held.any()

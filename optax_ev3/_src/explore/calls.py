@@ -38,7 +38,7 @@ class Call(NamedTuple):
     scale: Any = None
 
 
-def checked_schedule(schedule: Any) -> optax.Schedule | None:
+def checked_schedule(schedule: optax.Schedule | None) -> optax.Schedule | None:
     """The schedule; raises unless it can be called."""
     if schedule is not None and not callable(schedule):
         raise TypeError(

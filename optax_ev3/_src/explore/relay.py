@@ -166,7 +166,8 @@ class Relay(strategy.Strategy):
         best = select.pick(_place(layout, decision.adopted), candidates.params)
 
         def promote(_: Any) -> Any:
-            return select.pick(_place(layout, decision.promoted), candidates.params)
+            place = _place(layout, jnp.asarray(decision.promoted))
+            return select.pick(place, candidates.params)
 
         stable = select.apply_if(decision.significant, promote, stable)
         found = _outcome(info, layout, lead)

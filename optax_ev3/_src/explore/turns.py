@@ -235,48 +235,79 @@ def _challenges(
         return _next(past._replace(leader=leader), leader)
     leads = lead == past.leader
     stalled = jnp.where(leads, jnp.where(stands, past.stalled + 1, 0), past.stalled)
-    stalls = stalled >= _STALLS
+    turns = past._replace(stalled=stalled.astype(jnp.int32))
+    turns, goes_on = _judged(turns, leads, heir, racing)
+    turns, begins, joins = _begun(turns, leads & (past.challenger == count))
+    challenges = goes_on | begins
+    return _next(turns, jnp.where(challenges, turns.challenger, turns.leader), joins)
+
+
+def _judged(
+    past: Turns, leads: jax.Array, heir: jax.Array, racing: Racing
+) -> tuple[Turns, jax.Array]:
+    """A challenge after a turn of the leader, or of the challenger.
+
+    Returns:
+      What is known from now on, and ``[]`` bool, whether the challenger goes on.
+    """
+    count = past.level.shape[0]
+    able = past.harmful == 0
     challenged = past.challenger < count
     rival = jnp.minimum(past.challenger, count - 1)
-    is_harmful = past.harmful[rival] > 0
-    # Both have had a turn.
+    # After a turn of the leader both have had one.
     decided = challenged & leads
     behind = past.level[past.leader] - past.level[rival]
-    wins = decided & ((behind < 0) | ~able[past.leader]) & ~is_harmful
+    wins = decided & ((behind < 0) | ~able[past.leader]) & able[rival]
     lost = jnp.where(decided & (behind >= past.behind / 2), past.lost + 1, 0)
-    goes_on = decided & ~wins & ~is_harmful & (lost < racing.patience)
-    over = challenged & jnp.where(leads, ~goes_on, is_harmful)
+    goes_on = decided & ~wins & able[rival] & (lost < racing.patience)
+    over = challenged & jnp.where(leads, ~goes_on, ~able[rival])
     leader = jnp.where(wins, rival, past.leader)
-    leader = jnp.where(able[leader], leader, heir)
-    rarer = over & ~stalls
+    rarer = over & (past.stalled < _STALLS)
     gap = jnp.where(rarer, jnp.minimum(2 * past.gap, _RAREST), past.gap)
     waited = (leads & ~challenged).astype(jnp.int32)
-    wait = jnp.where(over, gap, past.wait - waited)
-    # A new challenge, by whom has had the fewest; of these by the best.
+    turns = past._replace(
+        leader=jnp.where(able[leader], leader, heir),
+        challenger=jnp.where(over, count, past.challenger).astype(jnp.int32),
+        wait=jnp.where(over, gap, past.wait - waited).astype(jnp.int32),
+        gap=gap,
+        lost=jnp.where(over, 0, jnp.where(decided, lost, past.lost)),
+        stalled=jnp.where(wins, 0, past.stalled).astype(jnp.int32),
+        behind=jnp.where(decided, behind, past.behind).astype(jnp.float32),
+    )
+    return turns, goes_on
+
+
+def _begun(past: Turns, is_time: jax.Array) -> tuple[Turns, jax.Array, jax.Array]:
+    """A new challenge, by the explorer with the fewest so far; of these by the best.
+
+    Args:
+      past: What is known.
+      is_time: ``[]`` bool, whether the leader had a turn without a challenge.
+
+    Returns:
+      What is known from now on, and ``[]`` bool, whether a challenge begins, and
+      whether the challenger goes on from where the leader is.
+    """
+    count, level, leader = past.level.shape[0], past.level, past.leader
+    stalls = past.stalled >= _STALLS
+    able = (past.harmful == 0) & (jnp.arange(count) != leader)
     # Where no score has told any two apart, the first one is left in the lead.
-    able &= (jnp.arange(count) != leader) & (past.level != past.level[leader]).any()
-    begins = leads & ~challenged & ((wait <= 0) | stalls) & able.any()
+    able &= (level != level[leader]).any()
+    begins = is_time & ((past.wait <= 0) | stalls) & able.any()
     fewest = jnp.min(past.challenges, where=able, initial=jnp.iinfo(jnp.int32).max)
     able &= past.challenges == fewest
-    new = jnp.argmax(jnp.where(able, past.level, -jnp.inf)).astype(jnp.int32)
-    begun = begins.astype(jnp.int32)
-    challenges = past.challenges.at[new].add(begun)
-    is_far = past.level[new] < past.best - _FAR * jnp.abs(past.best)
+    new = jnp.argmax(jnp.where(able, level, -jnp.inf)).astype(jnp.int32)
+    challenges = past.challenges.at[new].add(begins.astype(jnp.int32))
+    is_far = level[new] < past.best - _FAR * jnp.abs(past.best)
     joins = begins & is_far & (challenges[new] > 1) & ~stalls
-    gone = jnp.where(begins, past.best - past.level[new], behind)
-    gone = jnp.where(joins, 0, gone)
-    challenger = jnp.where(over, count, jnp.where(begins, new, past.challenger))
+    behind = jnp.where(joins, 0, past.best - level[new])
     turns = past._replace(
-        leader=leader,
-        challenger=challenger.astype(jnp.int32),
-        wait=wait.astype(jnp.int32),
-        gap=gap,
-        lost=jnp.where(over | begins, 0, jnp.where(decided, lost, past.lost)),
-        stalled=jnp.where(wins, 0, stalled).astype(jnp.int32),
-        behind=jnp.where(decided | begins, gone, past.behind).astype(jnp.float32),
+        challenger=jnp.where(begins, new, past.challenger),
+        lost=jnp.where(begins, 0, past.lost),
+        behind=jnp.where(begins, behind, past.behind).astype(jnp.float32),
         challenges=challenges,
     )
-    return _next(turns, jnp.where(begins | goes_on, challenger, leader), joins)
+    return turns, begins, joins
 
 
 def _next(turns: Turns, lead: jax.Array, joins: jax.Array | bool = False) -> Next:
