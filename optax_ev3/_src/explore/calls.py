@@ -38,14 +38,14 @@ class Call(NamedTuple):
     scale: Any = None
 
 
-def checked_schedule(schedule: optax.Schedule | None) -> optax.Schedule | None:
+def checked_schedule(schedule: Any) -> optax.Schedule | None:
     """The schedule; raises unless it can be called."""
     if schedule is not None and not callable(schedule):
         raise TypeError(
             f"schedule must map calls of update to a factor of all updates, such as "
             f"optax.linear_schedule(1.0, 0.0, 200, 800), got {schedule!r}."
         )
-    return cast("optax.Schedule | None", schedule)
+    return cast(optax.Schedule | None, schedule)
 
 
 def scaled(call: Call, schedule: optax.Schedule | None) -> Call:
