@@ -1,8 +1,8 @@
 """The mission's own line: EV3 of Adam 0.001 and SGD 0.1, against each of them alone.
 
-The eleven tasks of the quality suite. Everybody takes as many gradients, two for each of
-the task's steps, and gets the same parts of the data, initial parameters and batches.
-Of EV3 two sets of parameters are evaluated at the end: `optax_ev3.best_params`, and
+The eleven tasks of the quality suite. Everybody takes as many gradients, two for each
+of the task's steps, and gets the same parts of the data, initial parameters and
+batches. Of EV3 two sets of parameters are evaluated at the end: `optax_ev3.best_params`, and
 those of the loop. The better optimizer alone is chosen in hindsight, by its mean test
 figure. A run that ends worse than its initial parameters counts as these.
 
