@@ -21,13 +21,25 @@ def assess(params):
 
 
 @functools.cache
-def _updater(tx):
-    return jax.jit(optax.with_extra_args_support(tx).update)
+def _stepper(tx):
+    """One step of an optimizer alone, whose update is scaled."""
+
+    @jax.jit
+    def step(w, state, batch, factor):
+        updates, state = tx.update(jax.grad(loss)(w, batch), state, w)
+        updates = jax.tree.map(lambda u: u * factor, updates)
+        return optax.apply_updates(w, updates), state
+
+    return step
 
 
 def mixed(mean, new, past):
     """An average that goes on, and what its past weighs."""
-    return jax.tree.map(lambda m, n: past * m + (1 - past) * n, mean, new)
+
+    def move(m, n):
+        return np.float32(past) * np.asarray(m) + np.float32(1 - past) * np.asarray(n)
+
+    return jax.tree.map(move, mean, new)
 
 
 class ByHand:
@@ -81,11 +93,9 @@ class ByHand:
         return visible.w
 
     def advance(self, one, tx):
-        grads = gradient(one.w, data(self.calls))
-        updates, one.state = _updater(tx)(grads, one.state, one.w)
-        if self.factor is not None:
-            updates = jax.tree.map(lambda u: u * self.factor(self.calls), updates)
-        one.w = optax.apply_updates(one.w, updates)
+        factor = 1.0 if self.factor is None else self.factor(self.calls)
+        step = _stepper(tx)
+        one.w, one.state = step(one.w, one.state, data(self.calls), np.float32(factor))
         one.age += 1
         # Of five steps, one enters the averages; and the last one.
         if self.step % 5 == 4 or self.step == self.length - 1:
