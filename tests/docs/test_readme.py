@@ -7,8 +7,10 @@ import pkgutil
 import re
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import optax_ev3
@@ -47,21 +49,30 @@ def test_the_recommended_setting():
     # Explorers that did not win were paused.
     mean = optax_ev3.history(names["state"])["mean"]
     assert np.isnan(mean).any() and not np.isnan(mean).all(axis=0).any()
-    # What the page says the preset stands for has the same state.
+    # Without a loss it takes the loop's gradients; it may know when it ends.
     exec(shown_in("docs/settings.md", 1), names)
+    grads = jax.tree.map(jnp.ones_like, names["params"])
+    state = names["tx"].init(names["params"])
+    names["tx"].update(grads, state, names["params"])
+    exec(shown_in("docs/settings.md", 2), names)
+    written_out = names["tx"].init(names["params"])
+    chex.assert_trees_all_equal_shapes_and_dtypes(written_out, names["state"])
+    # What the page says the preset stands for has the same state.
+    exec(shown_in("docs/settings.md", 3), names)
     written_out = names["tx"].init(names["params"])
     chex.assert_trees_all_equal_shapes_and_dtypes(written_out, names["state"])
 
 
-def test_the_line_that_chooses_no_optimizer():
+def test_the_three_lines():
     names = {
+        "optax": optax,
         "optax_ev3": optax_ev3,
-        "score": lambda w, batch: -((w - batch) ** 2),
-        "loss": lambda w: w**2,
-        "held_out": jnp.ones([4]),
+        "score": lambda w: -((w - jnp.ones(4)) ** 2),
+        "params": jnp.zeros([]),
     }
     exec(shown_in("README.md", 1), names)
-    assert len(names["tx"].init(jnp.ones([])).explore.explorers) == 8
+    assert len(names["tx"].init(names["params"]).explore.explorers) == 8
+    assert names["best"] == 0
 
 
 @pytest.mark.parametrize("name", MODULES)
