@@ -15,6 +15,8 @@ sweeps: compile seconds and the compiler's peak memory of a sweep over 64 learni
   rates, over those of 2.
 bookkeeping: a whole round on a model of one parameter, whose scores are given, over a
   step of the MLP: 16 explorers, 4 objectives with weights that move, a history of 256.
+relays: CPU time of a call in a relay of Adams, averaged over whole turns of 25 after
+  the first ones, over that of a step of one Adam; 256 held-out examples.
 convolutions: CPU time of a step of two Adams on three convolutions, averaged over a
   round, over that of a step of one Adam: every strategy, without a race, in a race in
   which no explorer is paused, and with one of the two paused ("paused": how many were).
@@ -35,7 +37,7 @@ import optax
 import pandas as pd
 
 import optax_ev3
-from benchmarks.overhead import convolutions, rounds, steps
+from benchmarks.overhead import convolutions, relays, rounds, steps
 from benchmarks.overhead.programs import BY_HAND, TUNED, conv_problem, mlp_problem
 from benchmarks.report import show
 from benchmarks.run import Cell, Suite
@@ -48,6 +50,7 @@ TITLES = {
     "trajectories": "A step of a trajectory, MLP, over its parts",
     "sweeps": "Sweeps of Adam over learning rates, MLP",
     "bookkeeping": "Evidence, rule and history alone, over a step that needs them",
+    "relays": "CPU time of a call in a relay of Adams, over a step of one",
     "convolutions": "CPU time of a step with convolutions, two Adams, over one Adam's",
 }
 LABELS = ["model", "explorers", "program", "loop", "trajectory"]
@@ -68,6 +71,8 @@ class Settings(NamedTuple):
     trajectory: int = 20
     swept: tuple[int, int] = (2, 64)
     booked: tuple[int, int, int] = (16, 4, 256)  # explorers, objectives, history
+    relays: tuple[int, ...] = (1, 2, 8)
+    relay_first: int = 400  # calls before the first one that is timed
     convolved: tuple[int, int, int] = (50, 8, 3)  # batch, channels, convolutions
     strategies: str = ""  # which of them with convolutions, as a pattern
 
@@ -85,6 +90,8 @@ QUICK = {
     "trajectory": 3,
     "swept": (2, 4),
     "booked": (2, 2, 8),
+    "relays": (2,),
+    "relay_first": 5,
     "convolved": (4, 2, 1),
     "strategies": "^recommended",
 }
@@ -109,6 +116,9 @@ def cells(settings, tasks, results):
     yield from _cell(tasks, "sweeps", "mlp", steps.measure_sweeps, mlp, settings)
     fn = steps.measure_bookkeeping
     yield from _cell(tasks, "bookkeeping", "mlp", fn, mlp, settings)
+    for name, problem in {"mlp": mlp, "conv": conv}.items():
+        fn = relays.measure_relays
+        yield from _cell(tasks, "relays", name, fn, name, problem, settings)
     fn = convolutions.measure_convolutions
     yield from _cell(tasks, "convolutions", "two Adams", fn, settings)
 
@@ -142,7 +152,7 @@ def report(results, settings, folder):
     for part, title in TITLES.items():
         found = results[(results.task == part) & (results.metric != "seconds")]
         if len(found):
-            labels = [name for name in LABELS if found[name].notna().any()]
+            labels = [k for k in LABELS if k in found and found[k].notna().any()]
             numbers = {k: int for k in ("explorers", "trajectory") if k in labels}
             found = found.astype(numbers)
             table = found.pivot(index=labels, columns="metric", values="value")

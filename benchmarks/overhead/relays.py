@@ -31,8 +31,7 @@ def measure_relays(name: str, problem: Problem, settings: Any):
         found = compile_step(step, (0, 1), problem.params, state, batch, batch)
         compiled[label] = found
         run = step_runner(found.call, problem, state)
-        first = 0 if label == "adam" else 40 * max(settings.relays)
-        for _ in range(min(first, settings.relay_first)):
+        for _ in range(settings.relay_first):
             run()
 
         def turn(run=run):

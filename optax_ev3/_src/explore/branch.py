@@ -158,7 +158,7 @@ def begun_anew(
             new = inner.init_state(explorer, params), end, first_means(kinds, end)
             return select.where_rows(flags, new, old)
 
-        return lambda own: select.apply_if(flags.any(), anew, own)
+        return lambda own: select.select_or_apply(flags.any(), anew, own)
 
     state = replaced(state, {name: begin(name) for name in which})
     walked: BranchesState = state.branches

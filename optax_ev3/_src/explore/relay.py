@@ -227,7 +227,7 @@ class Relay(strategy.Strategy):
                 new = select.spread((end, means), size)
                 return copied[name], *select.where_rows(flags, new, old[1:])
 
-            return lambda own: select.apply_if(flags.any(), there, own)
+            return lambda own: select.select_or_apply(flags.any(), there, own)
 
         flags = layout.split(is_who)
         state = replaced(state, {name: go_there(name, flags[name]) for name in flags})
