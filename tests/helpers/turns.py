@@ -57,7 +57,7 @@ class Plain:
 
     def after(self, who, gain, stderr, moved, adopted, finite):
         """Who is next, for how many calls, and whether from where the leader is."""
-        stands = not adopted and share_of(abs(gain), self.best, 1e-3)
+        stands = share_of(abs(gain), self.best, 1e-4)
         self.note(who, gain, stderr, moved, adopted, finite)
         if self.cycle < len(self.stages):
             following, joins = self.first_turns(who), False

@@ -295,7 +295,8 @@ def relay(
     is visible for a few calls only. After each of the last of these cycles the better
     half goes on, until one explorer is left, which leads. The leader has turn after
     turn; now and then another explorer challenges it for a turn, and takes the lead if
-    it is better after it.
+    it is better after it. A leader that stands still, so that two turns bring less than
+    a ten thousandth of all progress, is challenged after each turn.
 
     At the end of a turn the branch and its averages are assessed beside ``current``,
     here the best parameters so far (:func:`optax_ev3.best_params`), and ``stable``. A

@@ -22,8 +22,8 @@ from optax_ev3._src.explore.racing import Racing
 
 _WORSE = 3.0  # standard errors that show a fall
 _FALLS = 2  # turns in a row in which an explorer falls that was never adopted
-_STALLS = 2  # turns in a row without being adopted that are a standstill
-_STILL = 1e-3  # the part of all progress that is a standstill
+_STALLS = 2  # turns at a standstill in a row after which others are tried at once
+_STILL = 1e-4  # the part of all progress that a turn at a standstill brings at most
 _FAR = 0.05  # the part of all progress by which a challenger is far behind
 _RAREST = 2**20  # turns between two challenges, at most
 _HIGHEST = 1e30  # levels are cut there, so that sums of them are finite
@@ -43,7 +43,7 @@ class Turns(NamedTuple):
       wait: ``[]`` int32, turns of the leader before the next challenge.
       gap: ``[]`` int32, how many there were between the last two.
       lost: ``[]`` int32, turns in a row that the challenger has lost.
-      stalled: ``[]`` int32, turns in a row in which the leader was not adopted.
+      stalled: ``[]`` int32, turns in a row in which the leader stood still.
       behind: ``[]`` float32, how far it was behind the leader before its turn.
       challenges: ``[K]`` int32, of each explorer.
       level: ``[K]`` float32, that of each explorer after its last turn, or of its best
@@ -160,7 +160,7 @@ def advance(
     """What follows after the turn of ``lead``."""
     noted = _noted(past, lead, outcome)
     stages = lengths(length, past.level.shape[0])
-    stands = ~outcome.adopted & (abs(outcome.gain) <= _STILL * abs(past.best))
+    stands = abs(outcome.gain) <= _STILL * abs(past.best)
     later = _challenges(noted, lead, stands, racing)
     if not stages:
         return Next(
