@@ -1,4 +1,4 @@
-"""Five optimizers take turns at the price of one, in a loop of Flax Linen as it is.
+"""Three optimizers take turns at the price of one, in a Flax Linen loop as it is.
 
 Shows which parameters to evaluate, `optax_ev3.best_params`, and how a run is saved and
 goes on: the whole `TrainState` is one tree of arrays, in the middle of a turn, too.
@@ -24,10 +24,8 @@ FOLDER = flags.DEFINE_string("folder", None, "Where checkpoints go; none by defa
 
 EVERY = 100  # Steps between two evaluations, each with a checkpoint.
 INNER = {
-    "adam_0.001": optax.adam(1e-3),
-    "adam_0.01": optax.adam(1e-2),
-    "sgd_0.1": optax.sgd(0.1),
-    "momentum_0.01": optax.sgd(0.01, momentum=0.9),
+    "adam": optax.adam(1e-2),
+    "momentum": optax.sgd(0.01, momentum=0.9),
     "lion": optax.lion(1e-4),
 }
 
@@ -95,7 +93,7 @@ def train(steps: int, seed: int, folder: str | None) -> float:
                 saved.save({}, now=True, state=state)
     for name, value in jax.jit(optax_ev3.summary)(state.opt_state).items():
         if "share" in name and value > 0:
-            print(f"  {name:38} {value:.3f}")
+            print(f"  {name:36} {value:.3f}")
     return after
 
 

@@ -73,6 +73,21 @@ def test_overhead(suite):
     assert paused["recommended, one paused"] == 1
 
 
+@pytest.mark.slow
+def test_one_line(suite):
+    results, out = suite("one_line", "--task=wine", "--steps=20")
+    test = results[results.metric == "test"]
+    assert set(test.groupby("method").size()) == {4}  # Two seeds, two sets of params.
+    assert np.isfinite(test.value).all() and (test.value > 0).all()
+    # Alone there is one set of parameters.
+    alone = test[test.method == "adam alone"].pivot(index="seed", columns="weights")
+    assert (alone["value", "best"] == alone["value", "loop"]).all()
+    ours = test[test.method.isin(["relay", "adam alone"]) & (test.weights == "best")]
+    assert ours.groupby("method").value.mean().nunique() == 2
+    assert (results[results.metric == "finite"].value == 1).all()
+    assert "geometric mean" in out and "Three harmful ones more" in out
+
+
 def never_finite():
     return optax.GradientTransformation(
         lambda params: optax.TraceState(jax.tree.map(jnp.zeros_like, params)),
