@@ -16,7 +16,8 @@ sweeps: compile seconds and the compiler's peak memory of a sweep over 64 learni
 bookkeeping: a whole round on a model of one parameter, whose scores are given, over a
   step of the MLP: 16 explorers, 4 objectives with weights that move, a history of 256.
 relays: CPU time of a call in a relay of Adams, averaged over whole turns of 25 after
-  the first ones, over that of a step of one Adam; 256 held-out examples.
+  the first ones, over that of a step of one Adam; 256 held-out examples. Beside them
+  that of one-step rounds of two.
 convolutions: CPU time of a step of two Adams on three convolutions, averaged over a
   round, over that of a step of one Adam: every strategy, without a race, in a race in
   which no explorer is paused, and with one of the two paused ("paused": how many were).

@@ -17,12 +17,13 @@ LENGTH = 25
 def measure_relays(name: str, problem: Problem, settings: Any):
     """Whole turns of Adams, after the first ones, their assessments included."""
     programs = {"adam": optax.adam(1e-3)}
-    for count in settings.relays:
+    kinds = [("relay", explore.relay(LENGTH), count) for count in settings.relays]
+    for kind, strategy, count in [*kinds, ("one step", explore.one_step(), 2)]:
         rates = np.geomspace(1e-3, 1e-4, count)
-        programs[f"relay of {count}"] = optax_ev3.ev3(
+        programs[f"{kind} of {count}"] = optax_ev3.ev3(
             [optax.adam(float(rate)) for rate in rates],
             lambda params, held_out: problem.score_fn(params, held_out),
-            explore=explore.relay(LENGTH),
+            explore=strategy,
         )
     runners, compiled = {}, {}
     batch = problem.batches[0]
