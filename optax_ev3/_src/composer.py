@@ -48,7 +48,10 @@ class Composer(NamedTuple):
             ev3_key=trees.owned_copy(jax.random.key_data(keys.typed(self.key))),
             explore=explore,
             stable=jax.tree.map(trees.owned_copy, params),
-            rule_state=self.rule.init(self.layout.proposals),
+            # Rules may use an array twice; donated, each needs a buffer of its own.
+            rule_state=jax.tree.map(
+                trees.owned_copy, self.rule.init(self.layout.proposals)
+            ),
             history=buffer.empty(
                 self.history_length,
                 self.layout,
