@@ -246,6 +246,22 @@ def test_buffers_can_be_donated(rule):
     assert_identical(tx.init(kept), transformation(rule).init(kept))
 
 
+def test_buffers_of_a_rule_that_uses_an_array_twice_can_be_donated():
+    def init(proposals):
+        nothing = jnp.zeros([proposals])
+        return nothing, nothing
+
+    def decide(evidence, state, key):
+        del key
+        return adapt.Decision(jnp.int32(0), jnp.asarray(False)), state
+
+    for rule in (adapt.Rule(init, decide), adapt.farsighted(), adapt.confident()):
+        tx = optax_ev3.ev3([optax.sgd(0.1), optax.sgd(0.2)], score, adapt=rule)
+        leaves = jax.tree.leaves(tx.init(params()))
+        pointers = {leaf.unsafe_buffer_pointer() for leaf in leaves}
+        assert len(pointers) == len(leaves)
+
+
 @every_rule
 @pytest.mark.parametrize("mode", ["unroll", "vmap", "map"])
 def test_no_host_callback(rule, mode):
