@@ -34,7 +34,7 @@ from helpers import (
 from jax import lax
 
 import optax_ev3
-from optax_ev3 import explore
+from optax_ev3 import adapt, explore
 
 P = jax.sharding.PartitionSpec
 every_rule = pytest.mark.parametrize("rule", RULES)
