@@ -177,26 +177,14 @@ def portfolio(own, ends):
         def loss(params, batch):
             return task.loss(params, batch)
 
-        calls = None
-        if ends:
-            calls = CALLS[task.name] if own else relay_calls(task, held_out)
         return optax_ev3.portfolio(
             assessed(task, held_out),
             loss if own else None,
-            total_steps=calls,
+            total_steps=CALLS[task.name] if ends else None,
             key=seed,
         )
 
     return EV3(make, COUNT, own, best)
-
-
-def relay_calls(task, held_out):
-    """How many calls of a relay of eight cost as much as the budget."""
-    total = len(jax.tree.leaves(held_out)[0])
-    # Five candidates; a gradient is three passes.
-    turn = 5 * looked_at(task, total) / (3 * task.batch)
-    short = 4 * COUNT  # The turns of 1, 2, 4 and 8 calls, for which one is counted.
-    return int((task.steps * COUNT - short * turn) / (1 + turn / LENGTH)) - 2 * LENGTH
 
 
 def looked_at(task, total):
@@ -258,7 +246,6 @@ OTHERS = {
 PORTFOLIOS = {
     "EV3, total steps": portfolio(own=True, ends=True),
     "EV3, relay": portfolio(own=False, ends=False),
-    "EV3, relay, total steps": portfolio(own=False, ends=True),
 }
 METHODS = {
     **{name: ev3(**kwargs) for name, kwargs in VARIANTS.items()},

@@ -621,7 +621,7 @@ def test_students_learn_from_a_grid_of_teachers(names):
             )
             return (optax.apply_updates(params, updates), state), None
 
-        keys = jax.random.split(key, 90)
+        keys = jax.random.split(key, 240)  # Each of six leads for 20.
         return jax.lax.scan(step, (params, tx.init(params)), keys)[0]
 
     def accuracy(logits):

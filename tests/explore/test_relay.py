@@ -350,5 +350,7 @@ def test_a_leader_without_gradients_loses_the_lead():
     # It led to the best by far; from there the other one goes on.
     assert float(seen[2]) == pytest.approx(0.2 - 0.5 / 0.2**0.5)
     assert np.isnan(jax.grad(jnp.sqrt)(seen[2]))
-    assert int(state.explore.racing.leader) == 1 and (np.asarray(lead)[60:] == 1).all()
-    assert float(optax_ev3.best_params(state)) == pytest.approx(-1, abs=1e-3)
+    assert int(state.explore.racing.leader) == 1
+    # At a standstill it is challenged after each turn, of which this one wastes a call.
+    assert (np.asarray(lead)[60:] == 1).mean() >= 0.75
+    assert float(optax_ev3.best_params(state)) == pytest.approx(-1, abs=0.02)
