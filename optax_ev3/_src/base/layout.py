@@ -52,6 +52,11 @@ class Layout:
         return self.proposals
 
     @property
+    def stable(self) -> int:
+        """The candidate that are the stable parameters."""
+        return self.proposals + 1
+
+    @property
     def candidates(self) -> int:
         """C, how many candidates there are."""
         return self.proposals + 2
@@ -79,6 +84,10 @@ class Layout:
             for kind in range(self.kinds)
             for row in self.rows(name)
         ]
+
+    def of_explorer(self, explorer: jax.Array) -> jax.Array:
+        """Which candidates one explorer and its averages are, by its index."""
+        return explorer + self.explorers * jnp.arange(self.kinds)
 
     def split(self, values: jax.Array) -> dict[str, jax.Array]:
         """Of ``[K, ...]`` the part of each explorer, by name; squeezed if single."""

@@ -12,6 +12,7 @@ import optax
 
 from optax_ev3._src.base import control, finite, select, trees, xla
 from optax_ev3._src.base.layout import Layout
+from optax_ev3._src.base.select import Stacked
 from optax_ev3._src.base.states import ExploreState
 from optax_ev3._src.explore import averages, inner, steps, strategy
 from optax_ev3._src.explore.averages import Average
@@ -116,6 +117,11 @@ def branches_by_name(state: ExploreState, layout: Layout) -> dict[str, Branch]:
         )
         for name in layout.members
     }
+
+
+def stacks(ctx: strategy.Context, trees: Mapping[str, Any]) -> list[Stacked]:
+    """What each explorer has of a kind, given by name, in their order."""
+    return [Stacked(trees[name], one.size) for name, one in ctx.explorers.items()]
 
 
 def after_step(

@@ -24,6 +24,7 @@ from optax_ev3._src.explore.branch import (
     begun_anew,
     branches_by_name,
     first_branches,
+    stacks,
 )
 from optax_ev3._src.explore.explorers import Explorer
 from optax_ev3._src.explore.racing import Racing
@@ -194,10 +195,7 @@ class Branches(strategy.Strategy):
         """The way to the lead branch; none without one that is alive."""
         del move
         walked, params = state.branches, ctx.params
-        ends = [
-            Stacked(walked.ends[k], explorer.size)
-            for k, explorer in ctx.explorers.items()
-        ]
+        ends = stacks(ctx, walked.ends)
         nowhere, start = ctx.layout.explorers, ctx.layout.explorers + 1
         alive = jnp.append(walked.alive, 0)[walked.lead] > 0
         index = jnp.where(alive, walked.lead, nowhere)

@@ -26,6 +26,7 @@ from optax_ev3._src.explore.branch import (
     branches_by_name,
     first_branches,
     replaced,
+    stacks,
 )
 from optax_ev3._src.explore.explorers import Explorer
 from optax_ev3._src.explore.racing import Racing
@@ -136,14 +137,11 @@ class Relay(strategy.Strategy):
         """The branch at work, its averages, and the best parameters before."""
         del explored
         walked, layout = state.branches, ctx.layout
-        lead, ends = walked.lead, _stacks(ctx, walked.ends)
-        end = select.pick(lead, ends)
-        found = [end]
-        for kind in range(len(self.averages)):
-            means = {name: means[kind] for name, means in walked.means.items()}
-            found.append(_averages.like(select.pick(lead, _stacks(ctx, means)), end))
-        rows = lead + layout.explorers * jnp.arange(layout.kinds)
-        others = jnp.asarray([layout.current, layout.current + 1])
+        lead = walked.lead
+        end, means = _branch_of(ctx, walked, lead)
+        found = [end, *(_averages.like(mean, end) for mean in means)]
+        rows = layout.of_explorer(lead)
+        others = jnp.asarray([layout.current, layout.stable])
         at_work = jnp.arange(layout.explorers) == lead
         return Candidates(
             [*map(Stacked, found), Stacked(walked.start), Stacked(stable)],
@@ -189,7 +187,7 @@ class Relay(strategy.Strategy):
             return self._joined(ctx, state, coming.lead, coming.turns.leader)
 
         state = select.apply_if(coming.joins, join, state)
-        end = select.pick(coming.lead, _stacks(ctx, state.branches.ends))
+        end = select.pick(coming.lead, stacks(ctx, state.branches.ends))
         walked = state.branches._replace(
             # Where one update does not lead to the branch, the next one does.
             step=-_is_missed(end, ctx.params).astype(jnp.int32),
@@ -202,7 +200,7 @@ class Relay(strategy.Strategy):
     def update(self, ctx: Context, state: ExploreState, move: Any) -> optax.Updates:
         """The way to the branch at work."""
         del move
-        ends = _stacks(ctx, state.branches.ends)
+        ends = stacks(ctx, state.branches.ends)
         return finite.towards(select.pick(state.branches.lead, ends), ctx.params)
 
     def _joined(
@@ -211,13 +209,7 @@ class Relay(strategy.Strategy):
         """One branch goes on from where another one is, and with its averages."""
         walked, layout = state.branches, ctx.layout
         is_who = jnp.arange(layout.explorers) == who
-        end = select.pick(leader, _stacks(ctx, walked.ends))
-        means = tuple(
-            select.pick(
-                leader, _stacks(ctx, {k: v[i] for k, v in walked.means.items()})
-            )
-            for i in range(len(self.averages))
-        )
+        end, means = _branch_of(ctx, walked, leader)
         copied = restarts.inner_states(ctx, state, Never("copy"), end, is_who, leader)
 
         def go_there(name: str, flags: jax.Array) -> Any:
@@ -235,9 +227,17 @@ class Relay(strategy.Strategy):
         return state._replace(branches=state.branches._replace(age=age))
 
 
-def _stacks(ctx: Context, trees: Mapping[str, Any]) -> list[Stacked]:
-    """By explorer, in their order."""
-    return [Stacked(trees[name], one.size) for name, one in ctx.explorers.items()]
+def _branch_of(
+    ctx: Context, walked: BranchesState, explorer: jax.Array
+) -> tuple[optax.Params, tuple[optax.Params, ...]]:
+    """The end of one explorer's branch, and its averages."""
+
+    def pick(trees: Mapping[str, Any]) -> Any:
+        return select.pick(explorer, stacks(ctx, trees))
+
+    kinds = range(ctx.layout.kinds - 1)
+    means = ({name: own[kind] for name, own in walked.means.items()} for kind in kinds)
+    return pick(walked.ends), tuple(map(pick, means))
 
 
 def _is_missed(target: optax.Params, params: optax.Params) -> jax.Array:
@@ -266,7 +266,7 @@ def _outcome(info: RoundInfo, layout: Layout, lead: jax.Array) -> turns.Outcome:
     told, adopted = info.evidence, info.decision.adopted
     against = evidence.compare(told, info.objective, told.current)
     mean = evidence.estimate(told, info.objective).mean
-    own = lead + layout.explorers * jnp.arange(layout.kinds)
+    own = layout.of_explorer(lead)
     best = own[jnp.argmax(jnp.where(told.valid[own], mean[own], -jnp.inf))]
     return turns.Outcome(
         gain=against.gain[best],

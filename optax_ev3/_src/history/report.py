@@ -13,6 +13,7 @@ import numpy as np
 from jax import core
 
 from optax_ev3._src.base import select
+from optax_ev3._src.base.layout import STABLE
 from optax_ev3._src.base.states import ExplorerState, place_index
 from optax_ev3._src.history.lookup import candidates, find, positions
 
@@ -85,7 +86,7 @@ def best_params(state: Any) -> Any:
         return stable_params(state)
     past = found.history
     row = (past.rounds - 1) % past.adopted.shape[0]
-    mean, stable = past.mean[row], past.mean.shape[1] - 1
+    mean, stable = past.mean[row], positions(found)[STABLE]
     # Where stable has just been replaced, its score is not that of the new ones.
     is_stable = (past.valid[row, stable] > 0) & (past.significant[row] == 0)
     is_stable &= mean[stable] > mean[past.adopted[row]]
