@@ -151,10 +151,12 @@ def _portfolio(assess_fn, **kwargs):
     return optax_ev3.portfolio(assess_fn, training.loss, **kwargs)
 
 
+_confident_two = functools.partial(optax_ev3.ev3, training.TWO, adapt=adapt.confident())
+
 OWN = {"loss_fn": training.loss, "explore": explore.rounds(20)}
 # How it is made, and which share of the training labels is random.
 CHUNKED = {
-    "two explorers": (functools.partial(optax_ev3.ev3, training.TWO), 0.0),
+    "two explorers": (_confident_two, 0.0),
     "eight, trajectories of 20": (
         functools.partial(optax_ev3.ev3, training.EIGHT, **OWN),
         0.0,

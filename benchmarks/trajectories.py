@@ -38,11 +38,11 @@ def own(strategy):
 
 def variants():
     """Settings of EV3 by name."""
-    yield "one step", {}
+    confident = {"adapt": adapt.confident()}
+    yield "one step", confident
     for length in (10, 20, 50):
         yield f"own {length}", own(explore.rounds(length))
         yield f"shared {length}", {"explore": explore.rounds(length)}
-    confident = {"adapt": adapt.confident()}
     restarts = {
         "significant": explore.worse_than("adopted"),
         "never": explore.never(),

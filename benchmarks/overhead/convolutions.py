@@ -72,7 +72,11 @@ def convolution_strategies(problem: Problem, settings: Any) -> dict[str, Any]:
         averages=[explore.trajectory_average(), explore.branch_average()],
     )
     return {
-        "one step": {"inner": adams, "strategy": explore.one_step},
+        "one step": {
+            "inner": adams,
+            "strategy": explore.one_step,
+            "adapt": rules.confident(),
+        },
         "shared gradients": {"inner": adams, "strategy": rounds},
         "own gradients": {
             "inner": adams,

@@ -122,7 +122,7 @@ def ev3_step(problem: Problem, inner, mode: str = "unroll", adapt=None, assess_f
     tx = optax_ev3.ev3(
         inner,
         assess_fn or (lambda params, held_out: problem.score_fn(params, held_out)),
-        adapt=adapt,
+        adapt=adapt or optax_ev3.adapt.confident(),
         assess_mode=mode,
     )
     return plain_step(problem, tx, "held_out")

@@ -65,7 +65,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "explore": explore.rounds(10, gradients="shared", averages=AVERAGES),
         "own": False,
     },
-    "EV3, one step": {"explore": None, "adapt": None, "own": False},
+    "EV3, one step": {"explore": None, "adapt": adapt.confident(), "own": False},
 }
 AWAY = {"/ 100": 0.01, "x 100": 100.0}
 EVOLVING = explore.branches(
