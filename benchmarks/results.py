@@ -46,6 +46,8 @@ class Results:
                 self.path,
                 keep_default_na=False,
                 na_values=[""],
+                # Columns of numbers and words: older pandas warns of types by parts.
+                low_memory=False,
                 # Not every release of pandas reads numbers to their last digit.
                 converters={"value": lambda text: float(text or "nan")},
                 dtype={"task": str, "method": str, "metric": str},

@@ -24,6 +24,7 @@ from helpers import (
 )
 from helpers.relay import ByHand, assess, gradient
 from helpers.trajectories import data, loss, score, start
+from jax.sharding import PartitionSpec
 
 import optax_ev3
 from optax_ev3 import adapt, explore, metrics
@@ -133,7 +134,7 @@ def ahead_of_time(tx, w, state, batches):
 def over_devices(tx, w, state, batches):
     """Gradients and held-out examples spread over eight."""
     del tx
-    mesh, spec = jax.sharding.Mesh(np.array(jax.devices()[:8]), "i"), jax.P
+    mesh, spec = jax.sharding.Mesh(np.array(jax.devices()[:8]), "i"), PartitionSpec
     tx = relay(assess_fn=score, axis_name="i")
 
     def step(w, state, batch, held):
@@ -195,7 +196,7 @@ def test_explicit_sharding_is_kept():
     axis_type = jax.sharding.AxisType.Explicit
     mesh = jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
     with jax.set_mesh(mesh):
-        sharding = jax.sharding.NamedSharding(mesh, jax.P(None, "x"))
+        sharding = jax.sharding.NamedSharding(mesh, PartitionSpec(None, "x"))
         w = jax.device_put(jnp.zeros((2, 8), jnp.float16), sharding)
         tx = relay(assess_fn=lambda w: -(w**2).sum())
         state = tx.init(w)
