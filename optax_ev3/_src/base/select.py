@@ -54,11 +54,19 @@ def first(stack: Stacked) -> Any:
     return jax.tree.map(lambda leaf: leaf[0], stack.tree)
 
 
-def pick(index: Any, stacks: Sequence[Stacked]) -> Any:
+def pick(
+    index: Any, stacks: Sequence[Stacked], then: Callable[[Any], Any] | None = None
+) -> Any:
     """The tree with this index, counted over all stacks.
 
     On CPUs the others are not read, nor made; on GPUs, whose host would wait for the
     index, all are.
+
+    Args:
+      index: ``[]`` int32.
+      stacks: All trees.
+      then: What is wanted of the tree. On CPUs it reads the tree where it is, and
+        nothing is copied.
     """
     sizes = [count(stack) for stack in stacks]
     firsts = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -79,13 +87,16 @@ def pick(index: Any, stacks: Sequence[Stacked]) -> Any:
         picked, *others = [branch() for branch in branches]
         for i, tree in enumerate(others, 1):
             picked = where(number == i, tree, picked)
-        return picked
+        return picked if then is None else then(picked)
 
-    return control.platform_dependent(
-        which[index],
-        cpu=lambda number: control.switch(number, branches),
-        default=choose_all,
-    )
+    def choose_one(number: jax.Array):
+        if then is None:
+            return control.switch(number, branches)
+        return control.switch(
+            number, [lambda branch=branch: then(branch()) for branch in branches]
+        )
+
+    return control.platform_dependent(which[index], cpu=choose_one, default=choose_all)
 
 
 def apply_if(condition: Any, fn: Callable[[Any], Any], tree: Any) -> Any:
@@ -192,3 +203,10 @@ def where_rows(mask: jax.Array, new: Any, old: Any) -> Any:
         return jnp.where(shaped, jnp.asarray(n, o.dtype), o)
 
     return jax.tree.map(choose, new, old)
+
+
+def replace_rows(mask: jax.Array, new: Any, old: Any) -> Any:
+    """:func:`where_rows` of a mask that holds somewhere: a single tree is all new."""
+    if mask.ndim:
+        return where_rows(mask, new, old)
+    return jax.tree.map(lambda n, o: jnp.asarray(n, o.dtype), new, old)

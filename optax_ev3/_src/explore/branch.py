@@ -162,7 +162,7 @@ def begun_anew(
         def anew(old: Any) -> Any:
             end = select.spread(params, explorer.size)
             new = inner.init_state(explorer, params), end, first_means(kinds, end)
-            return select.where_rows(flags, new, old)
+            return select.replace_rows(flags, new, old)
 
         return lambda own: select.select_or_apply(flags.any(), anew, own)
 
@@ -175,7 +175,7 @@ def begun_anew(
 def replaced(
     state: ExploreState, change: Mapping[str, Callable[[Any], Any]]
 ) -> ExploreState:
-    """The state with ``change(inner state, end, averages)`` of each explorer.
+    """The state with ``change(inner state, end, averages)`` of explorers, by name.
 
     One explorer after the other: none needs memory for all.
     """
@@ -187,8 +187,8 @@ def replaced(
         for name, fn in change.items()
     }
     walked = walked._replace(
-        ends={name: parts[1] for name, parts in new.items()},
-        means={name: parts[2] for name, parts in new.items()},
+        ends={**walked.ends, **{name: parts[1] for name, parts in new.items()}},
+        means={**walked.means, **{name: parts[2] for name, parts in new.items()}},
     )
     opt_states = {name: parts[0] for name, parts in new.items()}
     return strategy.with_opt_states(state, opt_states)._replace(branches=walked)

@@ -200,8 +200,8 @@ class Branches(strategy.Strategy):
         alive = jnp.append(walked.alive, 0)[walked.lead] > 0
         index = jnp.where(alive, walked.lead, nowhere)
         index = jnp.where(walked.step == 0, start, index)
-        visible = select.pick(index, [*ends, Stacked(params), Stacked(walked.start)])
-        return finite.towards(visible, params)
+        stops = [*ends, Stacked(params), Stacked(walked.start)]
+        return select.pick(index, stops, lambda end: finite.towards(end, params))
 
     def _restarted(
         self, ctx: Context, state: ExploreState, visible: optax.Params, info: RoundInfo

@@ -4,6 +4,7 @@ Dimensions: ``K`` explorers, ``C`` candidates.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,6 @@ from optax_ev3._src.explore.branch import (
 )
 from optax_ev3._src.explore.explorers import Explorer
 from optax_ev3._src.explore.racing import Racing
-from optax_ev3._src.explore.restarts import Never
 from optax_ev3._src.explore.strategy import Candidates, Context, Explored, Finished
 
 # A challenge takes turns from the leader: it is short.
@@ -138,13 +138,13 @@ class Relay(strategy.Strategy):
         del explored
         walked, layout = state.branches, ctx.layout
         lead = walked.lead
-        end, means = _branch_of(ctx, walked, lead)
-        found = [end, *(_averages.like(mean, end) for mean in means)]
         rows = layout.of_explorer(lead)
         others = jnp.asarray([layout.current, layout.stable])
         at_work = jnp.arange(layout.explorers) == lead
+        branch = _branch_of(ctx, walked, lead)
+        params = [_averages.like(one, ctx.params) for one in branch]
         return Candidates(
-            [*map(Stacked, found), Stacked(walked.start), Stacked(stable)],
+            [*map(Stacked, params), Stacked(walked.start), Stacked(stable)],
             layout.tile(at_work & (walked.alive > 0), True),
             jnp.zeros([layout.candidates], bool),
             jnp.append(rows, others).astype(jnp.int32),
@@ -163,9 +163,9 @@ class Relay(strategy.Strategy):
         decision, layout, lead = info.decision, ctx.layout, state.branches.lead
         best = select.pick(_place(layout, decision.adopted), candidates.params)
 
-        def promote(_: Any) -> Any:
+        def promote(stable: optax.Params) -> optax.Params:
             place = _place(layout, jnp.asarray(decision.promoted))
-            return select.pick(place, candidates.params)
+            return select.pick(place, [*candidates.params[:-1], Stacked(stable)])
 
         stable = select.apply_if(decision.significant, promote, stable)
         found = _outcome(info, layout, lead)
@@ -187,10 +187,14 @@ class Relay(strategy.Strategy):
             return self._joined(ctx, state, coming.lead, coming.turns.leader)
 
         state = select.apply_if(coming.joins, join, state)
-        end = select.pick(coming.lead, stacks(ctx, state.branches.ends))
+        is_missed = select.pick(
+            coming.lead,
+            stacks(ctx, state.branches.ends),
+            lambda end: _is_missed(end, ctx.params),
+        )
         walked = state.branches._replace(
             # Where one update does not lead to the branch, the next one does.
-            step=-_is_missed(end, ctx.params).astype(jnp.int32),
+            step=-is_missed.astype(jnp.int32),
             length=coming.length,
             lead=coming.lead,
             alive=jnp.ones_like(walked.alive),
@@ -200,44 +204,50 @@ class Relay(strategy.Strategy):
     def update(self, ctx: Context, state: ExploreState, move: Any) -> optax.Updates:
         """The way to the branch at work."""
         del move
-        ends = stacks(ctx, state.branches.ends)
-        return finite.towards(select.pick(state.branches.lead, ends), ctx.params)
+        walked = state.branches
+        return select.pick(
+            walked.lead,
+            stacks(ctx, walked.ends),
+            lambda end: finite.towards(end, ctx.params),
+        )
 
     def _joined(
         self, ctx: Context, state: ExploreState, who: jax.Array, leader: jax.Array
     ) -> ExploreState:
         """One branch goes on from where another one is, and with its averages."""
-        walked, layout = state.branches, ctx.layout
+        layout = ctx.layout
         is_who = jnp.arange(layout.explorers) == who
-        end, means = _branch_of(ctx, walked, leader)
-        copied = restarts.inner_states(ctx, state, Never("copy"), end, is_who, leader)
 
-        def go_there(name: str, flags: jax.Array) -> Any:
-            size = ctx.explorers[name].size
+        def go(state: ExploreState, name: str, flags: jax.Array, old: Any) -> Any:
+            opt_state, *others = old
+            made, fits = restarts.copied(ctx, strategy.opt_states(state), name, leader)
+            end, *means = _branch_of(ctx, state.branches, leader)
+            new = select.spread([end, tuple(means)], ctx.explorers[name].size)
+            opt_state = select.where_rows(flags & fits, made, opt_state)
+            return opt_state, *select.replace_rows(flags, new, others)
 
-            def there(old: Any) -> Any:
-                new = select.spread((end, means), size)
-                return copied[name], *select.where_rows(flags, new, old[1:])
+        for name, flags in layout.split(is_who).items():
 
-            return lambda own: select.select_or_apply(flags.any(), there, own)
+            def there(
+                state: ExploreState, name: str = name, flags: jax.Array = flags
+            ) -> ExploreState:
+                return replaced(
+                    state, {name: functools.partial(go, state, name, flags)}
+                )
 
-        flags = layout.split(is_who)
-        state = replaced(state, {name: go_there(name, flags[name]) for name in flags})
-        age = jnp.where(is_who, walked.age[leader], walked.age)
+            # The whole state is carried: what is read of it need not be copied before.
+            state = select.apply_if(flags.any(), there, state)
+        age = state.branches.age
+        age = jnp.where(is_who, age[leader], age)
         return state._replace(branches=state.branches._replace(age=age))
 
 
-def _branch_of(
-    ctx: Context, walked: BranchesState, explorer: jax.Array
-) -> tuple[optax.Params, tuple[optax.Params, ...]]:
+def _branch_of(ctx: Context, walked: BranchesState, explorer: jax.Array) -> list[Any]:
     """The end of one explorer's branch, and its averages."""
-
-    def pick(trees: Mapping[str, Any]) -> Any:
-        return select.pick(explorer, stacks(ctx, trees))
-
     kinds = range(ctx.layout.kinds - 1)
-    means = ({name: own[kind] for name, own in walked.means.items()} for kind in kinds)
-    return pick(walked.ends), tuple(map(pick, means))
+    means = [{name: own[kind] for name, own in walked.means.items()} for kind in kinds]
+    found = [walked.ends, *means]
+    return [select.pick(explorer, stacks(ctx, trees)) for trees in found]
 
 
 def _is_missed(target: optax.Params, params: optax.Params) -> jax.Array:

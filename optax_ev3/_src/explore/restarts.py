@@ -164,23 +164,23 @@ def inner_states(
     old = strategy.opt_states(state)
     if restart.inner_state == "keep":
         return old
-    stacks = {k: Stacked(old[k], one.size) for k, one in ctx.explorers.items()}
-    types = {name: _member_types(stack) for name, stack in stacks.items()}
     renewed = {}
     for name, mask in ctx.layout.split(moved).items():
         if restart.inner_state == "new":
             made = inner.init_state(ctx.explorers[name], visible)
         else:
-            made, known = _copied(stacks, types, name, owner)
+            made, known = copied(ctx, old, name, owner)
             mask = mask & known
         renewed[name] = select.where_rows(mask, made, old[name])
     return renewed
 
 
-def _copied(
-    stacks: dict[str, Stacked], types: dict[str, Any], name: str, owner: jax.Array
+def copied(
+    ctx: Context, opt_states: dict[str, Any], name: str, owner: jax.Array
 ) -> tuple[Any, jax.Array]:
     """The owner's state for this explorer, and ``[]`` bool whether it fits."""
+    stacks = {k: Stacked(opt_states[k], one.size) for k, one in ctx.explorers.items()}
+    types = {other: _member_types(stack) for other, stack in stacks.items()}
     own = stacks[name]
     nobody = Stacked(select.first(own))
     sources, fits = [], []

@@ -180,7 +180,7 @@ def with_opt_states(
 
     Args:
       state: The state.
-      new: The inner states, by name.
+      new: The inner states that are new, by name.
       skipped: By name, ``[]`` bool, or ``[G]`` for a sweep; None for no step.
     """
     explorers = {}
@@ -188,7 +188,9 @@ def with_opt_states(
         count = explorer.skipped
         if skipped is not None:
             count = jnp.where(skipped[name], optax.safe_increment(count), count)
-        explorers[name] = explorer._replace(opt_state=new[name], skipped=count)
+        explorers[name] = explorer._replace(
+            opt_state=new.get(name, explorer.opt_state), skipped=count
+        )
     return state._replace(explorers=explorers)
 
 
