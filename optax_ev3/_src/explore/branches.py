@@ -179,8 +179,10 @@ class Branches(strategy.Strategy):
         visible = trees.plus(ctx.params, finite.towards(target, ctx.params))
         visible = select.where(finite.finite(visible), visible, target)
 
-        def promote(_: Any) -> Any:
-            promoted = select.pick(decision.promoted, candidates.params)
+        def promote(stable: Any) -> Any:
+            # What a loop carries, it need not copy.
+            params = [*candidates.params[:-1], Stacked(stable)]
+            promoted = select.pick(decision.promoted, params)
             is_adopted = decision.promoted == decision.adopted
             return select.where(is_adopted, visible, promoted)
 

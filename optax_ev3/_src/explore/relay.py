@@ -165,6 +165,7 @@ class Relay(strategy.Strategy):
 
         def promote(stable: optax.Params) -> optax.Params:
             place = _place(layout, jnp.asarray(decision.promoted))
+            # What a loop carries, it need not copy.
             return select.pick(place, [*candidates.params[:-1], Stacked(stable)])
 
         stable = select.apply_if(decision.significant, promote, stable)
@@ -302,8 +303,8 @@ def relay(
     gradient a call, whatever the number of explorers.
 
     First turns are short, 1, 2, 4, ... calls for each explorer, so that a harmful one
-    is visible for a few calls only. After each of the last of these cycles the better
-    half goes on, until one explorer is left, which leads. The leader has turn after
+    is visible for a few calls only. Then the better half goes on, each time with turns
+    of twice the length, until one explorer is left, which leads. It has turn after
     turn; now and then another explorer challenges it for a turn, and takes the lead if
     it is better after it. A leader that stands still, so that two turns bring less than
     a ten thousandth of all progress, is challenged after each turn.

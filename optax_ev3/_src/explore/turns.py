@@ -1,8 +1,8 @@
 """Turns: which explorer of a relay is at work, and for how long.
 
 First turns: all explorers have turns of 1, 2, 4, ... calls, one after the other, so
-that a harmful one is visible for a few calls only. The better half of them goes on
-after each of the last of these cycles, until one is left. It leads.
+that a harmful one is visible for a few calls only. Then the better half goes on, each
+time with turns of twice the length, until one is left. It leads.
 
 Then the leader has turn after turn, and now and then another one challenges it: each of
 the two has a turn, and the better one leads from then on. Challenges become ever rarer,
@@ -137,12 +137,13 @@ def init(explorers: int, racing: Racing | None) -> Turns:
 
 
 def lengths(length: int, explorers: int) -> list[int]:
-    """Of the first turns, by cycle: doubled up to ``length``, until one is left."""
+    """Of the first turns, by cycle: doubled up to ``length``; then of those left."""
     if explorers == 1:
         return []
     doubled = [2**i for i in range(max(length - 1, 1).bit_length())]
+    # As many calls for all together, whether all or half of them are left.
     halvings = math.ceil(math.log2(explorers))
-    return doubled + [length] * max(halvings - 1, 0)
+    return doubled + [length * 2**i for i in range(1, halvings)]
 
 
 def first_length(length: int, explorers: int) -> int:
