@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optax_ev3._src.assess.scores import Scores
-from optax_ev3._src.base import callbacks, checks, control, evidence
+from optax_ev3._src.base import callbacks, checks, control, evidence, sharding
 
 
 class InChunks(NamedTuple):
@@ -153,7 +153,7 @@ def part(tree: Any, chunk: Any, chunks: int, name: str) -> Any:
                 f"size."
             )
         size = shape[0] // chunks
-        return lax.dynamic_slice_in_dim(leaf, chunk * size, size)
+        return sharding.rows_from(leaf, chunk * size, size)
 
     return jax.tree.map(cut, tree)
 

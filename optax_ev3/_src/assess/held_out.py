@@ -10,7 +10,7 @@ from jax import lax
 from jax.tree_util import keystr, tree_map_with_path
 
 from optax_ev3._src.assess.chunks import part
-from optax_ev3._src.base import callbacks, checks, control
+from optax_ev3._src.base import callbacks, checks, control, sharding
 
 # More examples could not be walked through in 32-bit numbers, see _split.
 _MOST_SHUFFLED = 2**26
@@ -117,7 +117,7 @@ def held_out(
             metric_key = jax.random.fold_in(metric_key, which[0])
         batch = data
         if rows is not None:
-            batch = jax.tree.map(lambda array: array[rows], data)
+            batch = jax.tree.map(lambda array: sharding.take(array, rows), data)
         offered = {
             "key": metric_key,
             "round": round,

@@ -9,7 +9,7 @@ import optax
 from jax import lax
 
 from optax_ev3._src.assess import aggregate
-from optax_ev3._src.base import checks, control, select, trees, xla
+from optax_ev3._src.base import checks, control, select, sharding, trees, xla
 
 MODES = ("unroll", "vmap", "map")
 
@@ -103,7 +103,7 @@ def _score(
 
     @xla.quick_convolutions
     def one(candidate: Any) -> dict[str, Any]:
-        return lax.stop_gradient(_as_scores(assess(candidate)))
+        return sharding.replicated(lax.stop_gradient(_as_scores(assess(candidate))))
 
     if mode == "unroll":
         each = [_score_batch(one, batch, axis_name) for batch in candidates]

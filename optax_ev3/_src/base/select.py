@@ -198,11 +198,13 @@ def spread(tree: Any, size: int | None) -> Any:
 def where_rows(mask: jax.Array, new: Any, old: Any) -> Any:
     """Leafwise ``new`` where the mask holds, which runs over leading axes."""
 
-    def choose(n: Any, o: Any) -> jax.Array:
-        shaped = mask.reshape(mask.shape + (1,) * (o.ndim - mask.ndim))
-        return jnp.where(shaped, jnp.asarray(n, o.dtype), o)
+    def choose(flag: jax.Array, n: Any, o: Any) -> jax.Array:
+        return jnp.where(flag, jnp.asarray(n, o.dtype), o)
 
-    return jax.tree.map(choose, new, old)
+    # Under vmap, flags are spread over devices like what they choose from.
+    for _ in range(mask.ndim):
+        choose = jax.vmap(choose)
+    return jax.tree.map(lambda n, o: choose(mask, n, o), new, old)
 
 
 def replace_rows(mask: jax.Array, new: Any, old: Any) -> Any:

@@ -112,7 +112,7 @@ class Branches(strategy.Strategy):
                 name: str = name,
                 walk: Any = walk,
             ) -> Any:
-                return steps.each_member(walk.advance, explorer, name, call, branch)
+                return steps.one_by_one(walk.advance, explorer, name, call, branch)
 
             flag = paused.get(name)
             moved[name] = (

@@ -57,13 +57,20 @@ class Explorer(NamedTuple):
         ]
         return [f"{name}/{label}" for label in labels]
 
-    def each(self, fn: Callable[..., Any], *args: Any, hyperparams: Any = None) -> Any:
+    def each(
+        self,
+        fn: Callable[..., Any],
+        *args: Any,
+        hyperparams: Any = None,
+        at_once: bool = True,
+    ) -> Any:
         """``fn(tx, hyperparams, *args)``; for a sweep, of every member, args stacked.
 
         Args:
           fn: What to do with an optimizer and its numbers by name.
           *args: More arguments.
           hyperparams: Numbers ``[G]`` by name; default: the grid.
+          at_once: Whether ``fn`` is vectorized over members, not called in a loop.
         """
         if self.grid is None:
             return fn(self.tx, {}, *args)
@@ -74,12 +81,17 @@ class Explorer(NamedTuple):
         grid = {k: jnp.asarray(v) for k, v in self.grid.items()}
         rows = hyperparams or grid, *args
         if control.is_traced(rows):
-            return jax.vmap(one)(*rows)
+            if at_once:
+                return jax.vmap(one)(*rows)
+            return control.each_row(lambda row: one(*row), rows)
         return control.stacked(one, *rows)
 
-    def member(self, row: jax.Array) -> tuple[optax.GradientTransformation, Any]:
+    def member(
+        self, row: jax.Array, hyperparams: Any = None
+    ) -> tuple[optax.GradientTransformation, Any]:
         """Of a sweep the optimizer in this row, and its numbers by name."""
-        numbers = {k: jnp.asarray(v)[row] for k, v in (self.grid or {}).items()}
+        columns = hyperparams or self.grid or {}
+        numbers = {k: jnp.asarray(v)[row] for k, v in columns.items()}
         return self._made(numbers), numbers
 
     def _made(self, numbers: Mapping[str, Any]) -> optax.GradientTransformation:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import keystr, tree_map_with_path
 
-from optax_ev3._src.base import trees
+from optax_ev3._src.base import control, sharding, trees
 from optax_ev3._src.explore import inner
 from optax_ev3._src.explore.calls import Call
 from optax_ev3._src.explore.explorers import Explorer
@@ -85,7 +85,11 @@ def each_member(
         loss = loss_of(explorer, name, call, hyperparams)
         return fn(Member(tx, explorer, name, loss, call), *args)
 
-    return explorer.each(step, *args, hyperparams=call.hyperparams.get(name))
+    # The gradients of a loss take memory for the activations of each member; and where
+    # arrays are spread by their types, conditionals have no rule for a vector of flags.
+    alone = explorer.loss_fn is not None or sharding.is_explicit((args, call.grads))
+    numbers = call.hyperparams.get(name)
+    return explorer.each(step, *args, hyperparams=numbers, at_once=not alone)
 
 
 def one_member(
@@ -99,10 +103,26 @@ def one_member(
     """``fn(member, own)`` for an explorer; for one member of a sweep, in its row."""
     if explorer.size is None:
         return each_member(fn, explorer, name, call, own)
-    tx, numbers = explorer.member(row)
+    tx, numbers = explorer.member(row, call.hyperparams.get(name))
     member = Member(tx, explorer, name, loss_of(explorer, name, call, numbers), call)
     new = fn(member, jax.tree.map(lambda x: x[row], own))
     return jax.tree.map(lambda x, n: x.at[row].set(n), own, new)
+
+
+def one_by_one(
+    fn: Callable[[Member, Any], Any], explorer: Explorer, name: str, call: Call, own: Any
+) -> Any:
+    """``fn(member, own)`` for an explorer; for a sweep member after member, in place.
+
+    It takes memory for the activations of one, and what a member skips takes no time.
+    """
+    if explorer.size is None:
+        return each_member(fn, explorer, name, call, own)
+
+    def step(row: jax.Array, own: Any) -> Any:
+        return one_member(fn, explorer, name, call, row, own)
+
+    return control.fori_loop(0, explorer.size, step, own)
 
 
 def given_to(name: str, call: Call) -> tuple[optax.Updates, Any]:
