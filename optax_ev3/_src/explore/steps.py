@@ -110,7 +110,11 @@ def one_member(
 
 
 def one_by_one(
-    fn: Callable[[Member, Any], Any], explorer: Explorer, name: str, call: Call, own: Any
+    fn: Callable[[Member, Any], Any],
+    explorer: Explorer,
+    name: str,
+    call: Call,
+    own: Any,
 ) -> Any:
     """``fn(member, own)`` for an explorer; for a sweep member after member, in place.
 

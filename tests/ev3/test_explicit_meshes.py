@@ -1,0 +1,201 @@
+"""FSDP on meshes with explicit axes: decisions are those of one device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import assert_close, assert_same_types
+from jax.sharding import NamedSharding, PartitionSpec
+
+import optax_ev3
+from optax_ev3 import adapt, explore, metrics
+from optax_ev3._src.base import sharding
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(jax, "set_mesh"), reason="this release has no explicit sharding"
+)
+
+CALLS = 7
+# Axes of the mesh, and how parameters are spread over them.
+MESHES = {
+    "8": {
+        "axes": {"data": 8},
+        "w1": (None, "data"),
+        "b": ("data",),
+        "w2": ("data", None),
+    },
+    "4x2": {
+        "axes": {"data": 4, "model": 2},
+        "w1": ("model", "data"),
+        "b": ("data",),
+        "w2": (("data", "model"), None),
+    },
+}
+
+
+def start():
+    draw = np.random.default_rng(0)
+    return {
+        "w1": 0.4 * draw.normal(size=(6, 16)).astype(np.float32),
+        "b": np.zeros(16, np.float32),
+        "w2": 0.4 * draw.normal(size=(16, 3)).astype(np.float32),
+    }
+
+
+def data(seed, count=32):
+    draw = np.random.default_rng(seed)
+    x = draw.normal(size=(count, 6)).astype(np.float32)
+    return x, (x[:, 0] > 0).astype(np.int32) + (x[:, 1] > 0.5)
+
+
+def gathered(tree):
+    """As FSDP does before it computes."""
+    return jax.tree.map(sharding.replicated, tree)
+
+
+def outputs(params, x):
+    params = gathered(params)
+    return jax.nn.tanh(x @ params["w1"] + params["b"][None]) @ params["w2"]
+
+
+def likelihoods(params, batch):
+    x, y = batch
+    return (jax.nn.log_softmax(outputs(params, x)) * jax.nn.one_hot(y, 3)).sum(-1)
+
+
+def loss_fn(params, batch):
+    return -likelihoods(params, batch).mean()
+
+
+def of_call(params, held):
+    return likelihoods(params, held)
+
+
+def f1(params, held):
+    x, y = held
+    return metrics.AggregateMetric(metrics.f1, (outputs(params, x)[:, 0] > 0, y == 0))
+
+
+def drawn(**settings):
+    return lambda held: optax_ev3.held_out(likelihoods, held, **settings)
+
+
+def always(assess_fn):
+    return lambda held: assess_fn
+
+
+PAIR = {"adam": optax.adam(0.05), "sgd": optax.sgd(0.3, momentum=0.9)}
+RATES = {"learning_rate": [0.01, 0.1, 0.3]}
+SWEEPS = {
+    "sgd": optax_ev3.sweep(optax.sgd, **RATES),
+    "own": optax_ev3.explorer(optax_ev3.sweep(optax.adam, **RATES), loss_fn),
+    "adam": optax.adam(0.05),
+}
+EVOLVING = {
+    "group": optax_ev3.evolve(
+        optax.adam, {"learning_rate": optax_ev3.log_uniform(0.01, 0.3)}, 3
+    )
+}
+AVERAGES = [explore.trajectory_average(), explore.branch_average()]
+RACE = explore.branches(2, averages=AVERAGES, racing=explore.Racing(1, 2))
+COPY = explore.branches(2, restart=explore.worse_than("start", "copy"))
+ONE, SHARED = explore.one_step(), explore.rounds(2, gradients="shared")
+# By name: mesh, explorers, strategy, how it is assessed, and other arguments.
+CASES = {
+    "one step": ("8", PAIR, ONE, always(of_call), {}),
+    "one step, sweeps": ("8", SWEEPS, ONE, drawn(batch_size=16), {}),
+    "one step, evolving": ("4x2", EVOLVING, ONE, always(of_call), {}),
+    "rounds": ("8", SWEEPS, SHARED, drawn(batch_size=12, shuffle=True), {}),
+    "race": ("8", SWEEPS, RACE, always(of_call), {}),
+    "race, metric": ("4x2", PAIR, RACE, always(f1), {}),
+    "race, chunks": (
+        "8",
+        PAIR,
+        RACE,
+        always(optax_ev3.in_chunks(of_call, 4, slice_args=("held",))),
+        {"adapt": adapt.lower_bound()},
+    ),
+    "copies, evolving": ("8", EVOLVING, COPY, drawn(), {"assess_mode": "vmap"}),
+    "relay": ("8", PAIR, explore.relay(2), always(of_call), {}),
+    "relay, sweeps": (
+        "4x2",
+        {"s": SWEEPS["sgd"], "adam": SWEEPS["adam"]},
+        explore.relay(2),
+        drawn(batch_size=16),
+        {"assess_mode": "map"},
+    ),
+}
+
+
+def trained(case, put, share):
+    """Parameters and states after each call."""
+    _, inner, strategy, assess, settings = CASES[case]
+    held = share(data(99))
+    tx = optax_ev3.ev3(
+        inner, assess(held), loss_fn=loss_fn, explore=strategy, **settings
+    )
+
+    @jax.jit
+    def step(params, state, batch, held):
+        grads = jax.grad(loss_fn)(params, batch)
+        updates, state = tx.update(grads, state, params, batch=batch, held=held)
+        return optax.apply_updates(params, updates), state
+
+    params = put(start())
+    seen = [(params, jax.jit(tx.init)(params))]
+    assert_same_types(seen[0][1], tx.init(params))
+    for call in range(CALLS):
+        seen.append(step(*seen[-1], share(data(call)), held))
+    return seen
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_decisions_are_those_of_one_device(case):
+    settings = MESHES[CASES[case][0]]
+    axes = settings["axes"]
+    explicit = (jax.sharding.AxisType.Explicit,) * len(axes)
+    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=explicit)
+
+    def spread(spec, leaf):
+        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    def put(params):
+        return {name: spread(settings[name], leaf) for name, leaf in params.items()}
+
+    alone = trained(case, functools.partial(jax.tree.map, jnp.asarray), lambda x: x)
+    with jax.set_mesh(mesh):
+        many = trained(
+            case, put, lambda batch: jax.tree.map(lambda x: spread(["data"], x), batch)
+        )
+        typeof = functools.partial(jax.tree.map, jax.typeof)
+        assert typeof(many[-1]) == typeof(many[0])
+    for (params, _), (other, _) in zip(many, alone, strict=True):
+        assert_close(params, other, rtol=1e-3, atol=1e-4)
+    one, other = many[-1][1].history, alone[-1][1].history
+    np.testing.assert_array_equal(one.adopted, other.adopted)
+    np.testing.assert_array_equal(one.valid, other.valid)
+    # What mirrors the parameters is spread like them, members one after another.
+    stable = many[-1][1].stable
+    for name, leaf in stable.items():
+        assert leaf.sharding.is_equivalent_to(many[0][0][name].sharding, leaf.ndim)
+
+
+def test_rows_of_arrays_that_are_spread():
+    explicit = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=explicit)
+    array = np.arange(48.0, dtype=np.float32).reshape(16, 3)
+    rows = jnp.asarray([3, 1, 15, 2, 2, 9, 0, 4])
+    with jax.set_mesh(mesh):
+        for spec in (("a", None), (("a", "b"), None), (None, None)):
+            leaf = jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
+            for count, is_spread in ((8, spec[0] is not None), (6, False)):
+                found = jax.jit(sharding.take)(leaf, rows[:count])
+                np.testing.assert_array_equal(found, array[rows[:count]])
+                assert (sharding.spec(found) is not None) == is_spread
+            found = jax.jit(lambda x, i: sharding.rows_from(x, i, 8))(leaf, 5)
+            np.testing.assert_array_equal(found, array[5:13])
+            assert sharding.is_explicit([leaf]) == (spec[0] is not None)
+            np.testing.assert_array_equal(sharding.replicated(leaf), array)
