@@ -27,6 +27,7 @@ from optax_ev3._src.history.report import (
 from optax_ev3._src.history.schedule import found_schedule
 from optax_ev3._src.keep_params import keep_params
 from optax_ev3._src.presets import paper, portfolio
+from optax_ev3._src.state_shardings import state_shardings
 
 __version__ = "0.2.0"
 
@@ -59,6 +60,7 @@ __all__ = [
     "should_grow",
     "stable_params",
     "stalled",
+    "state_shardings",
     "summary",
     "sweep",
     "uniform",

@@ -19,7 +19,7 @@ LEVELS = [
     {"arguments", "inputs", "keys"},
     {"composer"},
     {"ev3"},
-    {"presets", "keep_params"},
+    {"presets", "keep_params", "state_shardings"},
     {"applications"},
 ]
 

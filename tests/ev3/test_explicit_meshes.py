@@ -8,7 +8,23 @@ import numpy as np
 import optax
 import pytest
 from helpers import assert_close, assert_same_types
-from jax.sharding import NamedSharding, PartitionSpec
+from helpers.meshes import (
+    COPY,
+    EVOLVING,
+    MESHES,
+    ONE,
+    PAIR,
+    RACE,
+    SHARED,
+    SWEEPS,
+    data,
+    likelihoods,
+    loss_fn,
+    mesh_of,
+    outputs,
+    spread,
+    start,
+)
 
 import optax_ev3
 from optax_ev3 import adapt, explore, metrics
@@ -19,55 +35,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 CALLS = 7
-# Axes of the mesh, and how parameters are spread over them.
-MESHES = {
-    "8": {
-        "axes": {"data": 8},
-        "w1": (None, "data"),
-        "b": ("data",),
-        "w2": ("data", None),
-    },
-    "4x2": {
-        "axes": {"data": 4, "model": 2},
-        "w1": ("model", "data"),
-        "b": ("data",),
-        "w2": (("data", "model"), None),
-    },
-}
-
-
-def start():
-    draw = np.random.default_rng(0)
-    return {
-        "w1": 0.4 * draw.normal(size=(6, 16)).astype(np.float32),
-        "b": np.zeros(16, np.float32),
-        "w2": 0.4 * draw.normal(size=(16, 3)).astype(np.float32),
-    }
-
-
-def data(seed, count=32):
-    draw = np.random.default_rng(seed)
-    x = draw.normal(size=(count, 6)).astype(np.float32)
-    return x, (x[:, 0] > 0).astype(np.int32) + (x[:, 1] > 0.5)
-
-
-def gathered(tree):
-    """As FSDP does before it computes."""
-    return jax.tree.map(sharding.replicated, tree)
-
-
-def outputs(params, x):
-    params = gathered(params)
-    return jax.nn.tanh(x @ params["w1"] + params["b"][None]) @ params["w2"]
-
-
-def likelihoods(params, batch):
-    x, y = batch
-    return (jax.nn.log_softmax(outputs(params, x)) * jax.nn.one_hot(y, 3)).sum(-1)
-
-
-def loss_fn(params, batch):
-    return -likelihoods(params, batch).mean()
 
 
 def of_call(params, held):
@@ -87,22 +54,6 @@ def always(assess_fn):
     return lambda held: assess_fn
 
 
-PAIR = {"adam": optax.adam(0.05), "sgd": optax.sgd(0.3, momentum=0.9)}
-RATES = {"learning_rate": [0.01, 0.1, 0.3]}
-SWEEPS = {
-    "sgd": optax_ev3.sweep(optax.sgd, **RATES),
-    "own": optax_ev3.explorer(optax_ev3.sweep(optax.adam, **RATES), loss_fn),
-    "adam": optax.adam(0.05),
-}
-EVOLVING = {
-    "group": optax_ev3.evolve(
-        optax.adam, {"learning_rate": optax_ev3.log_uniform(0.01, 0.3)}, 3
-    )
-}
-AVERAGES = [explore.trajectory_average(), explore.branch_average()]
-RACE = explore.branches(2, averages=AVERAGES, racing=explore.Racing(1, 2))
-COPY = explore.branches(2, restart=explore.worse_than("start", "copy"))
-ONE, SHARED = explore.one_step(), explore.rounds(2, gradients="shared")
 # By name: mesh, explorers, strategy, how it is assessed, and other arguments.
 CASES = {
     "one step": ("8", PAIR, ONE, always(of_call), {}),
@@ -155,20 +106,13 @@ def trained(case, put, share):
 @pytest.mark.parametrize("case", CASES)
 def test_decisions_are_those_of_one_device(case):
     settings = MESHES[CASES[case][0]]
-    axes = settings["axes"]
-    explicit = (jax.sharding.AxisType.Explicit,) * len(axes)
-    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=explicit)
-
-    def spread(spec, leaf):
-        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
-
-    def put(params):
-        return {name: spread(settings[name], leaf) for name, leaf in params.items()}
-
+    mesh = mesh_of(settings["axes"], "Explicit")
     alone = trained(case, functools.partial(jax.tree.map, jnp.asarray), lambda x: x)
     with jax.set_mesh(mesh):
         many = trained(
-            case, put, lambda batch: jax.tree.map(lambda x: spread(["data"], x), batch)
+            case,
+            lambda params: spread(params, mesh, settings),
+            lambda batch: spread(batch, mesh, ["data"]),
         )
         typeof = functools.partial(jax.tree.map, jax.typeof)
         assert typeof(many[-1]) == typeof(many[0])
@@ -184,13 +128,12 @@ def test_decisions_are_those_of_one_device(case):
 
 
 def test_rows_of_arrays_that_are_spread():
-    explicit = (jax.sharding.AxisType.Explicit,) * 2
-    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=explicit)
+    mesh = mesh_of({"a": 4, "b": 2}, "Explicit")
     array = np.arange(48.0, dtype=np.float32).reshape(16, 3)
     rows = jnp.asarray([3, 1, 15, 2, 2, 9, 0, 4])
     with jax.set_mesh(mesh):
         for spec in (("a", None), (("a", "b"), None), (None, None)):
-            leaf = jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
+            leaf = spread(array, mesh, spec)
             for count, is_spread in ((8, spec[0] is not None), (6, False)):
                 found = jax.jit(sharding.take)(leaf, rows[:count])
                 np.testing.assert_array_equal(found, array[rows[:count]])

@@ -55,7 +55,7 @@ def first(stack: Stacked) -> Any:
 
 
 def pick(
-    index: Any, stacks: Sequence[Stacked], then: Callable[[Any], Any] | None = None
+    index: Any, stacks: Sequence[Stacked], then: Callable[[Any], Any] = lambda x: x
 ) -> Any:
     """The tree with this index, counted over all stacks.
 
@@ -87,11 +87,9 @@ def pick(
         picked, *others = [branch() for branch in branches]
         for i, tree in enumerate(others, 1):
             picked = where(number == i, tree, picked)
-        return picked if then is None else then(picked)
+        return then(picked)
 
     def choose_one(number: jax.Array):
-        if then is None:
-            return control.switch(number, branches)
         return control.switch(
             number, [lambda branch=branch: then(branch()) for branch in branches]
         )

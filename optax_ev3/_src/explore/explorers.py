@@ -213,14 +213,14 @@ def sweep(
 ) -> Explorer:
     """Explorers of one structure that differ in numbers, batched into one.
 
-    All combinations of the numbers are explored. They are computed together by
-    ``jax.vmap``, so that compile time does not grow with their number; their updates
-    and states take the memory of as many copies.
+    All combinations of the numbers are explored. Compile time does not grow with their
+    number; their states, and their updates in one-step rounds, take the memory of as
+    many copies. Where branches or losses of their own are stepped, it is one member
+    after another, with the memory for the activations of one; else all by ``jax.vmap``.
 
     Args:
       factory: Makes an optax transformation from one number of each name, as
-        keywords. It is called under ``jax.vmap``: the numbers are traced float32
-        scalars.
+        keywords. The numbers are traced float32 scalars.
       **grid: By name, the numbers, a sequence of floats.
 
     Returns:

@@ -1,0 +1,83 @@
+"""How the state of an optimizer is spread over devices."""
+
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+
+def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> Any:
+    """How to spread the state over devices: like the parameters that it mirrors.
+
+    Without it ``jax.jit(tx.init)`` on a mesh with automatic axes leaves to the compiler
+    how moments and other zeros are spread, and rules that go by the shapes of
+    parameters, such as ``optax.tree.map_params``, take the members of a
+    :func:`sweep` for their first axis. Here types are followed through ``tx.init`` as
+    on a mesh with explicit axes; nothing is computed.
+
+    Args:
+      tx: Any optax transformation.
+      params: Arrays, or ``jax.ShapeDtypeStruct``, all with a ``NamedSharding`` of one
+        mesh.
+
+    Returns:
+      A tree like ``tx.init(params)`` of ``NamedSharding``: what mirrors a parameter is
+      spread like it, that of a sweep with its members along a first axis, which is not
+      spread. All else is on all devices.
+
+    Raises:
+      TypeError: If a parameter has no ``NamedSharding``.
+      ValueError: If they are of several meshes.
+      NotImplementedError: With releases of JAX without ``jax.set_mesh``.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, numpy as np, optax, optax_ev3
+      >>> from jax.sharding import Mesh, NamedSharding, PartitionSpec
+      >>> mesh = Mesh(np.array(jax.devices()[:1]), "data")
+      >>> spread = NamedSharding(mesh, PartitionSpec("data"))
+      >>> w = jax.device_put(jnp.zeros(8), spread)
+      >>> rates = optax_ev3.sweep(optax.adam, learning_rate=[0.01, 0.1])
+      >>> tx = optax_ev3.ev3({"adam": rates}, lambda w: -(w**2).sum())
+      >>> shardings = optax_ev3.state_shardings(tx, w)
+      >>> tuple(shardings.stable.spec)
+      ('data',)
+      >>> tuple(shardings.explore.explorers["adam"].opt_state[0].mu.spec)
+      (None, 'data')
+      >>> state = jax.jit(tx.init, out_shardings=shardings)(w)
+    """
+    if not hasattr(jax, "set_mesh"):
+        raise NotImplementedError(
+            "state_shardings needs a release of JAX with explicit sharding (0.7 or "
+            f"newer), this is {jax.__version__}."
+        )
+    found = [
+        (path, leaf, getattr(leaf, "sharding", None))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    for path, leaf, sharding in found:
+        if not isinstance(sharding, NamedSharding):
+            raise TypeError(
+                f"parameters must have a jax.sharding.NamedSharding, got {sharding} at "
+                f"params{jax.tree_util.keystr(path)}, a {type(leaf).__name__}."
+            )
+    spread = [sharding for _, _, sharding in found if sharding is not None]
+    meshes = list(dict.fromkeys(sharding.mesh for sharding in spread))
+    if len(meshes) != 1:
+        raise ValueError(f"parameters must be of one mesh, got {meshes or 'none'}.")
+    (mesh,) = meshes
+    axes = (AxisType.Explicit,) * len(mesh.axis_names)
+    explicit = Mesh(mesh.devices, mesh.axis_names, axis_types=axes)
+
+    def typed(leaf: Any) -> jax.ShapeDtypeStruct:
+        spec = NamedSharding(explicit, leaf.sharding.spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spec)
+
+    def untyped(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        spec = getattr(leaf.sharding, "spec", None)
+        return NamedSharding(mesh, PartitionSpec() if spec is None else spec)
+
+    # Whatever mesh the caller has set.
+    with jax.sharding.use_abstract_mesh(explicit.abstract_mesh):
+        state = jax.eval_shape(tx.init, jax.tree.map(typed, params))
+    return jax.tree.map(untyped, state)

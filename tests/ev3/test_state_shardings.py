@@ -1,0 +1,127 @@
+"""States are spread like the parameters, on any mesh, for any optimizer."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers.meshes import (
+    COPY,
+    EVOLVING,
+    MESHES,
+    PAIR,
+    RACE,
+    SWEEPS,
+    data,
+    likelihoods,
+    loss_fn,
+    mesh_of,
+    spread,
+    start,
+)
+from jax.sharding import NamedSharding, PartitionSpec
+
+import optax_ev3
+from optax_ev3 import explore
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(jax, "set_mesh"), reason="this release has no explicit sharding"
+)
+
+SETTINGS = MESHES["4x2"]
+STRATEGIES = {
+    "one step": (SWEEPS, explore.one_step()),
+    "race": (SWEEPS, RACE),
+    "copies": (EVOLVING, COPY),
+    "relay": ({"s": SWEEPS["sgd"], **PAIR}, explore.relay(2)),
+}
+
+
+def check(state, shardings):
+    """All leaves are spread as was said."""
+    assert jax.tree.structure(state) == jax.tree.structure(shardings)
+    for leaf, sharding in zip(*map(jax.tree.leaves, (state, shardings)), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_states_stay_as_they_are_spread(strategy, kind):
+    inner, explore = STRATEGIES[strategy]
+    mesh = mesh_of(SETTINGS["axes"], kind)
+    with jax.set_mesh(mesh):
+        params, held = start(), spread(data(99), mesh, ["data"])
+        params = spread(params, mesh, SETTINGS)
+        assess_fn = optax_ev3.held_out(likelihoods, held)
+        tx = optax_ev3.ev3(inner, assess_fn, loss_fn=loss_fn, explore=explore)
+        shardings = optax_ev3.state_shardings(tx, params)
+        state = jax.jit(tx.init, out_shardings=shardings)(params)
+        check(state, shardings)
+
+        wanted = jax.tree.map(lambda leaf: leaf.sharding, params)
+
+        @functools.partial(jax.jit, out_shardings=(wanted, shardings))
+        def step(params, state, batch):
+            grads = jax.grad(loss_fn)(params, batch)
+            updates, state = tx.update(grads, state, params, batch=batch)
+            return optax.apply_updates(params, updates), state
+
+        for call in range(5):
+            batch = spread(data(call), mesh, ["data"])
+            params, state = step(params, state, batch)
+        check(params, wanted)
+        check(state, shardings)
+    # By hand: what mirrors the parameters, and members along an axis of their own.
+    for name, explorer in inner.items():
+        is_many = getattr(explorer, "size", None) is not None
+        own = shardings.explore.explorers[name].opt_state
+        if shardings.explore.branches:
+            own = own, shardings.explore.branches.ends[name]
+        check_specs(own, (None,) if is_many else ())
+    check_specs(shardings.stable, ())
+    assert shardings.ev3_round.spec == PartitionSpec()
+
+
+def check_specs(shardings, members):
+    """Of what is called like a parameter."""
+    count = 0
+    for path, sharding in jax.tree_util.tree_leaves_with_path(shardings):
+        spec = SETTINGS.get(getattr(path[-1], "key", None))
+        if spec is not None:
+            assert sharding.spec == PartitionSpec(*members, *spec)
+            count += 1
+    assert count or not jax.tree.leaves(shardings)
+
+
+def test_any_optimizer():
+    mesh = mesh_of(SETTINGS["axes"], "Auto")
+    params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=leaf.sharding
+        ),
+        spread(start(), mesh, SETTINGS),
+    )
+    adam = optax_ev3.state_shardings(optax.adam(0.1), params)[0]
+    assert adam.count == NamedSharding(mesh, PartitionSpec())
+    for moments in (adam.mu, adam.nu):
+        assert moments == {name: leaf.sharding for name, leaf in params.items()}
+
+
+def arrays(**leaves):
+    return {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
+
+
+def test_errors():
+    tx = optax.adam(0.1)
+    with pytest.raises(TypeError, match=r"NamedSharding, got None at params\['w'\]"):
+        optax_ev3.state_shardings(tx, {"w": np.zeros(3)})
+    with pytest.raises(TypeError, match="got SingleDeviceSharding"):
+        optax_ev3.state_shardings(tx, arrays(w=np.zeros(3)))
+    with pytest.raises(ValueError, match="one mesh, got none"):
+        optax_ev3.state_shardings(tx, {})
+    one = spread(np.zeros(8), mesh_of({"data": 8}, "Auto"), ["data"])
+    two = spread(np.zeros(8), mesh_of({"i": 8}, "Auto"), ["i"])
+    with pytest.raises(ValueError, match=r"one mesh, got \[Mesh"):
+        optax_ev3.state_shardings(tx, {"w": one, "x": two})
