@@ -1,5 +1,6 @@
 """How the state of an optimizer is spread over devices."""
 
+import contextlib
 from typing import Any
 
 import jax
@@ -29,7 +30,6 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
     Raises:
       TypeError: If a parameter has no ``NamedSharding``.
       ValueError: If they are of several meshes.
-      NotImplementedError: With releases of JAX without ``jax.set_mesh``.
 
     Examples:
       >>> import jax, jax.numpy as jnp, numpy as np, optax, optax_ev3
@@ -46,11 +46,6 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
       (None, 'data')
       >>> state = jax.jit(tx.init, out_shardings=shardings)(w)
     """
-    if not hasattr(jax, "set_mesh"):
-        raise NotImplementedError(
-            "state_shardings needs a release of JAX with explicit sharding (0.7 or "
-            f"newer), this is {jax.__version__}."
-        )
     found = [
         (path, leaf, getattr(leaf, "sharding", None))
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -77,7 +72,13 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
         spec = getattr(leaf.sharding, "spec", None)
         return NamedSharding(mesh, PartitionSpec() if spec is None else spec)
 
-    # Whatever mesh the caller has set.
-    with jax.sharding.use_abstract_mesh(explicit.abstract_mesh):
+    with _within(explicit):
         state = jax.eval_shape(tx.init, jax.tree.map(typed, params))
     return jax.tree.map(untyped, state)
+
+
+def _within(mesh: Mesh) -> Any:
+    """The mesh of what is traced, whichever the caller has set."""
+    if hasattr(jax.sharding, "use_abstract_mesh"):
+        return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+    return contextlib.nullcontext()  # JAX before 0.7 knows it from the arrays alone.

@@ -26,10 +26,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 import optax_ev3
 from optax_ev3 import explore
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(jax, "set_mesh"), reason="this release has no explicit sharding"
-)
-
 SETTINGS = MESHES["4x2"]
 STRATEGIES = {
     "one step": (SWEEPS, explore.one_step()),
@@ -46,6 +42,9 @@ def check(state, shardings):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
 
+@pytest.mark.skipif(
+    not hasattr(jax, "set_mesh"), reason="this release has no explicit sharding"
+)
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_states_stay_as_they_are_spread(strategy, kind):
