@@ -1,6 +1,7 @@
 """States are spread like the parameters, on any mesh, for any optimizer."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -124,3 +125,57 @@ def test_errors():
     two = spread(np.zeros(8), mesh_of({"i": 8}, "Auto"), ["i"])
     with pytest.raises(ValueError, match=r"one mesh, got \[Mesh"):
         optax_ev3.state_shardings(tx, {"w": one, "x": two})
+
+
+def collectives(program):
+    """The kind of each collective operation, and what it belongs to."""
+    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    for line in program.splitlines():
+        match = re.search(rf" ({kinds})(?:-start)?\(", line)
+        if match is not None:
+            name = re.search(r'op_name="([^"]*)"', line)
+            yield match[1], name[1] if name else ""
+
+
+@pytest.mark.skipif(
+    not hasattr(jax, "set_mesh"), reason="this release has no explicit sharding"
+)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_only_users_functions_move_parameters(strategy):
+    inner, explore = STRATEGIES[strategy]
+    mesh = mesh_of(SETTINGS["axes"], "Auto")
+    named = jax.named_scope("users")
+    score, loss = named(likelihoods), named(loss_fn)
+
+    def users_loss(params, batch):
+        return loss(params, batch)
+
+    inner = {
+        name: one._replace(loss_fn=users_loss)
+        if getattr(one, "loss_fn", None) is not None
+        else one
+        for name, one in inner.items()
+    }
+    tx = optax_ev3.ev3(
+        inner,
+        lambda params, held: score(params, held),
+        loss_fn=users_loss,
+        explore=explore,
+    )
+    params, batch = spread(start(), mesh, SETTINGS), spread(data(0), mesh, ["data"])
+    shardings = optax_ev3.state_shardings(tx, params)
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+
+    def step(params, state, batch):
+        grads = jax.grad(users_loss)(params, batch)
+        updates, state = tx.update(grads, state, params, batch=batch, held=batch)
+        return optax.apply_updates(params, updates), state
+
+    wanted = jax.tree.map(lambda leaf: leaf.sharding, params), shardings
+    lowered = jax.jit(step, out_shardings=wanted).lower(params, state, batch)
+    moved = set(collectives(lowered.compile().as_text()))
+    assert any("users" in name for _, name in moved)
+    for kind, name in moved:
+        # Ours are sums and maxima: of all numbers in a tree, and of scores.
+        is_ours = kind == "all-reduce" and "/reduce_" in name
+        assert is_ours or "users" in name, (kind, name)
