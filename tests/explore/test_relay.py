@@ -101,7 +101,7 @@ def test_equals_the_relay_by_hand(racing):
     check(run(relay(racing=racing), 120), hand)
     if racing is None:
         # After the first turns the leader is the optimizer alone.
-        first = 3 * (1 + 2) + 2 * 8
+        first = 3 * (1 + 2) + 2 * 4
         assert set(hand.owners[len(hand.owners) - (120 - first) // 4 :]) == {
             hand.plain.leader
         }

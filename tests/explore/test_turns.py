@@ -152,7 +152,7 @@ def test_lengths_of_the_first_turns(count):
             assert (found, first) == ([], length)
             continue
         halvings = math.ceil(math.log2(count))
-        expected = doubled(length) + [2 * length, 4 * length][: halvings - 1]
+        expected = doubled(length) + [length, 2 * length][: halvings - 1]
         assert (found, first) == (expected, 1)
         # A harmful explorer is visible for less than a turn twice over.
         assert sum(doubled(length)) < max(2 * length, 2)

@@ -42,9 +42,10 @@ class Plain:
             self.halvings += 1
         if count > 1:
             self.stages = doubled(length)
-            for _ in range(self.halvings - 1):  # Of half of them, twice as long.
-                last = length if self.stages[-1] < length else self.stages[-1]
-                self.stages.append(2 * last)
+            # Then a whole turn, and of half of those who are left twice as much.
+            for _ in range(self.halvings - 1):
+                self.stages.append(length)
+                length *= 2
         self.cycle, self.field = 0, list(self.everybody)
         self.level, self.best = [0.0] * count, 0.0
         self.adopted, self.harmful, self.fell = set(), set(), [0] * count

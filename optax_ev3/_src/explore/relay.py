@@ -304,9 +304,9 @@ def relay(
 
     First turns are short, 1, 2, 4, ... calls for each explorer, so that a harmful one
     is visible for a few calls only. Then the better half goes on, each time with turns
-    of twice the length, until one explorer is left, which leads. It has turn after
-    turn; now and then another explorer challenges it for a turn, and takes the lead if
-    it is better after it. A leader that stands still, so that two turns bring less than
+    of about twice the length, until one explorer is left, which leads. It has turn
+    after turn; now and then another explorer challenges it for a turn, and takes the
+    lead if it is better after it. A leader that stands still, so that two turns bring less than
     a ten thousandth of all progress, is challenged after each turn.
 
     At the end of a turn the branch and its averages are assessed beside ``current``,

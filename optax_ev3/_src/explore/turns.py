@@ -2,7 +2,7 @@
 
 First turns: all explorers have turns of 1, 2, 4, ... calls, one after the other, so
 that a harmful one is visible for a few calls only. Then the better half goes on, each
-time with turns of twice the length, until one is left. It leads.
+time with turns of about twice the length, until one is left. It leads.
 
 Then the leader has turn after turn, and now and then another one challenges it: each of
 the two has a turn, and the better one leads from then on. Challenges become ever rarer,
@@ -143,7 +143,7 @@ def lengths(length: int, explorers: int) -> list[int]:
     doubled = [2**i for i in range(max(length - 1, 1).bit_length())]
     # As many calls for all together, whether all or half of them are left.
     halvings = math.ceil(math.log2(explorers))
-    return doubled + [length * 2**i for i in range(1, halvings)]
+    return doubled + [length * 2**i for i in range(halvings - 1)]
 
 
 def first_length(length: int, explorers: int) -> int:
