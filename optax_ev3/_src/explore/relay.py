@@ -306,8 +306,8 @@ def relay(
     is visible for a few calls only. Then the better half goes on, each time with turns
     of about twice the length, until one explorer is left, which leads. It has turn
     after turn; now and then another explorer challenges it for a turn, and takes the
-    lead if it is better after it. A leader that stands still, so that two turns bring less than
-    a ten thousandth of all progress, is challenged after each turn.
+    lead if it is better after it. A leader that stands still, so that two turns
+    bring less than a ten thousandth of all progress, is challenged after each turn.
 
     At the end of a turn the branch and its averages are assessed beside ``current``,
     here the best parameters so far (:func:`optax_ev3.best_params`), and ``stable``. A
