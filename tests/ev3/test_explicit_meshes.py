@@ -27,7 +27,7 @@ from helpers.meshes import (
 )
 
 import optax_ev3
-from optax_ev3 import adapt, explore, metrics
+from optax_ev3 import adapt, evidence, explore, metrics
 from optax_ev3._src.base import sharding
 
 pytestmark = pytest.mark.skipif(
@@ -44,6 +44,19 @@ def of_call(params, held):
 def f1(params, held):
     x, y = held
     return metrics.AggregateMetric(metrics.f1, (outputs(params, x)[:, 0] > 0, y == 0))
+
+
+def hits(params, held):
+    x, y = held
+    return outputs(params, x).argmax(-1) == y
+
+
+def two(params, held):
+    return {"likelihood": likelihoods(params, held), "accuracy": hits(params, held)}
+
+
+def rate(hits):
+    return float(np.asarray(hits).mean())
 
 
 def drawn(**settings):
@@ -68,6 +81,27 @@ CASES = {
         RACE,
         always(optax_ev3.in_chunks(of_call, 4, slice_args=("held",))),
         {"adapt": adapt.lower_bound()},
+    ),
+    "race, two objectives": (
+        "8",
+        PAIR,
+        RACE,
+        always(two),
+        {"adapt": adapt.constrained("likelihood", {"accuracy": 0.05})},
+    ),
+    "one step, betting": (
+        "8",
+        PAIR,
+        ONE,
+        always(hits),
+        {"adapt": adapt.greedy(bound=evidence.betting(0.0, 1.0))},
+    ),
+    "relay, on the host": (
+        "8",
+        PAIR,
+        explore.relay(2),
+        always(optax_ev3.host_metric(hits, rate)),
+        {},
     ),
     "copies, evolving": ("8", EVOLVING, COPY, drawn(), {"assess_mode": "vmap"}),
     "relay": ("8", PAIR, explore.relay(2), always(of_call), {}),
