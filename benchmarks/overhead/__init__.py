@@ -73,7 +73,7 @@ class Settings(NamedTuple):
     swept: tuple[int, int] = (2, 64)
     booked: tuple[int, int, int] = (16, 4, 256)  # explorers, objectives, history
     relays: tuple[int, ...] = (1, 2, 8)
-    relay_first: int = 400  # calls before the first one that is timed
+    relay_first: int = 500  # calls before the first one that is timed: 448 for eight
     convolved: tuple[int, int, int] = (50, 8, 3)  # batch, channels, convolutions
     strategies: str = ""  # which of them with convolutions, as a pattern
 
