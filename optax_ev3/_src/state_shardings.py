@@ -46,18 +46,16 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
       (None, 'data')
       >>> state = jax.jit(tx.init, out_shardings=shardings)(w)
     """
-    found = [
-        (path, leaf, getattr(leaf, "sharding", None))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    ]
-    for path, leaf, sharding in found:
+    meshes = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        sharding = getattr(leaf, "sharding", None)
         if not isinstance(sharding, NamedSharding):
             raise TypeError(
                 f"parameters must have a jax.sharding.NamedSharding, got {sharding} at "
                 f"params{jax.tree_util.keystr(path)}, a {type(leaf).__name__}."
             )
-    spread = [sharding for _, _, sharding in found if sharding is not None]
-    meshes = list(dict.fromkeys(sharding.mesh for sharding in spread))
+        if sharding.mesh not in meshes:
+            meshes.append(sharding.mesh)
     if len(meshes) != 1:
         raise ValueError(f"parameters must be of one mesh, got {meshes or 'none'}.")
     (mesh,) = meshes

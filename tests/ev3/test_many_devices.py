@@ -19,6 +19,7 @@ from helpers import (
     transformation,
     weights,
 )
+from helpers.meshes import mesh_of
 from jax import lax
 
 import optax_ev3
@@ -242,8 +243,7 @@ def _assessed_alone(assessment):
 )
 @pytest.mark.parametrize("rule", RULES)
 def test_explicit_sharding_is_kept(rule):
-    axis_type = jax.sharding.AxisType.Explicit
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
+    mesh = mesh_of({"x": 8}, "Explicit")
     with jax.set_mesh(mesh):
         sharding = jax.sharding.NamedSharding(mesh, P(None, "x"))
         w = jax.device_put(jnp.zeros((2, 8, 4), jnp.float16), sharding)

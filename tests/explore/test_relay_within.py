@@ -22,6 +22,7 @@ from helpers import (
     transformation,
     x64,
 )
+from helpers.meshes import mesh_of
 from helpers.relay import ByHand, assess, gradient
 from helpers.trajectories import data, loss, score, start
 from jax.sharding import PartitionSpec
@@ -193,8 +194,7 @@ def test_states_of_any_parameters_have_one_type(tree, wide):
     not hasattr(jax, "set_mesh"), reason="this release has no explicit sharding"
 )
 def test_explicit_sharding_is_kept():
-    axis_type = jax.sharding.AxisType.Explicit
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
+    mesh = mesh_of({"x": 8}, "Explicit")
     with jax.set_mesh(mesh):
         sharding = jax.sharding.NamedSharding(mesh, PartitionSpec(None, "x"))
         w = jax.device_put(jnp.zeros((2, 8), jnp.float16), sharding)

@@ -5,6 +5,7 @@ a result is spread where that is ambiguous. On others, and without a mesh, the f
 here do nothing.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -42,10 +43,7 @@ def take(leaf: jax.Array, rows: jax.Array) -> jax.Array:
         return leaf[rows]
     mesh = jax.typeof(leaf).sharding.mesh
     names = found[0] if isinstance(found[0], tuple) else (found[0],)
-    shards = 1
-    for name in names:
-        shards *= 1 if name is None else mesh.shape[name]
-    if rows.shape[0] % shards:
+    if rows.shape[0] % math.prod(mesh.shape[name] for name in names if name):
         found = PartitionSpec(None, *found[1:])
     return leaf.at[rows].get(out_sharding=NamedSharding(mesh, found))
 

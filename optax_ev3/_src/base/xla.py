@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import layout
 from jax.extend import core
 
-from optax_ev3._src.base import control
+from optax_ev3._src.base import control, sharding
 
 # Numbers in a leaf that a kernel of its own would not keep busy.
 _SMALL = 2**16
@@ -172,15 +172,10 @@ def joined(leaves: Any):
         return leaves
     small, others = [], []
     for leaf in leaves:
-        alone = leaf.size > _SMALL or _is_sharded(leaf)
+        alone = leaf.size > _SMALL or sharding.is_explicit(leaf)
         (others if alone else small).append(leaf)
     if len(small) < 2:
         return leaves
     joined = jnp.concatenate([x.ravel() for x in small])
     # Without the barrier XLA reduces them one by one all the same.
     return [*others, lax.optimization_barrier(joined)]
-
-
-def _is_sharded(leaf: Any):
-    """Whether an axis is known to be spread over devices, by explicit sharding."""
-    return any(axis is not None for axis in jax.typeof(leaf).sharding.spec)

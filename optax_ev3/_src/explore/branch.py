@@ -187,8 +187,8 @@ def replaced(
         for name, fn in change.items()
     }
     walked = walked._replace(
-        ends={**walked.ends, **{name: parts[1] for name, parts in new.items()}},
-        means={**walked.means, **{name: parts[2] for name, parts in new.items()}},
+        ends=walked.ends | {name: parts[1] for name, parts in new.items()},
+        means=walked.means | {name: parts[2] for name, parts in new.items()},
     )
     opt_states = {name: parts[0] for name, parts in new.items()}
     return strategy.with_opt_states(state, opt_states)._replace(branches=walked)

@@ -100,8 +100,8 @@ class Relay(strategy.Strategy):
                 new = steps.one_member(
                     walk.advance, explorer, name, call, row, carry[0]
                 )
-                end = select.pick(row, [Stacked(new.end, explorer.size)])
-                return new, finite.finite(end)
+                end = [Stacked(new.end, explorer.size)]
+                return new, select.pick(row, end, finite.finite)
 
             takes = (row >= 0) & (row < len(rows)) & (walked.step >= 0)
             moved[name], is_finite = select.apply_if(takes, go, (branch, is_finite))
@@ -185,7 +185,7 @@ class Relay(strategy.Strategy):
         state = select.apply_if(leaves, leave, state)
 
         def join(state: ExploreState) -> ExploreState:
-            return self._joined(ctx, state, coming.lead, coming.turns.leader)
+            return _joined(ctx, state, coming.lead, coming.turns.leader)
 
         state = select.apply_if(coming.joins, join, state)
         is_missed = select.pick(
@@ -212,35 +212,35 @@ class Relay(strategy.Strategy):
             lambda end: finite.towards(end, ctx.params),
         )
 
-    def _joined(
-        self, ctx: Context, state: ExploreState, who: jax.Array, leader: jax.Array
-    ) -> ExploreState:
-        """One branch goes on from where another one is, and with its averages."""
-        layout = ctx.layout
-        is_who = jnp.arange(layout.explorers) == who
 
-        def go(state: ExploreState, name: str, flags: jax.Array, old: Any) -> Any:
-            opt_state, *others = old
-            made, fits = restarts.copied(ctx, strategy.opt_states(state), name, leader)
-            end, *means = _branch_of(ctx, state.branches, leader)
-            new = select.spread([end, tuple(means)], ctx.explorers[name].size)
-            opt_state = select.where_rows(flags & fits, made, opt_state)
-            return opt_state, *select.replace_rows(flags, new, others)
+def _joined(
+    ctx: Context, state: ExploreState, who: jax.Array, leader: jax.Array
+) -> ExploreState:
+    """One branch goes on from where another one is, and with its averages."""
+    is_who = jnp.arange(ctx.layout.explorers) == who
+    for name, flags in ctx.layout.split(is_who).items():
+        there = functools.partial(_moved, ctx, name, flags, leader)
+        # The whole state is carried: what is read of it need not be copied before.
+        state = select.apply_if(flags.any(), there, state)
+    age = state.branches.age
+    age = jnp.where(is_who, age[leader], age)
+    return state._replace(branches=state.branches._replace(age=age))
 
-        for name, flags in layout.split(is_who).items():
 
-            def there(
-                state: ExploreState, name: str = name, flags: jax.Array = flags
-            ) -> ExploreState:
-                return replaced(
-                    state, {name: functools.partial(go, state, name, flags)}
-                )
+def _moved(
+    ctx: Context, name: str, flags: jax.Array, leader: jax.Array, state: ExploreState
+) -> ExploreState:
+    """The state with one explorer's branch, or one of a sweep, where the leader is."""
+    made, fits = restarts.copied(ctx, strategy.opt_states(state), name, leader)
+    end, *means = _branch_of(ctx, state.branches, leader)
+    new = select.spread([end, tuple(means)], ctx.explorers[name].size)
 
-            # The whole state is carried: what is read of it need not be copied before.
-            state = select.apply_if(flags.any(), there, state)
-        age = state.branches.age
-        age = jnp.where(is_who, age[leader], age)
-        return state._replace(branches=state.branches._replace(age=age))
+    def change(old: Any) -> Any:
+        opt_state, *others = old
+        opt_state = select.where_rows(flags & fits, made, opt_state)
+        return opt_state, *select.replace_rows(flags, new, others)
+
+    return replaced(state, {name: change})
 
 
 def _branch_of(ctx: Context, walked: BranchesState, explorer: jax.Array) -> list[Any]:

@@ -194,7 +194,6 @@ def copied(
 
 def _member_types(states: Stacked) -> Any:
     """Structure, shapes and dtypes of one of the states."""
-    first = jax.eval_shape(lambda: select.first(states))
-    return jax.tree.structure(first), [
-        (x.shape, x.dtype) for x in jax.tree.leaves(first)
-    ]
+    leaves, structure = jax.tree.flatten(states.tree)
+    first = 0 if states.size is None else 1
+    return structure, [(x.shape[first:], x.dtype) for x in leaves]
