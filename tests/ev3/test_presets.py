@@ -1,0 +1,100 @@
+"""Presets are what they say: which explorers, which strategy, and how rates fall."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import assert_close, assert_identical
+
+import optax_ev3
+from optax_ev3 import adapt, explore
+
+STEPS = 50
+TWO = {"fast": optax.sgd(0.1), "slow": optax.sgd(0.01)}
+
+
+def loss(w):
+    return w.sum()
+
+
+def score(w):
+    return -w.sum()
+
+
+def run(tx, calls, w=0.0):
+    """Parameters and states, the first ones included; every gradient is 1."""
+    w = jnp.full([2], w)
+    step = jax.jit(lambda w, state: tx.update(jnp.ones(2), state, w))
+    seen = [(w, tx.init(w))]
+    for _ in range(calls):
+        w, state = seen[-1]
+        updates, state = step(w, state)
+        seen.append((optax.apply_updates(w, updates), state))
+    return seen
+
+
+@pytest.mark.parametrize("loss_fn", [None, loss], ids=["relay", "branches"])
+def test_rates_fall_to_zero_in_the_last_fifth(loss_fn):
+    inner = {"sgd": TWO["fast"]}
+    tx = optax_ev3.portfolio(score, loss_fn, inner=inner, total_steps=STEPS)
+    path = np.array([w for w, _ in run(tx, STEPS + 5)])
+    call = np.arange(STEPS + 5)
+    factor = np.clip((STEPS - call) / (STEPS / 5), 0, 1)
+    expected = -0.1 * factor[:, None] * np.ones(2)
+    np.testing.assert_allclose(np.diff(path, axis=0), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("loss_fn", [None, loss], ids=["relay", "branches"])
+@pytest.mark.parametrize("total_steps", [1, 3])
+def test_an_end_before_that_of_the_first_turns(loss_fn, total_steps):
+    tx = optax_ev3.portfolio(score, loss_fn, inner=TWO, total_steps=total_steps)
+    seen = run(tx, 12)
+    ended, last = seen[total_steps][1], seen[-1][1]
+    # But for the rounding of the way from one branch to another.
+    ends = last.explore.branches.ends, ended.explore.branches.ends
+    assert_close(*ends, rtol=0, atol=1e-7)
+    assert np.isfinite([w for w, _ in seen]).all()
+    assert float(optax_ev3.best_params(last).max()) <= 0
+
+
+def test_explorers_are_apart_and_one_rate_is_a_rate():
+    state = optax_ev3.portfolio(score).init(jnp.zeros(2))
+    rates = ("0.0003", "0.001", "0.003", "0.01", "0.03")
+    assert set(state.explore.explorers) == {f"adam_{rate}" for rate in rates} | {
+        "momentum_0.01",
+        "momentum_0.1",
+        "rmsprop_0.001",
+    }
+    tx = optax_ev3.portfolio(score, loss)
+    assert set(tx.init(jnp.zeros(2)).explore.explorers) == set(state.explore.explorers)
+
+
+def test_arguments_replace_what_is_chosen():
+    chosen = {"explore": explore.one_step(), "adapt": adapt.greedy(), "key": 3}
+    ours = run(optax_ev3.portfolio(score, inner=TWO, **chosen), 4)
+    assert_identical(ours, run(optax_ev3.ev3(TWO, score, **chosen), 4))
+
+
+def test_the_papers_rounds_and_rule():
+    def scores(w):
+        return score(w) * jnp.ones(4)
+
+    paper = optax_ev3.paper(TWO, scores, loss_fn=loss, length=3)
+    by_hand = functools.partial(optax_ev3.ev3, TWO, scores, loss_fn=loss)
+    by_hand = by_hand(explore=explore.rounds(3), adapt=adapt.lower_bound())
+    seen = run(paper, 7)
+    assert_identical(seen, run(by_hand, 7))
+    # The leader's three steps, twice, from where a round began.
+    assert int(seen[-1][1].ev3_round) == 2 and float(seen[-1][0][0]) < -0.5
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="a schedule of its own"):
+        optax_ev3.portfolio(score, total_steps=9, explore=explore.relay())
+    with pytest.raises(ValueError, match="total_steps"):
+        optax_ev3.portfolio(score, total_steps=0)
+    with pytest.raises(TypeError, match="total_steps"):
+        optax_ev3.portfolio(score, total_steps=2.5)
