@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 
 def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> Any:
@@ -60,7 +60,7 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
         raise ValueError(f"parameters must be of one mesh, got {meshes or 'none'}.")
     (mesh,) = meshes
     axes = (AxisType.Explicit,) * len(mesh.axis_names)
-    explicit = Mesh(mesh.devices, mesh.axis_names, axis_types=axes)
+    explicit = AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=axes)
 
     def typed(leaf: Any) -> jax.ShapeDtypeStruct:
         spec = NamedSharding(explicit, leaf.sharding.spec)
@@ -75,8 +75,8 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
     return jax.tree.map(untyped, state)
 
 
-def _within(mesh: Mesh) -> Any:
+def _within(mesh: AbstractMesh) -> Any:
     """The mesh of what is traced, whichever the caller has set."""
     if hasattr(jax.sharding, "use_abstract_mesh"):
-        return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+        return jax.sharding.use_abstract_mesh(mesh)
     return contextlib.nullcontext()  # JAX before 0.7 knows it from the arrays alone.

@@ -109,6 +109,21 @@ def test_any_optimizer():
         assert moments == {name: leaf.sharding for name, leaf in params.items()}
 
 
+@pytest.mark.skipif(
+    not hasattr(jax, "set_mesh"), reason="this release has no explicit sharding"
+)
+def test_shapes_before_there_are_parameters():
+    mesh = mesh_of(SETTINGS["axes"], "Explicit")
+    with jax.set_mesh(mesh):
+        params = spread(start(), mesh, SETTINGS)
+        shapes = jax.eval_shape(lambda params: params, params)
+        tx = optax.adam(0.1)
+        shardings = optax_ev3.state_shardings(tx, shapes)
+        concrete = optax_ev3.state_shardings(tx, params)
+        check(jax.jit(tx.init, out_shardings=shardings)(params), concrete)
+        check(tx.init(params), concrete)
+
+
 def arrays(**leaves):
     return {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
 
