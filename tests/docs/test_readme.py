@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.meshes import mesh_of, spread
 
 import optax_ev3
 
@@ -106,3 +107,24 @@ def test_a_metric_of_ones_own():
         found = figure.metric_fn(figure.outputs, jnp.float32(weights))
         expected = -np.median(np.repeat(np.abs(2 * x - y), weights))
         assert float(found) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_state_that_is_spread_over_devices():
+    mesh = mesh_of({"data": 8}, "Auto")
+    inner = {"adam": optax.adam(0.1), "sgd": optax.sgd(0.1)}
+    tx = optax_ev3.ev3(inner, lambda w: -(w**2).sum())
+    w = spread(np.ones(8, np.float32), mesh, ["data"])
+
+    def step(w, state):
+        updates, state = tx.update(2 * w, state, w)
+        return optax.apply_updates(w, updates), state
+
+    names = {"jax": jax, "optax_ev3": optax_ev3, "tx": tx, "step": step, "params": w}
+    names["params_shardings"] = w.sharding
+    exec(shown_in("docs/assessment.md", 2), names)
+    moment = names["state"].explore.explorers["adam"].opt_state[0].mu
+    assert moment.sharding.is_equivalent_to(w.sharding, 1)
+    w, state = names["step"](w, names["state"])
+    assert (w < 1).all() and w.sharding == names["params_shardings"]
+    moment = state.explore.explorers["adam"].opt_state[0].mu
+    assert moment.sharding.is_equivalent_to(w.sharding, 1)
