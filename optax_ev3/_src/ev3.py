@@ -11,6 +11,7 @@ from optax_ev3._src.base import checks
 from optax_ev3._src.base.callbacks import Opaque
 from optax_ev3._src.base.decision import Rule
 from optax_ev3._src.composer import Composer
+from optax_ev3._src.explore import alike
 from optax_ev3._src.explore import explorers as members
 from optax_ev3._src.explore.strategy import Strategy
 
@@ -131,7 +132,7 @@ def ev3(
       Ding et al., `EV3: Ever Evolving Evaluator
       <https://arxiv.org/abs/2310.18893>`_, 2023.
     """
-    explorers = members.collect(inner)
+    explorers = alike.stacked(members.collect(inner))
     arguments.check_callbacks(assess_fn, loss_fn, explorers)
     strategy = arguments.checked_strategy(explore, explorers, loss_fn is not None)
     arguments.check_mode(assess_mode)

@@ -20,7 +20,7 @@ def candidates(state):
 
 @pytest.mark.parametrize("length", [1, 4])
 @pytest.mark.parametrize("own", [True, False])
-def test_sweep_equals_explorers_one_by_one(length, own):
+def test_sweep_equals_explorers_one_by_one(length, own, apart):
     kwargs = {
         "explore": explore.rounds(length),
         "loss_fn": loss if own else None,

@@ -24,7 +24,7 @@ from helpers import (
 )
 from helpers.meshes import mesh_of
 from helpers.relay import ByHand, assess, gradient
-from helpers.trajectories import data, loss, score, start
+from helpers.trajectories import data, end_of, loss, score, start
 from jax.sharding import PartitionSpec
 
 import optax_ev3
@@ -288,7 +288,7 @@ def test_train_state_and_chains_unchanged():
 # Explorers.
 
 
-def test_a_sweep_equals_its_members_one_by_one():
+def test_a_sweep_equals_its_members_one_by_one(apart):
     rates = [0.02, 0.05, float("nan")]  # One of them harmful: it is so alone.
     swept = {
         "adam": optax.adam(0.02),
@@ -305,10 +305,8 @@ def test_a_sweep_equals_its_members_one_by_one():
     assert past["candidates"].tolist() == theirs["candidates"].tolist()
     np.testing.assert_array_equal(past["adopted"], theirs["adopted"])
     np.testing.assert_allclose(past["mean"], theirs["mean"], 1e-3, 1e-4)
-    ends = expected.explore.branches.ends
-    for i, rate in enumerate(rates):
-        mine = jax.tree.map(lambda x, i=i: x[i], state.explore.branches.ends["sgd"])
-        assert_close(mine, ends[f"sgd/learning_rate_{rate}"], 1e-4, 1e-5)
+    for name in state.explore.explorers["sgd"].positions:
+        assert_close(end_of(state, name), end_of(expected, name), 1e-4, 1e-5)
 
 
 def test_losses_and_auxiliary_outputs_of_their_own():

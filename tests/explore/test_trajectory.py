@@ -9,7 +9,16 @@ import numpy as np
 import optax
 import pytest
 from helpers import always, assert_close, assert_identical, assert_same_types, x64
-from helpers.trajectories import alone, data, loss, run, score, start, stepper
+from helpers.trajectories import (
+    alone,
+    data,
+    end_of,
+    loss,
+    run,
+    score,
+    start,
+    stepper,
+)
 
 import optax_ev3
 from optax_ev3 import adapt, explore
@@ -199,7 +208,7 @@ def test_which_branches_restart(restart):
     }[restart]
     for name in inner:
         where = end[name] if name in expected else visible
-        assert_close(state.explore.branches.ends[name], where, 1e-5, 1e-6)
+        assert_close(end_of(state, name), where, 1e-5, 1e-6)
     far = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), end["near"], visible)
     assert max(jax.tree.leaves(far)) > 1e-5  # The near one can be told from the good.
 

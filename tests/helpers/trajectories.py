@@ -1,6 +1,7 @@
 """A small regression, and trajectories on it: within ``ev3``, and alone."""
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 
 from helpers import traced
+from optax_ev3._src.base.states import place_index
 
 
 def data(step, dtype=jnp.float32):
@@ -77,3 +79,17 @@ def alone(tx, calls, w, first=0, state=None):
     for call in range(first, first + calls):
         w, state = step(w, state, data(call, w["w"].dtype))
     return w, state
+
+
+def end_of(state, name):
+    """Where the branch of an explorer is, whether it is stacked or alone."""
+    walked = state.explore.branches
+    for key, one in state.explore.explorers.items():
+        places = {k: place_index(place) for k, place in one.positions.items()}
+        if name in places:
+            row = places[name] - min(places.values())
+            if key in walked.at_work and int(walked.lead) == places[name]:
+                return walked.at_work[key][1]
+            ends = walked.ends[key]
+            return ends if key == name else jax.tree.map(operator.itemgetter(row), ends)
+    raise KeyError(name)

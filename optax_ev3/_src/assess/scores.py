@@ -109,7 +109,9 @@ def _score(
         each = [_score_batch(one, batch, axis_name) for batch in candidates]
         return jax.tree.map(lambda *values: jnp.concatenate(values), *each)
     stacks = [
-        batch.tree if batch.size else jax.tree.map(lambda x: x[None], batch.tree)
+        jax.vmap(batch.make)(batch.tree)
+        if batch.size
+        else jax.tree.map(lambda x: x[None], batch.make(batch.tree))
         for batch in candidates
     ]
     stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *stacks)
@@ -119,24 +121,29 @@ def _score(
 def _score_batch(
     one: Callable[[Any], dict[str, Any]], batch: select.Stacked, axis_name: Any
 ) -> dict[str, Any]:
-    """Scores of the trees of a batch, stacked; zeros where it rests."""
+    """Scores of the trees of a batch, stacked; zeros for those that are paused."""
     # Scores vary over devices: shard_map needs zeros to be marked so, too.
     nothing = 0 if axis_name is None else 0 * lax.axis_index(axis_name)
 
-    def score() -> dict[str, Any]:
-        if batch.size is None:
-            return jax.tree.map(lambda x: x[None], one(batch.tree))
-        return control.each_row(one, batch.tree)
+    def of_its_own(tree: Any) -> dict[str, Any]:
+        scores = one(batch.make(tree))
+        return jax.tree.map(lambda x: x + jnp.asarray(nothing, x.dtype), scores)
 
-    if batch.paused is None:
-        return score()
+    def score(row: Any) -> dict[str, Any]:
+        tree, paused = row
+        if paused is None:
+            return one(batch.make(tree))
+        kinds = jax.eval_shape(of_its_own, tree)
+        zeros = jax.tree.map(lambda x: jnp.full(x.shape, nothing, x.dtype), kinds)
+        return control.cond(paused, lambda: zeros, lambda: of_its_own(tree))
 
-    def of_its_own() -> dict[str, Any]:
-        return jax.tree.map(lambda x: x + jnp.asarray(nothing, x.dtype), score())
-
-    kinds = jax.eval_shape(score)
-    zeros = jax.tree.map(lambda x: jnp.full(x.shape, nothing, x.dtype), kinds)
-    return control.cond(batch.paused, lambda: zeros, of_its_own)
+    if batch.size is None:
+        found = score((batch.tree, batch.paused))
+        return jax.tree.map(lambda x: x[None], found)
+    paused = batch.paused
+    if paused is None or paused.ndim:
+        return control.each_row(score, (batch.tree, paused))
+    return control.each_row(lambda tree: score((tree, paused)), batch.tree)
 
 
 def _objectives(output: Any) -> dict[str, Any]:

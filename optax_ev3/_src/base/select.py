@@ -34,12 +34,15 @@ class Stacked(NamedTuple):
       tree: The tree, or a :class:`Lazy` one; with a leading axis where there are
         several.
       size: How many there are, None for a single tree that is not stacked.
-      paused: ``[]`` bool, whether nobody needs to look at it; None for no.
+      paused: ``[]`` bool, or ``[size]``, whether nobody needs to look at it; None for
+        no.
+      make: What a candidate is made of its tree, when it is looked at.
     """
 
     tree: Any
     size: int | None = None
     paused: Any = None
+    make: Callable[[Any], Any] = lambda tree: tree
 
 
 def count(stack: Stacked) -> int:

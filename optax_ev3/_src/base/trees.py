@@ -44,6 +44,12 @@ def shapes(tree: Any) -> list[tuple[int, ...]]:
     return [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
 
 
+def types(tree: Any) -> Any:
+    """Structure, shapes and dtypes."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(jnp.shape(x), jnp.result_type(x)) for x in leaves]
+
+
 def difference(expected: Any, actual: Any, path: Any = ()) -> str | None:
     """Where two trees first differ in structure, and how; None where they don't."""
     (one, one_node), (other, other_node) = map(_one_level, (expected, actual))

@@ -34,6 +34,8 @@ class BranchesState(NamedTuple):
         to first order at a branch's last step.
       age: ``[K]`` int32, steps of a branch since it last began elsewhere.
       means: By name, the averages of the branches.
+      at_work: In a relay, by the name of each stack, the :func:`parts` of the member
+        that is at work; what the stack has of it is older.
     """
 
     step: jax.Array
@@ -45,6 +47,7 @@ class BranchesState(NamedTuple):
     is_ascent: jax.Array
     age: jax.Array
     means: dict[str, tuple[optax.Params, ...]]
+    at_work: Any = ()
 
 
 class Branch(NamedTuple):
@@ -109,12 +112,7 @@ def branches_by_name(state: ExploreState, layout: Layout) -> dict[str, Branch]:
     rows = [walked.is_ascent, walked.age, number, jnp.zeros_like(number)]
     rows = [layout.split(row) for row in rows]
     return {
-        name: Branch(
-            state.explorers[name].opt_state,
-            walked.ends[name],
-            walked.means[name],
-            *(row[name] for row in rows),
-        )
+        name: Branch(*parts(state, name), *(row[name] for row in rows))
         for name in layout.members
     }
 
@@ -179,18 +177,25 @@ def replaced(
 
     One explorer after the other: none needs memory for all.
     """
+    new = {name: fn(parts(state, name)) for name, fn in change.items()}
+    return with_parts(state, new)
+
+
+def parts(state: ExploreState, name: str) -> tuple[Any, Any, Any]:
+    """Of an explorer the inner state, the end of its branch, and its averages."""
     walked: BranchesState = state.branches
-    new = {
-        name: fn(
-            (state.explorers[name].opt_state, walked.ends[name], walked.means[name])
-        )
-        for name, fn in change.items()
-    }
+    opt_state = state.explorers[name].opt_state
+    return opt_state, walked.ends[name], walked.means[name]
+
+
+def with_parts(state: ExploreState, new: Mapping[str, Any]) -> ExploreState:
+    """The state with other :func:`parts` of some explorers, by name."""
+    walked: BranchesState = state.branches
     walked = walked._replace(
-        ends=walked.ends | {name: parts[1] for name, parts in new.items()},
-        means=walked.means | {name: parts[2] for name, parts in new.items()},
+        ends=walked.ends | {name: own[1] for name, own in new.items()},
+        means=walked.means | {name: own[2] for name, own in new.items()},
     )
-    opt_states = {name: parts[0] for name, parts in new.items()}
+    opt_states = {name: own[0] for name, own in new.items()}
     return strategy.with_opt_states(state, opt_states)._replace(branches=walked)
 
 
@@ -204,6 +209,7 @@ class Walk(NamedTuple):
       lead: ``[]`` int32, the explorer whose branch is visible.
       params: The visible parameters.
       every: Of so many steps, one enters the averages; and the last one.
+      climbs: Whether it matters if a branch raises the loss.
     """
 
     averages: Sequence[Average]
@@ -212,6 +218,7 @@ class Walk(NamedTuple):
     lead: jax.Array
     params: optax.Params
     every: int = 1
+    climbs: bool = True
 
     def advance(self, member: steps.Member, branch: Branch) -> Branch:
         """The branch after a step, if its gradients are finite."""
@@ -227,7 +234,11 @@ class Walk(NamedTuple):
             update, opt_state = member.advance(grads, aux, opt_state, end)
             end = trees.plus(end, update)
             means = self.averaged(means, end, age, is_last)
-            is_ascent = control.cond(is_last, climbs, lambda _: branch.is_ascent, end)
+            is_ascent = branch.is_ascent
+            if self.climbs:
+                is_ascent = control.cond(
+                    is_last, climbs, lambda _: branch.is_ascent, end
+                )
             return opt_state, end, means, is_ascent, age + 1
 
         def climbs(end: Any) -> jax.Array:

@@ -85,12 +85,13 @@ class Branches(strategy.Strategy):
         """Those who lose the race, but for the lead branch, which is visible."""
         if self.racing is None:
             return {}
-        paused = races.paused(state.racing, ctx.layout, self.racing)
-        lead = state.branches.lead
-        leads = {
-            name: (jnp.asarray(ctx.layout.rows(name)) == lead).any() for name in paused
-        }
-        return {name: flag & ~leads[name] for name, flag in paused.items()}
+        lead, found = state.branches.lead, {}
+        as_one = [name for name, one in ctx.explorers.items() if one.space is not None]
+        flags = races.paused(state.racing, ctx.layout, self.racing, as_one)
+        for name, flag in flags.items():
+            leads = jnp.asarray(ctx.layout.rows(name)) == lead
+            found[name] = flag & ~(leads if flag.ndim else leads.any())
+        return found
 
     def length(self, state: ExploreState) -> jax.Array:
         """That of this round."""
@@ -106,17 +107,8 @@ class Branches(strategy.Strategy):
         for name, branch in branches_by_name(state, ctx.layout).items():
             explorer = ctx.explorers[name]
 
-            def go(
-                branch: Any,
-                explorer: Any = explorer,
-                name: str = name,
-                walk: Any = walk,
-            ) -> Any:
-                return steps.one_by_one(walk.advance, explorer, name, call, branch)
-
-            flag = paused.get(name)
-            moved[name] = (
-                go(branch) if flag is None else select.apply_if(~flag, go, branch)
+            moved[name] = steps.one_by_one(
+                walk.advance, explorer, name, call, branch, paused.get(name)
             )
             alive[name] = finite.finite(moved[name].end, size=explorer.size)
             # The next explorer waits for this one.

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from optax_ev3._src.base import callbacks as named
-from optax_ev3._src.base import control, layout
+from optax_ev3._src.base import control, layout, trees
 
 # What parts of names consist of.
 _PART = re.compile(r"[\w.\- ]+")
@@ -29,6 +30,7 @@ class Explorer(NamedTuple):
       factory: For a sweep, makes the optimizer from one number of each name.
       space: For a group that evolves, the range of each number; the grid is then where
         they begin.
+      labels: Where several explorers are stacked, their names.
     """
 
     tx: optax.GradientTransformation
@@ -38,6 +40,7 @@ class Explorer(NamedTuple):
     grid: Mapping[str, tuple[float, ...]] | None = None
     factory: Callable[..., optax.GradientTransformation] | None = None
     space: Mapping[str, Any] | None = None
+    labels: tuple[str, ...] | None = None
 
     @property
     def size(self) -> int | None:
@@ -46,6 +49,8 @@ class Explorer(NamedTuple):
 
     def members(self, name: str) -> list[str]:
         """Names of all explorers that this one, called ``name``, stands for."""
+        if self.labels is not None:
+            return list(self.labels)
         if self.grid is None:
             return [name]
         if self.space is not None:
@@ -72,15 +77,14 @@ class Explorer(NamedTuple):
           hyperparams: Numbers ``[G]`` by name; default: the grid.
           at_once: Whether ``fn`` is vectorized over members, not called in a loop.
         """
-        if self.grid is None:
+        if self.size is None:
             return fn(self.tx, {}, *args)
 
-        def one(numbers: Any, *args: Any):
-            return fn(self._made(numbers), numbers, *args)
+        def one(row: jax.Array, *args: Any):
+            return fn(*self.member(row, hyperparams), *args)
 
-        grid = {k: jnp.asarray(v) for k, v in self.grid.items()}
-        rows = hyperparams or grid, *args
-        if control.is_traced(rows):
+        rows = jnp.arange(self.size), *args
+        if control.is_traced(rows, hyperparams):
             if at_once:
                 return jax.vmap(one)(*rows)
             return control.each_row(lambda row: one(*row), rows)
@@ -90,8 +94,10 @@ class Explorer(NamedTuple):
         self, row: jax.Array, hyperparams: Any = None
     ) -> tuple[optax.GradientTransformation, Any]:
         """Of a sweep the optimizer in this row, and its numbers by name."""
-        columns = hyperparams or self.grid or {}
-        numbers = {k: jnp.asarray(v)[row] for k, v in columns.items()}
+        if hyperparams:
+            numbers = {k: v[row] for k, v in hyperparams.items()}
+        else:
+            numbers = {k: _choice(row, v) for k, v in (self.grid or {}).items()}
         return self._made(numbers), numbers
 
     def _made(self, numbers: Mapping[str, Any]) -> optax.GradientTransformation:
@@ -100,6 +106,12 @@ class Explorer(NamedTuple):
             return self.tx
         own = {k: v for k, v in numbers.items() if _takes(self.factory, k)}
         return self.factory(**own)
+
+
+def _choice(row: jax.Array, numbers: Sequence[float]) -> jax.Array:
+    """One of the numbers, weakly typed as they are: bfloat16 stays bfloat16."""
+    cases = [jnp.asarray(number) for number in numbers]
+    return lax.select_n(row, *cases) if len(cases) > 1 else cases[0]
 
 
 def explorer(
@@ -220,7 +232,7 @@ def sweep(
 
     Args:
       factory: Makes an optax transformation from one number of each name, as
-        keywords. The numbers are traced float32 scalars.
+        keywords. The numbers are traced float32 scalars, weakly typed like Python's.
       **grid: By name, the numbers, a sequence of floats.
 
     Returns:
@@ -313,9 +325,7 @@ def _abstract_state(factory: Any, numbers: Any):
     """Structure, shapes and dtypes of the state for parameters of two shapes."""
     made = explorer(factory(**numbers)).tx
     probe = {"w": jnp.zeros([3, 4]), "b": jnp.zeros([4])}
-    state = jax.eval_shape(made.init, probe)
-    leaves = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
-    return jax.tree.structure(state), leaves
+    return trees.types(jax.eval_shape(made.init, probe))
 
 
 def collect(inner: Sequence[Any] | Mapping[str, Any]) -> dict[str, Explorer]:

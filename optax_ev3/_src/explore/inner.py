@@ -24,6 +24,12 @@ def init_state(explorer: Explorer, params: optax.Params) -> Any:
     return explorer.each(lambda tx, _: jax.tree.map(_owned, tx.init(params)))
 
 
+def member_state(explorer: Explorer, row: jax.Array, params: optax.Params) -> Any:
+    """The same of one member of a sweep, in this row, or of a single explorer."""
+    tx = explorer.tx if explorer.size is None else explorer.member(row)[0]
+    return jax.tree.map(_owned, tx.init(params))
+
+
 def first_state(explorer: Explorer, name: str, params: optax.Params) -> Any:
     """The inner state, in the dtypes that its first steps bring it to.
 

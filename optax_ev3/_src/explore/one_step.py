@@ -69,10 +69,12 @@ class OneStep(strategy.Strategy):
     ) -> Candidates:
         """The parameters after each step, and where no step leads."""
         del state
-        candidates = [
-            update._replace(tree=_after(ctx.params, update))
-            for update in _updates(ctx, explored)
-        ]
+
+        # Made when it is assessed: only one at a time takes memory.
+        def after(update: optax.Updates) -> optax.Params:
+            return trees.plus(ctx.params, update)
+
+        candidates = [x._replace(make=after) for x in _updates(ctx, explored)]
         proposed = explored.proposals
         return Candidates(
             [*candidates, Stacked(ctx.params), Stacked(stable)],
@@ -199,13 +201,6 @@ def _updates(ctx: Context, explored: Explored) -> list[Stacked]:
         Stacked(step.update, ctx.explorers[name].size)
         for name, step in explored.proposals.items()
     ]
-
-
-def _after(params: optax.Params, update: Stacked) -> optax.Params:
-    """Params after an update, or after each of several updates."""
-    if update.size is None:
-        return trees.plus(params, update.tree)
-    return jax.vmap(lambda move: trees.plus(params, move))(update.tree)
 
 
 def _stay_or_back(params: optax.Params, stable: optax.Params) -> list[Stacked]:

@@ -4,6 +4,7 @@ Dimensions: ``W`` rounds of the window, ``C`` candidates.
 """
 
 import dataclasses
+from collections.abc import Collection
 from typing import NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ class Racing:
     """Explorers that do not win are paused, and cost nothing.
 
     An explorer is paused while it was in at least ``patience`` of the last ``window``
-    rounds and adopted in none of them. A sweep or a group that evolves races as one.
+    rounds and adopted in none of them. A group that evolves races as one.
     The inner state of a paused explorer waits: its step count, and a schedule that
     follows it, do not advance. Exceptions:
 
@@ -128,22 +129,36 @@ def append(past: RacingState, info: RoundInfo) -> RacingState:
     return chosen._replace(lost=1 - info.explored.astype(jnp.int32))
 
 
-def paused(past: RacingState, layout: Layout, race: Racing) -> dict[str, jax.Array]:
-    """By name ``[]`` bool, which explorers are paused in the round to come.
+def paused(
+    past: RacingState, layout: Layout, race: Racing, as_one: Collection[str] = ()
+) -> dict[str, jax.Array]:
+    """Which explorers are paused in the round to come: by name ``[]`` or ``[G]`` bool.
 
     See :class:`Racing`. Where that leaves nobody, all take part, as after a round in
     which nothing was valid.
+
+    Args:
+      past: What the race knows.
+      layout: Where the explorers are among the candidates.
+      race: How they race.
+      as_one: The names of those whose members race as one.
     """
     scores = jnp.where(past.valid > 0, past.mean, -jnp.inf)
     best = scores[:, : layout.proposals].max(axis=1)
-    flags = jnp.stack(
-        [
-            _loses(past, scores, best, jnp.asarray(layout.all_rows(name)), race)
-            for name in layout.members
-        ]
-    )
-    flags &= ~flags.all() & (past.lost == 0)
-    return dict(zip(layout.members, flags, strict=True))
+
+    def loses(own: jax.Array) -> jax.Array:
+        return _loses(past, scores, best, own, race)
+
+    flags = {}
+    for name, single in layout.single.items():
+        own = jnp.asarray(layout.all_rows(name))
+        if not single and name not in as_one:
+            flags[name] = jax.vmap(loses)(own.reshape(layout.kinds, -1).T)
+        else:
+            flags[name] = loses(own)
+    all_lose = jnp.stack([flag.all() for flag in flags.values()]).all()
+    races = ~all_lose & (past.lost == 0)
+    return {name: flag & races for name, flag in flags.items()}
 
 
 def _loses(

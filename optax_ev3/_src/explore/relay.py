@@ -16,17 +16,23 @@ from optax_ev3._src.base import checks, evidence, finite, select, trees
 from optax_ev3._src.base.layout import Layout
 from optax_ev3._src.base.select import Stacked
 from optax_ev3._src.base.states import ExploreState, RoundInfo
+from optax_ev3._src.explore import (
+    at_work,
+    calls,
+    inner,
+    restarts,
+    steps,
+    strategy,
+    turns,
+)
 from optax_ev3._src.explore import averages as _averages
-from optax_ev3._src.explore import calls, restarts, steps, strategy, turns
 from optax_ev3._src.explore.averages import Average
 from optax_ev3._src.explore.branch import (
+    Branch,
     BranchesState,
     Walk,
-    after_step,
-    begun_anew,
-    branches_by_name,
     first_branches,
-    replaced,
+    first_means,
     stacks,
 )
 from optax_ev3._src.explore.explorers import Explorer
@@ -75,6 +81,7 @@ class Relay(strategy.Strategy):
         """All branches at these parameters."""
         length = turns.first_length(self.max_length, layout.explorers)
         state = first_branches(explorers, layout, params, self.averages, length)
+        state = at_work.with_room(layout, state)
         return state._replace(racing=turns.init(layout.explorers, self.racing))
 
     def length(self, state: ExploreState) -> jax.Array:
@@ -85,51 +92,50 @@ class Relay(strategy.Strategy):
         """One step of the explorer whose turn it is."""
         walked: BranchesState = state.branches
         lead, layout, moved = walked.lead, ctx.layout, {}
-        walk = Walk(self.averages, "shared", walked, lead, ctx.params, _EVERY)
+        walk = Walk(
+            self.averages, "shared", walked, lead, ctx.params, _EVERY, climbs=False
+        )
         call, is_finite = calls.scaled(ctx.call, self.schedule), jnp.asarray(True)
-        for name, branch in branches_by_name(state, layout).items():
+        for name, branch in at_work.branches(layout, state).items():
             rows, explorer = layout.rows(name), ctx.explorers[name]
-            row = lead - rows[0]
+            member = steps.member(explorer, name, call, lead - rows[0])
 
-            def go(
-                carry: Any,
-                explorer: Explorer = explorer,
-                name: str = name,
-                row: jax.Array = row,
-            ) -> Any:
-                new = steps.one_member(
-                    walk.advance, explorer, name, call, row, carry[0]
-                )
-                end = [Stacked(new.end, explorer.size)]
-                return new, select.pick(row, end, finite.finite)
+            def go(carry: Any, member: steps.Member = member) -> Any:
+                new = walk.advance(member, carry[0])
+                return new, finite.finite(new.end)
 
-            takes = (row >= 0) & (row < len(rows)) & (walked.step >= 0)
+            takes = (lead >= rows[0]) & (lead <= rows[-1]) & (walked.step >= 0)
             moved[name], is_finite = select.apply_if(takes, go, (branch, is_finite))
-        is_lead = layout.split(jnp.arange(layout.explorers) == lead)
-        alive = {name: ~flag | is_finite for name, flag in is_lead.items()}
-        skipped = [(branch.skipped > 0).any() for branch in moved.values()]
-        is_skipped = jnp.stack(skipped).any()
-        state = after_step(state, layout, moved, alive)
+        is_skipped = jnp.stack([one.skipped > 0 for one in moved.values()]).any()
+        state = _after_step(layout, state, moved, is_finite, is_skipped)
         is_last = state.branches.step >= state.branches.length
         is_first = state.branches.step == 1
         return Explored(
             state,
-            (alive, is_skipped & is_first),
-            {name: ~flag for name, flag in is_lead.items()},
+            is_skipped & is_first,
+            layout.split(jnp.arange(layout.explorers) != lead),
             is_over=is_last | is_skipped | ~is_finite,
             is_broken=~is_finite,
         )
 
     def reinitialized(self, ctx: Context, explored: Explored) -> Any:
         """A branch that is not finite begins anew at the best parameters."""
-        alive, _ = explored.proposals
-        broken = {name: ~flag for name, flag in alive.items()}
+        del explored
 
-        def renew(state: ExploreState) -> ExploreState:
-            best = state.branches.start
-            return begun_anew(ctx, state, broken, best, self.averages)
+        return lambda state: self._begun_anew(ctx, state)
 
-        return renew
+    def _begun_anew(self, ctx: Context, state: ExploreState) -> ExploreState:
+        """The branch at work begins at the best parameters."""
+        lead, best = state.branches.lead, state.branches.start
+
+        def anew(name: str, row: jax.Array, old: Any, state: Any) -> Any:
+            del old, state
+            new = inner.member_state(ctx.explorers[name], row, best)
+            return new, best, first_means(self.averages, best)
+
+        state = at_work.changed(ctx.layout, state, lead, anew)
+        age = state.branches.age.at[lead].set(0)
+        return state._replace(branches=state.branches._replace(age=age))
 
     def candidates(
         self, ctx: Context, explored: Explored, state: ExploreState, stable: Any
@@ -140,12 +146,14 @@ class Relay(strategy.Strategy):
         lead = walked.lead
         rows = layout.of_explorer(lead)
         others = jnp.asarray([layout.current, layout.stable])
-        at_work = jnp.arange(layout.explorers) == lead
-        branch = _branch_of(ctx, walked, lead)
+        is_lead = jnp.arange(layout.explorers) == lead
+        kinds = range(layout.kinds - 1)
+        gets = [_end, *(functools.partial(_mean, kind) for kind in kinds)]
+        branch = [at_work.pick(ctx, state, lead, get) for get in gets]
         params = [_averages.like(one, ctx.params) for one in branch]
         return Candidates(
             [*map(Stacked, params), Stacked(walked.start), Stacked(stable)],
-            layout.tile(at_work & (walked.alive > 0), True),
+            layout.tile(is_lead & (walked.alive > 0), True),
             jnp.zeros([layout.candidates], bool),
             jnp.append(rows, others).astype(jnp.int32),
         )
@@ -174,24 +182,24 @@ class Relay(strategy.Strategy):
         walked = state.branches._replace(start=best)
         # Gradients that are not finite end a turn. Where they leave a turn without any
         # step, it is the branch's fault, not a batch's: but for a good one, it is left.
-        _, is_stuck = explored.proposals
-        leaves = is_stuck & ~found.adopted
-        is_left = {name: ~flag & leaves for name, flag in explored.paused.items()}
+        leaves = explored.proposals & ~found.adopted
 
         def leave(state: ExploreState) -> ExploreState:
-            return begun_anew(ctx, state, is_left, best, self.averages)
+            return self._begun_anew(ctx, state)
 
-        state = state._replace(branches=walked, racing=coming.turns)
-        state = select.apply_if(leaves, leave, state)
+        def change(state: ExploreState) -> ExploreState:
+            state = at_work.put_back(layout, state, lead)
+            return at_work.taken_out(layout, state, coming.lead)
 
         def join(state: ExploreState) -> ExploreState:
             return _joined(ctx, state, coming.lead, coming.turns.leader)
 
+        state = state._replace(branches=walked, racing=coming.turns)
+        state = select.apply_if(leaves, leave, state)
+        state = select.apply_if(coming.lead != lead, change, state)
         state = select.apply_if(coming.joins, join, state)
-        is_missed = select.pick(
-            coming.lead,
-            stacks(ctx, state.branches.ends),
-            lambda end: _is_missed(end, ctx.params),
+        is_missed = at_work.pick(
+            ctx, state, coming.lead, _end, lambda end: _is_missed(end, ctx.params)
         )
         walked = state.branches._replace(
             # Where one update does not lead to the branch, the next one does.
@@ -205,50 +213,64 @@ class Relay(strategy.Strategy):
     def update(self, ctx: Context, state: ExploreState, move: Any) -> optax.Updates:
         """The way to the branch at work."""
         del move
-        walked = state.branches
-        return select.pick(
-            walked.lead,
-            stacks(ctx, walked.ends),
-            lambda end: finite.towards(end, ctx.params),
+        lead = state.branches.lead
+        return at_work.pick(
+            ctx, state, lead, _end, lambda end: finite.towards(end, ctx.params)
         )
+
+
+def _after_step(
+    layout: Layout,
+    state: ExploreState,
+    moved: Mapping[str, Branch],
+    is_finite: jax.Array,
+    is_skipped: jax.Array,
+) -> ExploreState:
+    """The state after a step of the branch at work."""
+    is_lead = jnp.arange(layout.explorers) == state.branches.lead
+    # All begin with the age of the one at work, and that one goes on.
+    age = jnp.stack([one.age for one in moved.values()]).max()
+    state = at_work.with_branches(state, moved)
+    skipped = layout.split(is_lead & (is_skipped | ~is_finite))
+    state = strategy.with_opt_states(state, {}, skipped)
+    walked: BranchesState = state.branches
+    walked = walked._replace(
+        step=walked.step + 1,
+        alive=jnp.where(is_lead & ~is_finite, 0, walked.alive),
+        age=jnp.where(is_lead, age, walked.age),
+    )
+    return state._replace(branches=walked)
+
+
+def _end(branch: Branch) -> optax.Params:
+    return branch.end
+
+
+def _mean(kind: int, branch: Branch) -> optax.Params:
+    return branch.means[kind]
 
 
 def _joined(
     ctx: Context, state: ExploreState, who: jax.Array, leader: jax.Array
 ) -> ExploreState:
-    """One branch goes on from where another one is, and with its averages."""
-    is_who = jnp.arange(ctx.layout.explorers) == who
-    for name, flags in ctx.layout.split(is_who).items():
-        there = functools.partial(_moved, ctx, name, flags, leader)
-        # The whole state is carried: what is read of it need not be copied before.
-        state = select.apply_if(flags.any(), there, state)
+    """The branch at work goes on from where the leader is, and with its averages."""
+
+    def join(name: str, row: jax.Array, old: Any, state: ExploreState) -> Any:
+        del row
+        opt_states = strategy.opt_states(state)
+        made, fits = restarts.copied(ctx, opt_states, name, leader)
+        walked = state.branches
+        kinds = range(ctx.layout.kinds - 1)
+        means = [{k: own[kind] for k, own in walked.means.items()} for kind in kinds]
+        end, *means = [
+            select.pick(leader, stacks(ctx, one)) for one in (walked.ends, *means)
+        ]
+        return select.where(fits, made, old[0]), end, tuple(means)
+
+    state = at_work.changed(ctx.layout, state, who, join)
     age = state.branches.age
-    age = jnp.where(is_who, age[leader], age)
+    age = age.at[who].set(age[leader])
     return state._replace(branches=state.branches._replace(age=age))
-
-
-def _moved(
-    ctx: Context, name: str, flags: jax.Array, leader: jax.Array, state: ExploreState
-) -> ExploreState:
-    """The state with one explorer's branch, or one of a sweep, where the leader is."""
-    made, fits = restarts.copied(ctx, strategy.opt_states(state), name, leader)
-    end, *means = _branch_of(ctx, state.branches, leader)
-    new = select.spread([end, tuple(means)], ctx.explorers[name].size)
-
-    def change(old: Any) -> Any:
-        opt_state, *others = old
-        opt_state = select.where_rows(flags & fits, made, opt_state)
-        return opt_state, *select.replace_rows(flags, new, others)
-
-    return replaced(state, {name: change})
-
-
-def _branch_of(ctx: Context, walked: BranchesState, explorer: jax.Array) -> list[Any]:
-    """The end of one explorer's branch, and its averages."""
-    kinds = range(ctx.layout.kinds - 1)
-    means = [{name: own[kind] for name, own in walked.means.items()} for kind in kinds]
-    found = [walked.ends, *means]
-    return [select.pick(explorer, stacks(ctx, trees)) for trees in found]
 
 
 def _is_missed(target: optax.Params, params: optax.Params) -> jax.Array:

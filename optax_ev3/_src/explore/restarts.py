@@ -169,7 +169,8 @@ def inner_states(
         if restart.inner_state == "new":
             made = inner.init_state(ctx.explorers[name], visible)
         else:
-            made, known = copied(ctx, old, name, owner)
+            copy, known = copied(ctx, old, name, owner)
+            made = select.spread(copy, ctx.explorers[name].size)
             mask = mask & known
         renewed[name] = select.where_rows(mask, made, old[name])
     return renewed
@@ -189,7 +190,7 @@ def copied(
         sources += [source] if fit else [nobody] * select.count(source)
         fits += [fit] * select.count(source)
     copied = select.pick(owner, [*sources, nobody])
-    return select.spread(copied, own.size), jnp.asarray([*fits, False])[owner]
+    return copied, jnp.asarray([*fits, False])[owner]
 
 
 def _member_types(states: Stacked) -> Any:

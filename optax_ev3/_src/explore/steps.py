@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import keystr, tree_map_with_path
 
-from optax_ev3._src.base import control, sharding, trees
+from optax_ev3._src.base import control, select, sharding, trees
 from optax_ev3._src.explore import inner
 from optax_ev3._src.explore.calls import Call
 from optax_ev3._src.explore.explorers import Explorer
@@ -92,21 +92,12 @@ def each_member(
     return explorer.each(step, *args, hyperparams=numbers, at_once=not alone)
 
 
-def one_member(
-    fn: Callable[[Member, Any], Any],
-    explorer: Explorer,
-    name: str,
-    call: Call,
-    row: jax.Array,
-    own: Any,
-) -> Any:
-    """``fn(member, own)`` for an explorer; for one member of a sweep, in its row."""
-    if explorer.size is None:
-        return each_member(fn, explorer, name, call, own)
-    tx, numbers = explorer.member(row, call.hyperparams.get(name))
-    member = Member(tx, explorer, name, loss_of(explorer, name, call, numbers), call)
-    new = fn(member, jax.tree.map(lambda x: x[row], own))
-    return jax.tree.map(lambda x, n: x.at[row].set(n), own, new)
+def member(explorer: Explorer, name: str, call: Call, row: Any) -> Member:
+    """An explorer; of a sweep the member in this row."""
+    tx, numbers = explorer.tx, {}
+    if explorer.size is not None:
+        tx, numbers = explorer.member(row, call.hyperparams.get(name))
+    return Member(tx, explorer, name, loss_of(explorer, name, call, numbers), call)
 
 
 def one_by_one(
@@ -115,18 +106,36 @@ def one_by_one(
     name: str,
     call: Call,
     own: Any,
+    paused: jax.Array | None = None,
 ) -> Any:
     """``fn(member, own)`` for an explorer; for a sweep member after member, in place.
 
     It takes memory for the activations of one, and what a member skips takes no time.
+
+    Args:
+      fn: What a member does with its part of ``own``.
+      explorer: The explorer.
+      name: Its name.
+      call: What the caller gave.
+      own: What the members have, stacked.
+      paused: ``[]`` bool, or ``[G]`` for a sweep, who does nothing; None for nobody.
     """
+
+    def step(row: Any, own: Any) -> Any:
+        if explorer.size is None:
+            return fn(member(explorer, name, call, row), own)
+        new = fn(member(explorer, name, call, row), jax.tree.map(lambda x: x[row], own))
+        return jax.tree.map(lambda x, n: x.at[row].set(n), own, new)
+
+    def step_unless_paused(row: Any, own: Any) -> Any:
+        if paused is None:
+            return step(row, own)
+        is_paused = paused[row] if paused.ndim else paused
+        return select.apply_if(~is_paused, lambda own: step(row, own), own)
+
     if explorer.size is None:
-        return each_member(fn, explorer, name, call, own)
-
-    def step(row: jax.Array, own: Any) -> Any:
-        return one_member(fn, explorer, name, call, row, own)
-
-    return control.fori_loop(0, explorer.size, step, own)
+        return step_unless_paused(0, own)
+    return control.fori_loop(0, explorer.size, step_unless_paused, own)
 
 
 def given_to(name: str, call: Call) -> tuple[optax.Updates, Any]:
