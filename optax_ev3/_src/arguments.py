@@ -72,6 +72,22 @@ def check_callbacks(
     explore.check_spaces(explorers)
 
 
+def check_axis(axis: Any, explorers: Mapping[str, Explorer]) -> None:
+    """Raises unless it is the name of an axis, and there is something to spread."""
+    if axis is None:
+        return
+    if not isinstance(axis, str):
+        raise TypeError(
+            f"explorer_axis must be the name of a mesh axis, a string, got {axis!r}."
+        )
+    if all(one.size is None for one in explorers.values()):
+        raise ValueError(
+            f"explorer_axis={axis!r} spreads explorers that differ in numbers alone, "
+            f"sweeps, and groups that evolve; there is none among "
+            f"{', '.join(explorers)}."
+        )
+
+
 def check_mode(mode: Any) -> None:
     """Raises unless there is such an ``assess_mode``."""
     if mode not in assess.MODES:

@@ -25,6 +25,7 @@ def ev3(
     adapt: Rule | None = None,
     assess_mode: str = "unroll",
     axis_name: Any = None,
+    explorer_axis: str | None = None,
     history_length: int = 64,
     key: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -82,6 +83,11 @@ def ev3(
       axis_name: Name of a mapped axis (``shard_map``, ``pmap``, ``vmap``) over which
         the assessment examples are spread; gradients must be averaged by the caller
         as for any other optimizer.
+      explorer_axis: Name of a mesh axis over which explorers are spread: sweeps, groups
+        that evolve, and optimizers that differ in numbers alone. Each device steps and
+        assesses its own; others are on all devices. The state must be spread alike, see
+        :func:`optax_ev3.state_shardings`, and is best stepped under ``jax.set_mesh``.
+        Default: all explorers are on all devices.
       history_length: Rounds that :func:`optax_ev3.history` remembers, for people.
       key: Seed or PRNG key of the transformation's own randomness.
 
@@ -132,10 +138,11 @@ def ev3(
       Ding et al., `EV3: Ever Evolving Evaluator
       <https://arxiv.org/abs/2310.18893>`_, 2023.
     """
-    explorers = alike.stacked(members.collect(inner))
+    explorers = alike.stacked(members.collect(inner), explorer_axis)
     arguments.check_callbacks(assess_fn, loss_fn, explorers)
     strategy = arguments.checked_strategy(explore, explorers, loss_fn is not None)
     arguments.check_mode(assess_mode)
+    arguments.check_axis(explorer_axis, explorers)
     composer = Composer(
         explorers=explorers,
         layout=members.layout_of(explorers, [x.prefix for x in strategy.averages]),

@@ -7,8 +7,15 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from optax_ev3._src.base import sharding
+from optax_ev3._src.base.states import EV3State
 
-def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> Any:
+
+def state_shardings(
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    explorer_axis: str | None = None,
+) -> Any:
     """How to spread the state over devices: like the parameters that it mirrors.
 
     Without it ``jax.jit(tx.init)`` on a mesh with automatic axes leaves to the compiler
@@ -21,6 +28,8 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
       tx: Any optax transformation.
       params: Arrays, or ``jax.ShapeDtypeStruct``, all with a ``NamedSharding`` of one
         mesh.
+      explorer_axis: The axis of the mesh over which stacked explorers are spread, as
+        in :func:`optax_ev3.ev3`; None for none.
 
     Returns:
       A tree like ``tx.init(params)`` of ``NamedSharding``: what mirrors a parameter is
@@ -29,7 +38,8 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
 
     Raises:
       TypeError: If a parameter has no ``NamedSharding``.
-      ValueError: If they are of several meshes.
+      ValueError: If they are of several meshes, if the mesh has no axis for explorers,
+        or if they do not divide over it.
 
     Examples:
       >>> import jax, jax.numpy as jnp, numpy as np, optax, optax_ev3
@@ -48,14 +58,14 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
     """
     meshes = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        sharding = getattr(leaf, "sharding", None)
-        if not isinstance(sharding, NamedSharding):
+        own = getattr(leaf, "sharding", None)
+        if not isinstance(own, NamedSharding):
             raise TypeError(
-                f"parameters must have a jax.sharding.NamedSharding, got {sharding} at "
+                f"parameters must have a jax.sharding.NamedSharding, got {own} at "
                 f"params{jax.tree_util.keystr(path)}, a {type(leaf).__name__}."
             )
-        if sharding.mesh not in meshes:
-            meshes.append(sharding.mesh)
+        if own.mesh not in meshes:
+            meshes.append(own.mesh)
     if len(meshes) != 1:
         raise ValueError(f"parameters must be of one mesh, got {meshes or 'none'}.")
     (mesh,) = meshes
@@ -72,7 +82,50 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
 
     with _within(explicit):
         state = jax.eval_shape(tx.init, jax.tree.map(typed, params))
-    return jax.tree.map(untyped, state)
+    shardings = jax.tree.map(untyped, state)
+    if explorer_axis is None:
+        return shardings
+    return _over_explorers(state, shardings, mesh, explorer_axis)
+
+
+def _over_explorers(state: Any, shardings: Any, mesh: Any, axis: str) -> Any:
+    """The shardings of states of ev3, with what is stacked spread over an axis."""
+
+    def is_state(node: Any) -> bool:
+        return isinstance(node, EV3State)
+
+    def spread(found: NamedSharding) -> NamedSharding:
+        rest = found.spec[1:]
+        if any(axis == x or (isinstance(x, tuple) and axis in x) for x in rest):
+            raise ValueError(
+                f"parameters must not be spread over the axis of explorers, {axis!r}, "
+                f"got one of {found.spec}, its explorers first."
+            )
+        return NamedSharding(mesh, PartitionSpec(axis, *rest))
+
+    def of_state(state: Any, found: Any) -> Any:
+        if not is_state(state):
+            return found
+        explorers = dict(found.explore.explorers)
+        walked = found.explore.branches
+        for name, one in state.explore.explorers.items():
+            if not one.skipped.ndim:
+                continue
+            sharding.check_axis(
+                axis, one.skipped.shape[0], mesh, ", ".join(one.positions)
+            )
+            opt_state = jax.tree.map(spread, explorers[name].opt_state)
+            explorers[name] = explorers[name]._replace(opt_state=opt_state)
+            if walked != ():
+                parts = jax.tree.map(spread, (walked.ends[name], walked.means[name]))
+                walked = walked._replace(
+                    ends=walked.ends | {name: parts[0]},
+                    means=walked.means | {name: parts[1]},
+                )
+        explore = found.explore._replace(explorers=explorers, branches=walked)
+        return found._replace(explore=explore)
+
+    return jax.tree.map(of_state, state, shardings, is_leaf=is_state)
 
 
 def _within(mesh: AbstractMesh) -> Any:

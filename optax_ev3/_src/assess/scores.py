@@ -141,9 +141,14 @@ def _score_batch(
         found = score((batch.tree, batch.paused))
         return jax.tree.map(lambda x: x[None], found)
     paused = batch.paused
-    if paused is None or paused.ndim:
+    if paused is not None:
+        paused = jnp.broadcast_to(paused, [batch.size])
+    if batch.axis is None:
         return control.each_row(score, (batch.tree, paused))
-    return control.each_row(lambda tree: score((tree, paused)), batch.tree)
+    with control.members_at_once():
+        rows = sharding.leading_alike(batch.tree, paused)
+        found = jax.vmap(score, spmd_axis_name=batch.axis)(rows)
+    return sharding.replicated(found)
 
 
 def _objectives(output: Any) -> dict[str, Any]:

@@ -6,12 +6,33 @@ eager call would take a second, and never give its memory back. As Python's, an 
 call is what it is in optax: one operation after the other, all of them compiled before.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import core, lax
+
+# Whether what is traced is done for all members of a sweep at once, each with
+# conditions of its own: then both sides of a conditional are computed in any case.
+_AT_ONCE = contextvars.ContextVar("at_once", default=False)
+
+
+@contextlib.contextmanager
+def members_at_once() -> Iterator[None]:
+    """Conditionals in it become choices, which devices make each for its members."""
+    token = _AT_ONCE.set(True)
+    try:
+        yield
+    finally:
+        _AT_ONCE.reset(token)
+
+
+def is_at_once() -> bool:
+    """Whether conditionals are to be choices."""
+    return _AT_ONCE.get()
 
 
 def is_traced(*trees: Any) -> bool:
@@ -23,6 +44,10 @@ def cond(
     condition: Any, then: Callable[..., Any], other: Callable[..., Any], *args: Any
 ):
     """``lax.cond``."""
+    if is_traced(condition) and is_at_once():
+        return jax.tree.map(
+            lambda x, y: jnp.where(condition, x, y), then(*args), other(*args)
+        )
     if is_traced(condition):
         return lax.cond(condition, then, other, *args)
     return then(*args) if condition else other(*args)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_ev3._src.base import control, trees, xla
+from optax_ev3._src.base import control, sharding, trees, xla
 
 
 def finite(tree: Any, size: int | None = None) -> jax.Array:
@@ -29,19 +29,23 @@ def finite(tree: Any, size: int | None = None) -> jax.Array:
         return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
     def by_sum(leaves: Any):
-        found = jnp.asarray(each(add)(leaves))
+        found = sharding.replicated(jnp.asarray(each(add)(leaves)))
         # Sums are quick, and finite only if all their terms are; but they may overflow.
         return control.cond(
             jnp.isfinite(found).all(),
             lambda: jnp.ones(found.shape, bool),
-            lambda: each(check)(leaves),
+            lambda: sharding.replicated(each(check)(leaves)),
         )
 
     def at_once(leaves: Any):
         flags = xla.joined([jnp.isfinite(x) for x in leaves])
         return jnp.stack([x.all() for x in flags]).all()
 
-    return control.platform_dependent(leaves, cpu=by_sum, default=each(at_once))
+    return control.platform_dependent(
+        leaves,
+        cpu=by_sum,
+        default=lambda leaves: sharding.replicated(each(at_once)(leaves)),
+    )
 
 
 def finite_after(params: Any, update: Any, known: Any = None) -> jax.Array:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
+from optax_ev3._src.base import sharding
+
 # Names of the two candidates that are always there.
 CURRENT, STABLE = "current", "stable"
 
@@ -101,7 +103,9 @@ class Layout:
 
     def join(self, parts: Mapping[str, jax.Array]) -> jax.Array:
         """``[K, ...]`` from the parts of all explorers, by name."""
-        parts = {name: jnp.asarray(parts[name]) for name in self.members}
+        parts = sharding.replicated(
+            {name: jnp.asarray(parts[name]) for name in self.members}
+        )
         return jnp.concatenate(
             [part[None] if self.single[name] else part for name, part in parts.items()]
         )

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_ev3._src.base import control, trees, xla
+from optax_ev3._src.base import control, sharding, trees, xla
 
 
 class Lazy(NamedTuple):
@@ -37,12 +37,14 @@ class Stacked(NamedTuple):
       paused: ``[]`` bool, or ``[size]``, whether nobody needs to look at it; None for
         no.
       make: What a candidate is made of its tree, when it is looked at.
+      axis: The mesh axis over which the leading axis is spread; None for none.
     """
 
     tree: Any
     size: int | None = None
     paused: Any = None
     make: Callable[[Any], Any] = lambda tree: tree
+    axis: str | None = None
 
 
 def count(stack: Stacked) -> int:
@@ -50,11 +52,21 @@ def count(stack: Stacked) -> int:
     return 1 if stack.size is None else stack.size
 
 
-def first(stack: Stacked) -> Any:
-    """The first tree of a stack."""
+def row(stack: Stacked, index: Any) -> Any:
+    """One tree of a stack."""
     if stack.size is None:
         return stack.tree
-    return jax.tree.map(lambda leaf: leaf[0], stack.tree)
+    if stack.axis is None:
+        return jax.tree.map(lambda leaf: leaf[index], stack.tree)
+    # A sum over devices moves one tree; to look one up, all would be gathered.
+    flags = jnp.arange(stack.size) == index
+    nothing = jax.tree.map(jnp.zeros_like, stack.tree)
+    alone = where_rows(flags, stack.tree, nothing)
+
+    def add(leaf: jax.Array) -> jax.Array:
+        return leaf.any(axis=0) if leaf.dtype == bool else leaf.sum(0, leaf.dtype)
+
+    return jax.tree.map(add, alone)
 
 
 def pick(
@@ -77,9 +89,7 @@ def pick(
 
     def take(stack: Stacked, first: int):
         tree = stack.tree.make() if isinstance(stack.tree, Lazy) else stack.tree
-        if stack.size is None:
-            return tree
-        return jax.tree.map(lambda leaf: leaf[index - first], tree)
+        return row(stack._replace(tree=tree), index - first)
 
     branches = [
         functools.partial(take, stack, first)
@@ -107,6 +117,8 @@ def apply_if(condition: Any, fn: Callable[[Any], Any], tree: Any) -> Any:
     """
     if not control.is_traced(condition):
         return fn(tree) if condition else tree
+    if control.is_at_once():
+        return where(condition, fn(tree), tree)
 
     def body(carry: Any):
         return jnp.zeros_like(carry[0]), xla.row_major(fn(xla.row_major(carry[1])))
@@ -205,7 +217,13 @@ def where_rows(mask: jax.Array, new: Any, old: Any) -> Any:
     # Under vmap, flags are spread over devices like what they choose from.
     for _ in range(mask.ndim):
         choose = jax.vmap(choose)
-    return jax.tree.map(lambda n, o: choose(mask, n, o), new, old)
+
+    def each(n: Any, o: Any) -> jax.Array:
+        return choose(*sharding.leading_alike(mask, n, o))
+
+    if not mask.ndim:
+        return where(mask, new, old)
+    return jax.tree.map(each, new, old)
 
 
 def replace_rows(mask: jax.Array, new: Any, old: Any) -> Any:

@@ -20,6 +20,14 @@ def spec(leaf: Any) -> PartitionSpec | None:
     return found if found is not None and any(found) else None
 
 
+def current_mesh() -> Any:
+    """The mesh that is set where this is traced, or None."""
+    if not hasattr(jax.sharding, "get_abstract_mesh"):
+        return None  # JAX before 0.7.
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
+
+
 def is_explicit(tree: Any) -> bool:
     """Whether a leaf is known to be spread."""
     return any(spec(leaf) is not None for leaf in jax.tree.leaves(tree))
@@ -34,6 +42,40 @@ def replicated(tree: Any) -> Any:
         return jax.sharding.reshard(leaf, PartitionSpec(*[None] * leaf.ndim))
 
     return jax.tree.map(gather, tree)
+
+
+def check_axis(axis: str, size: int, mesh: Any, what: str) -> None:
+    """Raises unless so many things divide over an axis of the mesh."""
+    if axis not in mesh.axis_names:
+        raise ValueError(
+            f"the mesh has no axis {axis!r}, over which explorers are to be spread; "
+            f"its axes are {mesh.axis_names}."
+        )
+    if size % mesh.shape[axis]:
+        raise ValueError(
+            f"{size} explorers, {what}, do not divide over the {mesh.shape[axis]} "
+            f"devices of the mesh axis {axis!r}."
+        )
+
+
+def along(axis: Any, tree: Any, mesh: Any) -> Any:
+    """The tree with the leading axis of all leaves spread over an axis of the mesh."""
+
+    def spread(leaf: jax.Array) -> jax.Array:
+        _, *rest = spec(leaf) or [None] * leaf.ndim
+        target = NamedSharding(mesh, PartitionSpec(axis, *rest))
+        return jax.sharding.reshard(leaf, target)
+
+    return jax.tree.map(spread, tree)
+
+
+def leading_alike(*trees: Any) -> tuple[Any, ...]:
+    """The trees with their leading axes spread like that of the first that is."""
+    for leaf in jax.tree.leaves(trees):
+        found = spec(leaf)
+        if found is not None and found[0] is not None:
+            return along(found[0], trees, jax.typeof(leaf).sharding.mesh)
+    return trees
 
 
 def take(leaf: jax.Array, rows: jax.Array) -> jax.Array:

@@ -47,13 +47,31 @@ class _Template(NamedTuple):
         return self.make([numbers[str(place)] for place in places])
 
 
-def stacked(explorers: Mapping[str, Explorer]) -> dict[str, Explorer]:
-    """The explorers, those that are alike as one, where the first of them was."""
+def stacked(
+    explorers: Mapping[str, Explorer], axis: str | None = None
+) -> dict[str, Explorer]:
+    """The explorers, those that are alike as one, where the first of them was.
+
+    Args:
+      explorers: By name.
+      axis: The mesh axis over which all that is stacked is spread, or None.
+    """
+    found = _stacked(explorers, _LEAST if axis is None else 2)
+    if axis is None:
+        return found
+    return {
+        name: one if one.size is None else one._replace(axis=axis)
+        for name, one in found.items()
+    }
+
+
+def _stacked(explorers: Mapping[str, Explorer], least: int) -> dict[str, Explorer]:
+    """The same for groups of at least so many, all on the same devices."""
     left, found = dict(explorers), {}
     while left:
         name, first = next(iter(left.items()))
         group = {n: one for n, one in left.items() if _are_alike(first, one)}
-        made = _joined(group) if len(group) >= _LEAST else None
+        made = _joined(group) if len(group) >= least else None
         if made is None:
             found[name] = left.pop(name)
         else:

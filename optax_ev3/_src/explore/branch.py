@@ -119,7 +119,7 @@ def branches_by_name(state: ExploreState, layout: Layout) -> dict[str, Branch]:
 
 def stacks(ctx: strategy.Context, trees: Mapping[str, Any]) -> list[Stacked]:
     """What each explorer has of a kind, given by name, in their order."""
-    return [Stacked(trees[name], one.size) for name, one in ctx.explorers.items()]
+    return [one.stack(trees[name]) for name, one in ctx.explorers.items()]
 
 
 def after_step(

@@ -138,7 +138,7 @@ class Branches(strategy.Strategy):
         """The ends of the branches, their averages, and where the round began."""
         walked, paused, layout = state.branches, explored.paused, ctx.layout
         ends = [
-            Stacked(walked.ends[name], explorer.size, paused.get(name))
+            explorer.stack(walked.ends[name], paused.get(name))
             for name, explorer in ctx.explorers.items()
         ]
         means = [

@@ -12,7 +12,8 @@ import optax
 from jax import lax
 
 from optax_ev3._src.base import callbacks as named
-from optax_ev3._src.base import control, layout, trees
+from optax_ev3._src.base import control, layout, sharding, trees
+from optax_ev3._src.base.select import Stacked
 
 # What parts of names consist of.
 _PART = re.compile(r"[\w.\- ]+")
@@ -31,6 +32,7 @@ class Explorer(NamedTuple):
       space: For a group that evolves, the range of each number; the grid is then where
         they begin.
       labels: Where several explorers are stacked, their names.
+      axis: The mesh axis over which the members of a sweep are spread, or None.
     """
 
     tx: optax.GradientTransformation
@@ -41,6 +43,7 @@ class Explorer(NamedTuple):
     factory: Callable[..., optax.GradientTransformation] | None = None
     space: Mapping[str, Any] | None = None
     labels: tuple[str, ...] | None = None
+    axis: str | None = None
 
     @property
     def size(self) -> int | None:
@@ -85,17 +88,40 @@ class Explorer(NamedTuple):
 
         rows = jnp.arange(self.size), *args
         if control.is_traced(rows, hyperparams):
-            if at_once:
-                return jax.vmap(one)(*rows)
+            if at_once or self.axis is not None:
+                return self.at_once(one)(*rows)
             return control.each_row(lambda row: one(*row), rows)
         return control.stacked(one, *rows)
+
+    def at_once(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """``fn`` of all members of a sweep at once, each device with its own."""
+
+        def with_choices(*args: Any) -> Any:
+            with control.members_at_once():
+                return fn(*args)
+
+        def with_their_own(*args: Any) -> Any:
+            mesh = sharding.current_mesh()
+            if self.axis is not None and mesh is not None:
+                names = ", ".join(self.members(self.name or "of a sweep"))
+                sharding.check_axis(self.axis, self.size or 0, mesh, names)
+            args = sharding.leading_alike(*args)
+            return jax.vmap(with_choices, spmd_axis_name=self.axis)(*args)
+
+        return with_their_own
+
+    def stack(self, tree: Any, paused: Any = None) -> Stacked:
+        """What all members have of a kind."""
+        return Stacked(tree, self.size, paused, axis=self.axis)
 
     def member(
         self, row: jax.Array, hyperparams: Any = None
     ) -> tuple[optax.GradientTransformation, Any]:
         """Of a sweep the optimizer in this row, and its numbers by name."""
         if hyperparams:
-            numbers = {k: v[row] for k, v in hyperparams.items()}
+            # A sum, as rows may be on several devices, and each has all numbers.
+            is_row = jnp.arange(self.size or 0) == row
+            numbers = {k: jnp.where(is_row, v, 0).sum() for k, v in hyperparams.items()}
         else:
             numbers = {k: _choice(row, v) for k, v in (self.grid or {}).items()}
         return self._made(numbers), numbers

@@ -95,24 +95,25 @@ class OneStep(strategy.Strategy):
         del candidates
         everybody = jnp.ones([ctx.layout.explorers], bool)
         state, fresh = strategy.evolved(ctx, state, info, everybody)
-        moves = _updates(ctx, explored)
-        sizes = [move.size for move in moves]
-        moves += _stay_or_back(ctx.params, stable)
+        updates = _updates(ctx, explored)
+        moves = [*updates, *_stay_or_back(ctx.params, stable)]
         move = select.pick(info.decision.adopted, moves)
 
         def promote(stable: Any, operands: Any) -> Any:
-            params, updates, index = operands
-            moves = list(map(Stacked, updates, sizes))
+            params, trees_of, index = operands
+            moves = [
+                move._replace(tree=tree)
+                for move, tree in zip(updates, trees_of, strict=True)
+            ]
             moves += _stay_or_back(params, stable)
             return trees.plus(params, select.pick(index, moves))
 
         # The candidate is made again: kept from before, it would need its own memory.
-        updates = [step.update for step in explored.proposals.values()]
         stable = select.apply_if_with_jvp(
             info.decision.significant,
             promote,
             stable,
-            (ctx.params, updates, info.decision.promoted),
+            (ctx.params, [x.tree for x in updates], info.decision.promoted),
         )
         return Finished(state, stable, fresh, move)
 
@@ -198,7 +199,7 @@ def _examine(
 def _updates(ctx: Context, explored: Explored) -> list[Stacked]:
     """The updates of all explorers."""
     return [
-        Stacked(step.update, ctx.explorers[name].size)
+        ctx.explorers[name].stack(step.update)
         for name, step in explored.proposals.items()
     ]
 

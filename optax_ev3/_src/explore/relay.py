@@ -66,6 +66,12 @@ class Relay(strategy.Strategy):
     ) -> "strategy.Strategy":
         """Raises if a group evolves, whose members are compared in every round."""
         del has_loss
+        spread = [one.axis for one in explorers.values() if one.axis is not None]
+        if spread:
+            raise ValueError(
+                f"explorer_axis={spread[0]!r} spreads explorers that work at the same "
+                f"time, and those of explore.relay take turns: take explore.branches."
+            )
         evolving = [name for name, one in explorers.items() if one.space is not None]
         if evolving:
             raise ValueError(

@@ -180,10 +180,9 @@ def copied(
     ctx: Context, opt_states: dict[str, Any], name: str, owner: jax.Array
 ) -> tuple[Any, jax.Array]:
     """The owner's state for this explorer, and ``[]`` bool whether it fits."""
-    stacks = {k: Stacked(opt_states[k], one.size) for k, one in ctx.explorers.items()}
+    stacks = {k: one.stack(opt_states[k]) for k, one in ctx.explorers.items()}
     types = {other: _member_types(stack) for other, stack in stacks.items()}
-    own = stacks[name]
-    nobody = Stacked(select.first(own))
+    nobody = Stacked(select.Lazy(lambda: select.row(stacks[name], 0)))
     sources, fits = [], []
     for other, source in stacks.items():
         fit = types[other] == types[name]

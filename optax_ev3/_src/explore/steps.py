@@ -135,7 +135,28 @@ def one_by_one(
 
     if explorer.size is None:
         return step_unless_paused(0, own)
+    if explorer.axis is not None:
+        return _at_once(fn, explorer, name, call, own, paused)
     return control.fori_loop(0, explorer.size, step_unless_paused, own)
+
+
+def _at_once(
+    fn: Callable[[Member, Any], Any],
+    explorer: Explorer,
+    name: str,
+    call: Call,
+    own: Any,
+    paused: jax.Array | None,
+) -> Any:
+    """The same, with members on several devices: each steps its own."""
+
+    def step(row: jax.Array, own: Any) -> Any:
+        return fn(member(explorer, name, call, row), own)
+
+    moved = explorer.at_once(step)(jnp.arange(explorer.size), own)
+    if paused is None:
+        return moved
+    return select.where_rows(jnp.broadcast_to(~paused, [explorer.size]), moved, own)
 
 
 def given_to(name: str, call: Call) -> tuple[optax.Updates, Any]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ev3._src.base import states
+from optax_ev3._src.base import sharding, states
 from optax_ev3._src.base.layout import Layout
 from optax_ev3._src.base.select import Stacked
 from optax_ev3._src.base.states import ExplorerState, ExploreState, RoundInfo
@@ -187,7 +187,8 @@ def with_opt_states(
     for name, explorer in state.explorers.items():
         count = explorer.skipped
         if skipped is not None:
-            count = jnp.where(skipped[name], optax.safe_increment(count), count)
+            flags = sharding.replicated(skipped[name])
+            count = jnp.where(flags, optax.safe_increment(count), count)
         explorers[name] = explorer._replace(
             opt_state=new.get(name, explorer.opt_state), skipped=count
         )
