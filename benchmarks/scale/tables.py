@@ -1,0 +1,190 @@
+"""Tables of the suite, in Markdown."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from benchmarks.scale.programs import ADAM, OURS
+
+MODEL = ["layers", "loop"]
+CASE = ["strategy", "explorers", "kind"]
+
+
+class Table(NamedTuple):
+    """A group of columns.
+
+    Attributes:
+      title: Of the table.
+      about: What is measured, in words; settings may be named in it.
+      task: Whose results they are.
+      columns: Their titles, by metric, in the order in which they are measured.
+    """
+
+    title: str
+    about: str
+    task: str
+    columns: dict[str, str]
+
+
+TABLES = (
+    Table(
+        "Size of the program, and seconds until it runs",
+        "The jitted training step. Equations are those of its jaxpr, with those of "
+        "inner ones wherever they are used. Adam is measured in the same process just "
+        "before, with JAX's caches cleared between the two; "
+        "medians over at most {compilations} repeats. Each of trace, lower and compile "
+        "is given up after {limit:g} s. Width {width}, sequences of {sequence}.",
+        "programs",
+        {
+            "state_leaves": "state leaves",
+            "trace_seconds": "trace",
+            "equations": "equations",
+            "lower_seconds": "lower",
+            "compile_seconds": "compile",
+            "all_seconds": "trace to compile",
+        },
+    ),
+    Table(
+        "Memory of a training step, in copies of the parameters",
+        "By the compiler's own analysis of the same programs. State: arguments without "
+        "parameters and batches. Temporaries hold gradients, candidates and "
+        "activations ({batch} sequences of {sequence}). At the peak: parameters, state "
+        "and temporaries.",
+        "programs",
+        {
+            "state_copies": "state",
+            "temporary_copies": "temporaries",
+            "all_copies": "at the peak",
+        },
+    ),
+    Table(
+        "Time of a call until it returns",
+        "On a model of the same leaves with few numbers in each (width 2): what Python "
+        "and the runtime take to start the program, with its buffers. Called through "
+        "`jit`; medians of {calls} calls, in turns with Adam, over {repeats} repeats. "
+        "Finished: until the results are there.",
+        "dispatch",
+        {"returned_seconds": "returned", "finished_seconds": "finished"},
+    ),
+    Table(
+        "Bytes that devices exchange in a call, in copies of the parameters",
+        "Results of all collectives on one of {devices} virtual devices, read from the "
+        "compiled program; what is in a loop over layers counts once a layer. Every "
+        "parameter is spread over the devices along its last axis, and gathered where "
+        "it is used; each device has one sequence. The text does not say how often a "
+        "conditional is taken. At least: what is outside of conditionals, in every "
+        "call. At most: with that in conditionals, of each the branch with the most; "
+        "only calls that end a round or a turn come near it. Scoring: what of the most "
+        "is in assessments of candidates.",
+        "collectives",
+        {
+            "always_copies": "at least",
+            "at_most_copies": "at most",
+            "marked_copies": "of it scoring",
+        },
+    ),
+    Table(
+        "Training GPT-2's smallest size",
+        "Layers, width, heads and vocabulary: {trained}; {trained_batch} sequences of "
+        "{trained_sequence}; layers compute in bfloat16, parameters are {parameters}. "
+        "Every optimizer has a process of its own, and trains by rounds of 25 calls, "
+        "timed whole, with the assessments in them, on as much data as a batch. First: "
+        "the first round. Then: the median of the last half of the rounds. Peak: the "
+        "most memory that the device had in use. Analysed: arguments and temporaries, "
+        "by the compiler.",
+        "training",
+        {
+            "compile_seconds": "compile",
+            "analysed_gib": "analysed",
+            "first_tokens": "first, tokens a second",
+            "tokens": "then, tokens a second",
+            "peak_gib": "peak",
+        },
+    ),
+)
+
+
+def markdown(results: pd.DataFrame, settings: Any) -> str:
+    """All tables of which there are results."""
+    parts = []
+    for table in TABLES:
+        rows = results[(results.task == table.task) & (results.metric != "seconds")]
+        if len(rows):
+            parts += [f"## {table.title}", table.about.format(**settings._asdict())]
+            parts.append(f"Measured on {'; '.join(rows.machine.dropna().unique())}.")
+            parts.append("In brackets: over Adam on the same model.")
+            parts.append("\n".join(lines(table, by_round(rows))))
+    return "\n\n".join(parts) + "\n"
+
+
+def by_round(rows: pd.DataFrame) -> pd.DataFrame:
+    """Tokens of the first round and of the last ones as two metrics."""
+    speeds = rows[rows.metric == "tokens_per_second"]
+    last = speeds.groupby("method").repeat.transform("max")
+    parts = {"first_tokens": speeds.repeat == 0, "tokens": speeds.repeat >= last / 2}
+    named = [speeds[part].assign(metric=name) for name, part in parts.items()]
+    return pd.concat([rows, *named]) if len(speeds) else rows
+
+
+def lines(table: Table, rows: pd.DataFrame) -> Iterator[str]:
+    head = ["model", "optimizer", *table.columns.values()]
+    yield f"| {' | '.join(head)} |"
+    yield "|---" * len(head) + "|"
+    for (layers, loop), found in rows.groupby(MODEL, sort=False):
+        model = f"{layers:g} layers, {loop}"
+        reference = found[found.program == ADAM]
+        values = reference.groupby("metric").value.median()
+        name = "AdamW" if table.task == "training" else "Adam"
+        cells = [shown(metric, values.get(metric)) for metric in table.columns]
+        yield f"| {model} | {' | '.join([name, *cells])} |"
+        for (strategy, count, kind), cell in found.groupby(CASE, sort=False):
+            if strategy != "adamw":
+                cells = case_cells(table, cell, values)
+                name = f"{strategy}, {count:g} {kind}"
+                yield f"| {model} | {' | '.join([name, *cells])} |"
+
+
+def case_cells(table: Table, cell: pd.DataFrame, reference: pd.Series) -> list[str]:
+    """Values and ratios; why the first of those that are missing is."""
+    why = [
+        f"over {row.value:g} s" if row.metric == "over_seconds" else "out of memory"
+        for row in cell.itertuples()
+        if row.metric in ("over_seconds", "out_of_memory")
+    ]
+    texts = []
+    for metric in table.columns:
+        ours = cell[(cell.metric == metric) & (cell.program == OURS)].value
+        if len(ours):
+            ratio = over_adam(cell[cell.metric == metric], reference.get(metric))
+            texts.append(shown(metric, ours.median()) + ratio)
+        else:
+            texts.append(why.pop() if why else "")
+    return texts
+
+
+def over_adam(rows: pd.DataFrame, reference: float | None) -> str:
+    """Within a repeat where Adam is in the same process, else over its median."""
+    by_program = {
+        name: rows[rows.program == name].set_index("repeat").value
+        for name in (ADAM, OURS)
+    }
+    ratio = by_program[OURS] / (
+        by_program[ADAM] if len(by_program[ADAM]) else reference
+    )
+    if not ratio.notna().any() or ratio.median() == float("inf"):
+        return ""
+    return f" ({ratio.median():.3g})"
+
+
+def shown(metric: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    if metric.endswith("_seconds"):
+        unit, scale = ("s", 1) if value >= 0.1 else ("ms", 1e3)
+        return f"{scale * value:.3g} {unit}"
+    if metric.endswith("_gib"):
+        return f"{value:.3g} GiB"
+    if metric.endswith("_copies"):
+        return f"{value:.2f}"
+    return f"{value:,.0f}"
