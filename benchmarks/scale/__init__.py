@@ -162,6 +162,10 @@ def _env(task, settings) -> dict[str, str]:
     flags = [env.get("XLA_FLAGS", "")]
     if task != "training":
         env["JAX_PLATFORMS"] = settings.platform
+    if task in ("dispatch", "collectives"):
+        # Machine code that is not optimized is made sooner, and plays no part in these.
+        flags.append("--xla_backend_optimization_level=0")
+        flags.append("--xla_cpu_use_fusion_emitters=false")
     if task == "collectives":
         env["JAX_PLATFORMS"] = "cpu"
         flags.append(f"--xla_force_host_platform_device_count={settings.devices}")
@@ -186,7 +190,8 @@ def measured(spec: dict[str, Any], env: dict[str, str]) -> pd.DataFrame:
         rows.append({"metric": "out_of_memory", "value": 1})
     elif done.returncode:
         raise RuntimeError(f"{command}:\n{done.stderr[-4000:]}")
-    return pd.DataFrame(rows)
+    columns = ["program", "repeat", "machine", "metric", "value"]
+    return pd.DataFrame(rows).reindex(columns=columns)
 
 
 def report(results, settings, folder):

@@ -34,15 +34,13 @@ class Moved(NamedTuple):
     Attributes:
       always: Of the collectives outside of conditionals.
       at_most: Of these, and in each conditional of the branch with the most.
-      marked: What of `at_most` is in operations whose names have the mark.
     """
 
     always: int
     at_most: int
-    marked: int
 
 
-def moved(text: str, mark: str) -> Moved:
+def moved(text: str) -> Moved:
     """Of a compiled program's text.
 
     Loops whose number of turns the compiler knows, such as those over layers, count as
@@ -71,9 +69,7 @@ def moved(text: str, mark: str) -> Moved:
             return most._replace(always=0)
         if found := _COLLECTIVE.search(line):
             # What it calls is a sum or a maximum of two numbers.
-            size = _bytes(found.group(1))
-            name = re.search(r'op_name="([^"]*)"', line)
-            return Moved(size, size, size if name and mark in name.group(1) else 0)
+            return Moved(*[_bytes(found.group(1))] * 2)
         return _total([of(name) for name in _CALLS.findall(line)])
 
     return of(entry)
@@ -92,9 +88,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _total(parts: list[Moved]) -> Moved:
-    return Moved(
-        *(sum(numbers) for numbers in zip(Moved(0, 0, 0), *parts, strict=True))
-    )
+    return Moved(*(sum(numbers) for numbers in zip(Moved(0, 0), *parts, strict=True)))
 
 
 def _bytes(types: str) -> int:

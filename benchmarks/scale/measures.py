@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import optax_ev3
 from benchmarks.scale import collectives, model, programs
-from benchmarks.scale.programs import ADAM, OURS, SCORING, Case, Problem
+from benchmarks.scale.programs import ADAM, OURS, Case, Problem
 
 LENGTH = 25  # Calls in a round of branches, in a turn of a relay.
 Rows = Iterator[dict[str, Any]]
@@ -234,7 +234,7 @@ def measure_collectives(spec) -> Rows:
         limit(spec.limit)
         text = jitted.lower(params, state, batch, batch).compile().as_text()
         limit(0)
-        found = collectives.moved(text, f"{SCORING}/")
+        found = collectives.moved(text)
         yield from (
             {
                 "program": program,

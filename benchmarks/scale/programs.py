@@ -12,15 +12,14 @@ from benchmarks.scale import model
 from optax_ev3 import explore
 
 ADAM, OURS = "adam", "ev3"
-STRATEGIES = ("one step", "branches", "relay", "portfolio")
-SCORING = "scoring"  # What the programs call assessments, in the names of operations.
 
 
 class Case(NamedTuple):
     """EV3 in one setting.
 
     Attributes:
-      strategy: One of `STRATEGIES`; the portfolio brings its explorers along.
+      strategy: "one step", "branches", "relay", or "portfolio", which brings its
+        explorers along.
       explorers: How many.
       kind: "alike" (Adams whose learning rates differ), "unlike" (other optimizers).
     """
@@ -64,8 +63,7 @@ def transformation(problem: Problem, case: Case):
     """EV3 as a transformation."""
 
     def assess_fn(params, held_out):
-        with jax.named_scope(SCORING):
-            return problem.score_fn(params, held_out)
+        return problem.score_fn(params, held_out)
 
     def loss_fn(params, batch):
         return problem.loss_fn(params, batch)

@@ -75,14 +75,9 @@ TABLES = (
         "it is used; each device has one sequence. The text does not say how often a "
         "conditional is taken. At least: what is outside of conditionals, in every "
         "call. At most: with that in conditionals, of each the branch with the most; "
-        "only calls that end a round or a turn come near it. Scoring: what of the most "
-        "is in assessments of candidates.",
+        "only calls that end a round or a turn, and assess, come near it.",
         "collectives",
-        {
-            "always_copies": "at least",
-            "at_most_copies": "at most",
-            "marked_copies": "of it scoring",
-        },
+        {"always_copies": "at least", "at_most_copies": "at most"},
     ),
     Table(
         "Training GPT-2's smallest size",
@@ -133,34 +128,41 @@ def lines(table: Table, rows: pd.DataFrame) -> Iterator[str]:
     yield "|---" * len(head) + "|"
     for (layers, loop), found in rows.groupby(MODEL, sort=False):
         model = f"{layers:g} layers, {loop}"
-        reference = found[found.program == ADAM]
-        values = reference.groupby("metric").value.median()
-        name = "AdamW" if table.task == "training" else "Adam"
-        cells = [shown(metric, values.get(metric)) for metric in table.columns]
-        yield f"| {model} | {' | '.join([name, *cells])} |"
+        reference = found[found.program == ADAM].groupby("metric").value.median()
+        if table.task != "training":  # There it has a process, and a row, of its own.
+            cells = [shown(metric, reference.get(metric)) for metric in table.columns]
+            yield f"| {model} | {' | '.join(['Adam', *cells])} |"
         for (strategy, count, kind), cell in found.groupby(CASE, sort=False):
-            if strategy != "adamw":
-                cells = case_cells(table, cell, values)
-                name = f"{strategy}, {count:g} {kind}"
-                yield f"| {model} | {' | '.join([name, *cells])} |"
+            name = f"{strategy}, {count:g} {kind}"
+            cells = case_cells(table, cell, reference)
+            yield f"| {model} | {' | '.join([name, *cells])} |"
 
 
 def case_cells(table: Table, cell: pd.DataFrame, reference: pd.Series) -> list[str]:
     """Values and ratios; why the first of those that are missing is."""
-    why = [
-        f"over {row.value:g} s" if row.metric == "over_seconds" else "out of memory"
-        for row in cell.itertuples()
-        if row.metric in ("over_seconds", "out_of_memory")
-    ]
+    cut = cell[cell.metric.isin(["over_seconds", "out_of_memory"])]
+    cuts = list(zip(cut.metric, cut.value, strict=True))
+    program = ADAM if "adamw" in set(cell.strategy) else OURS
     texts = []
     for metric in table.columns:
-        ours = cell[(cell.metric == metric) & (cell.program == OURS)].value
-        if len(ours):
-            ratio = over_adam(cell[cell.metric == metric], reference.get(metric))
-            texts.append(shown(metric, ours.median()) + ratio)
+        rows = cell[cell.metric == metric]
+        values = rows[rows.program == program].value
+        if len(values):
+            ratio = over_adam(rows, reference.get(metric)) if program == OURS else ""
+            texts.append(shown(metric, values.median()) + ratio)
         else:
-            texts.append(why.pop() if why else "")
+            texts.append(reason(*cuts.pop(), table, rows) if cuts else "")
     return texts
+
+
+def reason(why: str, value: float, table: Table, rows: pd.DataFrame) -> str:
+    """Why there is no number: where seconds are the number, what it is more than."""
+    if why == "out_of_memory":
+        return "out of memory"
+    if table.columns.get("lower_seconds"):
+        ratio = value / rows[rows.program == ADAM].value.median()
+        return f"over {value:g} s" + (f" (over {ratio:.3g})" if ratio > 0 else "")
+    return f"not done in {value:g} s"
 
 
 def over_adam(rows: pd.DataFrame, reference: float | None) -> str:
