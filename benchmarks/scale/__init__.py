@@ -53,7 +53,8 @@ class Settings(NamedTuple):
     repeats: int = 30
     calls: int = 20  # in a repeat
     platform: str = "cpu"  # of programs and dispatch
-    devices: int = 8
+    devices: int = 8  # of collectives
+    profiled: int = 27  # calls: a round of branches has 25
     gpu: bool = False
     trained: tuple[int, ...] = (12, 768, 12, 50304)  # layers, width, heads, vocabulary
     trained_batch: int = 8
@@ -77,6 +78,7 @@ QUICK = {
     "compilations": 1,
     "repeats": 3,
     "calls": 3,
+    "profiled": 3,
     "trained": (1, 8, 2, 16),
     "trained_batch": 2,
     "trained_sequence": 4,
@@ -145,11 +147,13 @@ def _cell(task, labels, spec, env):
 
 
 def _spec(task, settings) -> dict[str, Any]:
-    names = "width", "heads", "vocabulary", "sequence", "batch", "limit", "devices"
+    names = "width", "heads", "vocabulary", "sequence", "batch", "limit"
     return {
         **{name: getattr(settings, name) for name in names},
         "repeats": settings.compilations if task == "programs" else settings.repeats,
         "calls": settings.calls,
+        "devices": settings.devices,
+        "profiled": settings.profiled,
         "enough": settings.compile_seconds,
     }
 

@@ -194,16 +194,27 @@ def measure_dispatch(spec) -> Rows:
 
 def runner(jitted, carry, tokens) -> Callable[[], tuple[float, float]]:
     """Seconds until a call returns, and until its results are there."""
+    call = stepper(jitted, carry, tokens)
 
     def run():
-        nonlocal carry
         begun = time.perf_counter()
-        carry = jitted(*carry, tokens, tokens)
+        results = call()
         returned = time.perf_counter()
-        jax.block_until_ready(carry)
+        jax.block_until_ready(results)
         return returned - begun, time.perf_counter() - begun
 
     return run
+
+
+def stepper(step, carry, tokens) -> Callable[[], Any]:
+    """Goes on from where the call before ended."""
+
+    def call():
+        nonlocal carry
+        carry = step(*carry, tokens, tokens)
+        return carry
+
+    return call
 
 
 # What devices exchange.
@@ -217,32 +228,34 @@ def measure_collectives(spec) -> Rows:
         return jax.lax.with_sharding_constraint(tree, everywhere)
 
     problem = problem_of(spec)._replace(whole=whole)
-    params, batch = abstract(spec, problem)
+    params, _ = abstract(spec, problem)
     params = jax.tree.map(functools.partial(spread, mesh), params)
-    rows = NamedSharding(mesh, PartitionSpec("data"))
-    batch = typed(
-        jax.ShapeDtypeStruct([spec.devices, *batch.shape[1:]], jnp.int32), rows
-    )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    init = functools.partial(model.init, problem.shape)
+    init = jax.jit(init, out_shardings=shardings)
+    tokens = np.zeros([spec.devices, spec.sequence + 1], np.int32)
+    tokens = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec("data")))
     for program, tx in both(spec, problem).items():
-        shardings = optax_ev3.state_shardings(tx, params)
-        state = jax.tree.map(typed, jax.eval_shape(tx.init, params), shardings)
+        of_state = optax_ev3.state_shardings(tx, params)
+        first = init(jax.random.key(0))
+        carry = first, jax.jit(tx.init, out_shardings=of_state)(first)
         jitted = jax.jit(
             programs.step_fn(problem, tx),
             donate_argnums=(0, 1),
-            out_shardings=(jax.tree.map(lambda x: x.sharding, params), shardings),
+            out_shardings=(shardings, of_state),
         )
         limit(spec.limit)
-        text = jitted.lower(params, state, batch, batch).compile().as_text()
+        step = jitted.lower(*carry, tokens, tokens).compile()
         limit(0)
-        found = collectives.moved(text)
-        yield from (
-            {
+        call = stepper(step, carry, tokens)
+        for number in range(spec.profiled if program == OURS else 1):
+            size = collectives.moved(step.as_text(), call, spec.devices)
+            yield {
                 "program": program,
-                "metric": f"{metric}_copies",
-                "value": value / bytes_of(params),
+                "repeat": number,
+                "metric": "moved_copies",
+                "value": size / bytes_of(params),
             }
-            for metric, value in found._asdict().items()
-        )
 
 
 def typed(leaf, sharding):

@@ -69,15 +69,14 @@ TABLES = (
     ),
     Table(
         "Bytes that devices exchange in a call, in copies of the parameters",
-        "Results of all collectives on one of {devices} virtual devices, read from the "
-        "compiled program; what is in a loop over layers counts once a layer. Every "
-        "parameter is spread over the devices along its last axis, and gathered where "
-        "it is used; each device has one sequence. The text does not say how often a "
-        "conditional is taken. At least: what is outside of conditionals, in every "
-        "call. At most: with that in conditionals, of each the branch with the most; "
-        "only calls that end a round or a turn, and assess, come near it.",
+        "Results of all collectives on one of {devices} virtual devices: their sizes "
+        "from the compiled program, how often they take place from profiles of the "
+        "first {profiled} calls. Every parameter is spread over the devices along its "
+        "last axis, and gathered where it is used; each device has one sequence. Most "
+        "calls: the median. At the most: the call that moves most; with branches, a "
+        "relay or the portfolio it ends a round or a turn, and assesses.",
         "collectives",
-        {"always_copies": "at least", "at_most_copies": "at most"},
+        {"moved_copies": "most calls", "most_copies": "at the most"},
     ),
     Table(
         "Training GPT-2's smallest size",
@@ -109,17 +108,22 @@ def markdown(results: pd.DataFrame, settings: Any) -> str:
             parts += [f"## {table.title}", table.about.format(**settings._asdict())]
             parts.append(f"Measured on {'; '.join(rows.machine.dropna().unique())}.")
             parts.append("In brackets: over Adam on the same model.")
-            parts.append("\n".join(lines(table, by_round(rows))))
+            parts.append("\n".join(lines(table, with_parts(rows))))
     return "\n\n".join(parts) + "\n"
 
 
-def by_round(rows: pd.DataFrame) -> pd.DataFrame:
-    """Tokens of the first round and of the last ones as two metrics."""
+def with_parts(rows: pd.DataFrame) -> pd.DataFrame:
+    """With the extremes of what differs from call to call as metrics of their own."""
     speeds = rows[rows.metric == "tokens_per_second"]
     last = speeds.groupby("method").repeat.transform("max")
-    parts = {"first_tokens": speeds.repeat == 0, "tokens": speeds.repeat >= last / 2}
-    named = [speeds[part].assign(metric=name) for name, part in parts.items()]
-    return pd.concat([rows, *named]) if len(speeds) else rows
+    moved = rows[rows.metric == "moved_copies"]
+    most = moved.groupby(["method", "program"]).value.transform("max")
+    parts = [
+        speeds[speeds.repeat == 0].assign(metric="first_tokens"),
+        speeds[speeds.repeat >= last / 2].assign(metric="tokens"),
+        moved[moved.value == most].assign(metric="most_copies"),
+    ]
+    return pd.concat([rows, *(part for part in parts if len(part))])
 
 
 def lines(table: Table, rows: pd.DataFrame) -> Iterator[str]:
@@ -148,7 +152,11 @@ def case_cells(table: Table, cell: pd.DataFrame, reference: pd.Series) -> list[s
         rows = cell[cell.metric == metric]
         values = rows[rows.program == program].value
         if len(values):
-            ratio = over_adam(rows, reference.get(metric)) if program == OURS else ""
+            ratio = (
+                over_adam(rows, reference.get(metric, float("nan")))
+                if program == OURS
+                else ""
+            )
             texts.append(shown(metric, values.median()) + ratio)
         else:
             texts.append(reason(*cuts.pop(), table, rows) if cuts else "")
@@ -165,18 +173,16 @@ def reason(why: str, value: float, table: Table, rows: pd.DataFrame) -> str:
     return f"not done in {value:g} s"
 
 
-def over_adam(rows: pd.DataFrame, reference: float | None) -> str:
-    """Within a repeat where Adam is in the same process, else over its median."""
-    by_program = {
-        name: rows[rows.program == name].set_index("repeat").value
-        for name in (ADAM, OURS)
-    }
-    ratio = by_program[OURS] / (
-        by_program[ADAM] if len(by_program[ADAM]) else reference
+def over_adam(rows: pd.DataFrame, reference: float) -> str:
+    """Within a repeat where Adam has the same ones, else over its median."""
+    adam, ours = (
+        rows[rows.program == name].set_index("repeat").value for name in (ADAM, OURS)
     )
-    if not ratio.notna().any() or ratio.median() == float("inf"):
-        return ""
-    return f" ({ratio.median():.3g})"
+    if adam.index.equals(ours.index):
+        ratio = (ours / adam).median()
+    else:
+        ratio = ours.median() / (adam.median() if len(adam) else reference)
+    return f" ({ratio:.3g})"
 
 
 def shown(metric: str, value: float | None) -> str:

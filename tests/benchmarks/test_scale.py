@@ -32,17 +32,19 @@ def test_bytes_that_devices_exchange():
         # Five sums of 6 floats each, 120 bytes; a sum of two arrays, 36 bytes.
         x, _ = lax.scan(lambda c, _: (lax.psum(jnp.tanh(c), "d"), None), x, length=5)
         halves = lax.psum((x.astype(jnp.float16), jnp.exp(x)), "d")
-        # One of the branches: 4 x 6 floats, 96 bytes.
+        # 4 x 6 floats, 96 bytes, or 24.
         y = lax.cond(
             flag,
             lambda x: lax.all_gather(jnp.sin(x), "d").sum(0),
             lambda x: lax.psum(jnp.cos(x), "d"),
             x,
         )
-        # As often as it wants: counted once, 24 bytes.
+        # Three times 24 bytes with the flag, or four.
         pairs = [(i, (i + 1) % 4) for i in range(4)]
-        z = lax.while_loop(
-            lambda c: c.max() < 10, lambda c: lax.ppermute(2 * c, "d", pairs), x
+        z, _ = lax.while_loop(
+            lambda c: c[1] < 4,
+            lambda c: (lax.ppermute(2 * c[0], "d", pairs), c[1] + 1),
+            (x, jnp.asarray(flag, jnp.int32)),
         )
         return lax.all_gather(x, "d").sum(0) + y + z + sum(halves)  # 96 bytes
 
@@ -53,27 +55,29 @@ def test_bytes_that_devices_exchange():
         in_specs=(split, PartitionSpec()),
         out_specs=split,
     )
-    text = jax.jit(fn).lower(jnp.ones(24), True).compile().as_text()
-    assert collectives.moved(text) == (252, 252 + 96 + 24)
+    compiled = jax.jit(fn).lower(jnp.ones(24), True).compile()
+
+    def moved(flag):
+        call = functools.partial(compiled, jnp.ones(24), flag)
+        return collectives.moved(compiled.as_text(), call, 4)
+
+    always = 120 + 36 + 96
+    assert moved(True) == always + 96 + 3 * 24
+    assert moved(False) == always + 24 + 4 * 24
 
 
 def test_asynchronous_collectives_count_once():
     text = """
-HloModule step
-%add (a: f32[], b: f32[]) -> f32[] {
-  %a = f32[] parameter(0)
-  %b = f32[] parameter(1)
-  ROOT %sum = f32[] add(%a, %b)
-}
 ENTRY %main (x: bf16[8]) -> bf16[32] {
   %x = bf16[8]{0} parameter(0)
   %start = (bf16[8]{0}, bf16[32]{0}) all-gather-start(%x), dimensions={0}
   %done = bf16[32]{0} all-gather-done(%start)
-  %pair = (s32[], pred[16]{0}) all-reduce(%i, %p), to_apply=%add
-  ROOT %result = bf16[32]{0} copy(%done)
+  %pair.1 = (s32[], pred[16]{0}) all-reduce(%i, %p), to_apply=%add
+  ROOT %result = f8e4m3fn[2,3]{1,0} all-to-all(%done)
 }
 """
-    assert collectives.moved(text) == (64 + 4 + 16, 64 + 4 + 16)
+    sizes = {"done": 64, "pair.1": 4 + 16, "result": 6}
+    assert collectives.result_sizes(text) == sizes
 
 
 def test_equations_count_wherever_they_are_used():

@@ -102,10 +102,10 @@ def test_scale(suite, tmp_path):
         seconds = part.filter(like="_seconds")
         assert (seconds > 0).all()
         assert len(part["dispatch", "returned_seconds"]) == 3
-    # Each parameter is gathered once, and each gradient summed.
-    assert adam["collectives", "always_copies"].item() == pytest.approx(2, abs=0.2)
-    assert adam["collectives", "at_most_copies"].item() < 2.3
-    assert ours["collectives", "always_copies"].item() > 4
+    # Each parameter is gathered once, and each gradient summed; four candidates are
+    # assessed more.
+    assert adam["collectives", "moved_copies"].item() == pytest.approx(2, abs=0.2)
+    assert (ours["collectives", "moved_copies"] > 4).all()
     assert (adam["training", "tokens_per_second"] > 0).all()
     assert "2 layers, scanned" in out and "one step, 2 alike" in out
 
