@@ -173,6 +173,8 @@ def _env(task, settings) -> dict[str, str]:
     if task == "collectives":
         env["JAX_PLATFORMS"] = "cpu"
         flags.append(f"--xla_force_host_platform_device_count={settings.devices}")
+        # Devices wait for each other in threads, of which there are as many as cores.
+        env["NPROC"] = str(8 * settings.devices)
     return {**env, "XLA_FLAGS": " ".join(flags).strip()}
 
 
