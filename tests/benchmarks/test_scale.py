@@ -1,7 +1,6 @@
 """What the suite `scale` counts, against counts by hand."""
 
 import functools
-import signal
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +115,7 @@ def test_a_process_over_the_limit_says_so():
     found = cells[0].measure()
     assert found.metric.iloc[-1] == "over_seconds" and found.value.iloc[-1] == 0.05
     # Adam's own step was cut off.
-    assert signal.SIGALRM and "ev3" not in set(found.get("program", []))
+    assert "ev3" not in set(found.program)
 
 
 def case(method, program, repeat=0.0, strategy="relay", **metrics):
