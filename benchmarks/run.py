@@ -30,6 +30,7 @@ SUITES = {
     "batchnorm": "with which statistics candidates are scored",
     "distillation": "growth of students: what is kept, what is won, what it costs",
     "overhead": "what EV3 costs beyond the sum of its parts",
+    "scale": "what EV3 costs as models and the number of explorers grow, over Adam",
 }
 
 

@@ -14,7 +14,15 @@ import optax_ev3
 
 pytest.importorskip("sklearn")
 pytest.importorskip("statsmodels")
-from benchmarks import assessment, evidence, models, overhead, run, trajectories
+from benchmarks import (
+    assessment,
+    evidence,
+    models,
+    overhead,
+    run,
+    scale,
+    trajectories,
+)
 from benchmarks.evidence import simulate
 from benchmarks.overhead import programs, timing
 from benchmarks.results import Results
@@ -71,6 +79,35 @@ def test_overhead(suite):
     paused = found[found.metric == "paused"].set_index("program").value
     assert paused["recommended, none paused"] == 0
     assert paused["recommended, one paused"] == 1
+
+
+@pytest.mark.slow
+def test_scale(suite, tmp_path):
+    results, out = suite("scale", "--gpu", "--only=^one step|^adamw")
+    assert (tmp_path / "tables.md").read_text(encoding="utf-8").strip() in out
+    assert set(results.task) == set(scale.TASKS)
+    values = results.set_index(["task", "program", "metric"]).value.sort_index()
+    ours, adam = (
+        values[values.index.get_level_values("program") == name].droplevel("program")
+        for name in ("ev3", "adam")
+    )
+    # Two moments and a counter, for 16 leaves.
+    assert adam["programs", "state_leaves"].item() == 33
+    assert adam["programs", "state_copies"].item() == pytest.approx(2, abs=0.01)
+    # Two optimizers, and the stable parameters.
+    assert ours["programs", "state_leaves"].item() > 2 * 33 + 16
+    assert ours["programs", "state_copies"].item() > 5
+    assert ours["programs", "equations"].item() > adam["programs", "equations"].item()
+    for part in (ours, adam):
+        seconds = part.filter(like="_seconds")
+        assert (seconds > 0).all()
+        assert len(part["dispatch", "returned_seconds"]) == 3
+    # Each parameter is gathered once, and each gradient summed; four candidates are
+    # assessed more.
+    assert adam["collectives", "moved_copies"].item() == pytest.approx(2, abs=0.2)
+    assert (ours["collectives", "moved_copies"] > 4).all()
+    assert (adam["training", "tokens_per_second"] > 0).all()
+    assert "2 layers, scanned" in out and "one step, 2 alike" in out
 
 
 @pytest.mark.slow
