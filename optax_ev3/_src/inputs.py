@@ -52,10 +52,12 @@ def checked_state(
         )
     explorers = state.explore.explorers
     if set(explorers) != set(layout.members):
+        theirs = sorted(name for one in explorers.values() for name in one.positions)
+        ours = sorted(layout.names[: layout.explorers])
         raise ValueError(
-            f"the state belongs to the {len(explorers)} explorers "
-            f"{sorted(explorers)}, this transformation has {len(layout.members)}: "
-            f"{sorted(layout.members)}."
+            f"the state belongs to the {len(theirs)} explorers {theirs}, this "
+            f"transformation has {len(ours)}: {ours}. Which of them are stacked is "
+            f"part of it: {sorted(explorers)}, here {sorted(layout.members)}."
         )
     order = lookup.candidates(state)[: layout.proposals]
     names = layout.names[: layout.proposals]

@@ -60,10 +60,13 @@ def test_an_end_before_that_of_the_first_turns(loss_fn, total_steps):
     assert float(optax_ev3.best_params(last).max()) <= 0
 
 
-def test_explorers_are_apart_and_one_rate_is_a_rate():
+def test_explorers_by_name_and_those_alike_together():
     state = optax_ev3.portfolio(score).init(jnp.zeros(2))
+    adams = state.explore.explorers["adam_0.0003 and 4 more"].positions
     rates = ("0.0003", "0.001", "0.003", "0.01", "0.03")
-    assert set(state.explore.explorers) == {f"adam_{rate}" for rate in rates} | {
+    assert set(adams) == {f"adam_{rate}" for rate in rates}
+    assert set(state.explore.explorers) == {
+        "adam_0.0003 and 4 more",
         "momentum_0.01",
         "momentum_0.1",
         "rmsprop_0.001",

@@ -8,7 +8,7 @@ call is what it is in optax: one operation after the other, all of them compiled
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ _AT_ONCE = contextvars.ContextVar("at_once", default=False)
 
 
 @contextlib.contextmanager
-def members_at_once() -> Iterator[None]:
+def members_at_once() -> Generator[None]:
     """Conditionals in it become choices, which devices make each for its members."""
     token = _AT_ONCE.set(True)
     try:

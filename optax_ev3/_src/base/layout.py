@@ -103,9 +103,9 @@ class Layout:
 
     def join(self, parts: Mapping[str, jax.Array]) -> jax.Array:
         """``[K, ...]`` from the parts of all explorers, by name."""
-        parts = sharding.replicated(
-            {name: jnp.asarray(parts[name]) for name in self.members}
-        )
+        parts = {
+            name: sharding.replicated(jnp.asarray(parts[name])) for name in self.members
+        }
         return jnp.concatenate(
             [part[None] if self.single[name] else part for name, part in parts.items()]
         )

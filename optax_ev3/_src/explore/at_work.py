@@ -5,27 +5,37 @@ its turn: to step in a row of a stack, it would be copied out and in at each cal
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from optax_ev3._src.base import select
+from optax_ev3._src.base import select, trees
 from optax_ev3._src.base.layout import Layout
 from optax_ev3._src.base.select import Stacked
 from optax_ev3._src.base.states import ExploreState
-from optax_ev3._src.explore.branch import Branch, parts, with_parts
+from optax_ev3._src.explore import inner
+from optax_ev3._src.explore.averages import Average
+from optax_ev3._src.explore.branch import Branch, first_means, parts, with_parts
+from optax_ev3._src.explore.explorers import Explorer
 from optax_ev3._src.explore.strategy import Context
 
 
-def with_room(layout: Layout, state: ExploreState) -> ExploreState:
+def with_room(
+    explorers: Mapping[str, Explorer],
+    state: ExploreState,
+    params: optax.Params,
+    kinds: Sequence[Average],
+) -> ExploreState:
     """The state with room for a branch of each stack, all of them at their start."""
-    room = {
-        name: jax.tree.map(lambda x: x[0], parts(state, name))
-        for name, single in layout.single.items()
-        if not single
-    }
+    room = {}
+    for name, explorer in explorers.items():
+        if explorer.size is not None:
+            opt_state = inner.first_state(explorer.first, name, params)
+            own = opt_state, params, first_means(kinds, params)
+            room[name] = jax.tree.map(trees.owned_copy, own)
     return state._replace(branches=state.branches._replace(at_work=room))
 
 

@@ -50,6 +50,11 @@ class Explorer(NamedTuple):
         """How many explorers a sweep holds; None for a single one."""
         return None if self.grid is None else len(next(iter(self.grid.values())))
 
+    @property
+    def first(self) -> "Explorer":
+        """The first member of a sweep, alone."""
+        return Explorer(self.tx, self.loss_fn, merge_fn=self.merge_fn)
+
     def members(self, name: str) -> list[str]:
         """Names of all explorers that this one, called ``name``, stands for."""
         if self.labels is not None:

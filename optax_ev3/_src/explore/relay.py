@@ -87,7 +87,7 @@ class Relay(strategy.Strategy):
         """All branches at these parameters."""
         length = turns.first_length(self.max_length, layout.explorers)
         state = first_branches(explorers, layout, params, self.averages, length)
-        state = at_work.with_room(layout, state)
+        state = at_work.with_room(explorers, state, params, self.averages)
         return state._replace(racing=turns.init(layout.explorers, self.racing))
 
     def length(self, state: ExploreState) -> jax.Array:
