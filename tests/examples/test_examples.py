@@ -41,6 +41,15 @@ def test_example_of_a_relay_learns_and_goes_on(call):
     assert float(start) < 0.3 and float(end) > LEARNED
 
 
+def test_example_over_devices_learns(call):
+    out = call("explorers_over_devices.py", "--steps=75", "--seed=1")
+    before, after = map(float, re.findall(r"test accuracy ([\d.]+)", out))
+    assert before < 0.3
+    assert after > LEARNED
+    total, own = map(float, re.findall(r"([\d.]+) MB", out))
+    assert own < total / 4
+
+
 def test_example_of_a_metric_learns(call):
     out = call("f1_score.py", "--steps=100", "--seed=1")
     before, after = map(float, re.findall(r"test F1 ([\d.]+)", out))
