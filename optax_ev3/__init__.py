@@ -26,6 +26,7 @@ from optax_ev3._src.history.report import (
 )
 from optax_ev3._src.history.schedule import found_schedule
 from optax_ev3._src.keep_params import keep_params
+from optax_ev3._src.memory import memory
 from optax_ev3._src.presets import paper, portfolio
 from optax_ev3._src.state_shardings import state_shardings
 
@@ -52,6 +53,7 @@ __all__ = [
     "in_chunks",
     "keep_params",
     "log_uniform",
+    "memory",
     "metrics",
     "minimize",
     "paper",

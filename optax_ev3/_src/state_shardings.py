@@ -10,11 +10,16 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from optax_ev3._src.base import sharding
 from optax_ev3._src.base.states import EV3State
 
+# The kind of memory of the host from which devices read by themselves.
+_HOST = "pinned_host"
+
 
 def state_shardings(
     tx: optax.GradientTransformation,
     params: optax.Params,
     explorer_axis: str | None = None,
+    *,
+    offload: bool = False,
 ) -> Any:
     """How to spread the state over devices: like the parameters that it mirrors.
 
@@ -30,6 +35,9 @@ def state_shardings(
         mesh.
       explorer_axis: The axis of the mesh over which stacked explorers are spread, as
         in :func:`optax_ev3.ev3`; None for none.
+      offload: Whether what is needed only at the ends of rounds is kept in the memory
+        of the host: the stable parameters, those with which a round begins, and the
+        stacked explorers of a relay that wait for their turn.
 
     Returns:
       A tree like ``tx.init(params)`` of ``NamedSharding``: what mirrors a parameter is
@@ -39,7 +47,7 @@ def state_shardings(
     Raises:
       TypeError: If a parameter has no ``NamedSharding``.
       ValueError: If they are of several meshes, if the mesh has no axis for explorers,
-        or if they do not divide over it.
+        or if they do not divide over it; if there is no memory of the host.
 
     Examples:
       >>> import jax, jax.numpy as jnp, numpy as np, optax, optax_ev3
@@ -83,16 +91,60 @@ def state_shardings(
     with _within(explicit):
         state = jax.eval_shape(tx.init, jax.tree.map(typed, params))
     shardings = jax.tree.map(untyped, state)
-    if explorer_axis is None:
-        return shardings
-    return _over_explorers(state, shardings, mesh, explorer_axis)
+    if explorer_axis is not None:
+        shardings = _over_explorers(state, shardings, mesh, explorer_axis)
+    if offload:
+        _check_host(mesh)
+        shardings = jax.tree.map(_offloaded, shardings, is_leaf=_is_state)
+    return shardings
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, EV3State)
+
+
+def _check_host(mesh: Any) -> None:
+    """Raises unless the devices can use the memory of their host."""
+    if isinstance(mesh, AbstractMesh):
+        return
+    device = mesh.devices.flat[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if _HOST not in kinds or not hasattr(jax, "memory"):
+        raise ValueError(
+            f"offload=True needs devices with memory of kind {_HOST!r}, and JAX 0.8 or "
+            f"newer; {device} has {kinds}, and this is JAX {jax.__version__}."
+        )
+
+
+def _offloaded(found: Any) -> Any:
+    """The shardings of a state of ev3 with what is seldom needed on the host."""
+    if not _is_state(found):
+        return found
+
+    def to_host(tree: Any) -> Any:
+        return jax.tree.map(lambda one: one.with_memory_kind(_HOST), tree)
+
+    explore, walked = found.explore, found.explore.branches
+    if walked != ():
+        waiting = dict.fromkeys(walked.at_work or ())
+        explorers = {
+            name: one._replace(opt_state=to_host(one.opt_state))
+            if name in waiting
+            else one
+            for name, one in explore.explorers.items()
+        }
+        walked = walked._replace(
+            start=to_host(walked.start),
+            ends=walked.ends | {name: to_host(walked.ends[name]) for name in waiting},
+            means=walked.means
+            | {name: to_host(walked.means[name]) for name in waiting},
+        )
+        explore = explore._replace(explorers=explorers, branches=walked)
+    return found._replace(stable=to_host(found.stable), explore=explore)
 
 
 def _over_explorers(state: Any, shardings: Any, mesh: Any, axis: str) -> Any:
     """The shardings of states of ev3, with what is stacked spread over an axis."""
-
-    def is_state(node: Any) -> bool:
-        return isinstance(node, EV3State)
 
     def spread(found: NamedSharding) -> NamedSharding:
         rest = found.spec[1:]
@@ -104,7 +156,7 @@ def _over_explorers(state: Any, shardings: Any, mesh: Any, axis: str) -> Any:
         return NamedSharding(mesh, PartitionSpec(axis, *rest))
 
     def of_state(state: Any, found: Any) -> Any:
-        if not is_state(state):
+        if not _is_state(state):
             return found
         explorers = dict(found.explore.explorers)
         walked = found.explore.branches
@@ -125,7 +177,7 @@ def _over_explorers(state: Any, shardings: Any, mesh: Any, axis: str) -> Any:
         explore = found.explore._replace(explorers=explorers, branches=walked)
         return found._replace(explore=explore)
 
-    return jax.tree.map(of_state, state, shardings, is_leaf=is_state)
+    return jax.tree.map(of_state, state, shardings, is_leaf=_is_state)
 
 
 def _within(mesh: AbstractMesh) -> Any:

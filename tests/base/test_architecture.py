@@ -20,7 +20,7 @@ LEVELS = [
     {"composer"},
     {"ev3"},
     {"presets", "keep_params", "state_shardings"},
-    {"applications"},
+    {"memory", "applications"},
 ]
 
 

@@ -126,13 +126,13 @@ def _score_batch(
     nothing = 0 if axis_name is None else 0 * lax.axis_index(axis_name)
 
     def of_its_own(tree: Any) -> dict[str, Any]:
-        scores = one(batch.make(tree))
+        scores = one(batch.make(sharding.on_device(tree)))
         return jax.tree.map(lambda x: x + jnp.asarray(nothing, x.dtype), scores)
 
     def score(row: Any) -> dict[str, Any]:
         tree, paused = row
         if paused is None:
-            return one(batch.make(tree))
+            return one(batch.make(sharding.on_device(tree)))
         kinds = jax.eval_shape(of_its_own, tree)
         zeros = jax.tree.map(lambda x: jnp.full(x.shape, nothing, x.dtype), kinds)
         return control.cond(paused, lambda: zeros, lambda: of_its_own(tree))

@@ -89,7 +89,7 @@ def pick(
 
     def take(stack: Stacked, first: int):
         tree = stack.tree.make() if isinstance(stack.tree, Lazy) else stack.tree
-        return row(stack._replace(tree=tree), index - first)
+        return sharding.on_device(row(stack._replace(tree=tree), index - first))
 
     branches = [
         functools.partial(take, stack, first)

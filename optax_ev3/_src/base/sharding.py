@@ -44,6 +44,31 @@ def replicated(tree: Any) -> Any:
     return jax.tree.map(gather, tree)
 
 
+def _memory(leaf: Any) -> Any:
+    """The memory that an array is known to be in when it is traced, or None."""
+    return getattr(jax.typeof(leaf), "memory_space", None)
+
+
+def on_device(tree: Any) -> Any:
+    """The tree, of which what is kept in host memory is brought to the device."""
+
+    def bring(leaf: Any) -> Any:
+        if _memory(leaf) in (None, jax.memory.Space.Device):
+            return leaf
+        return jax.device_put(leaf, jax.memory.Space.Device)
+
+    return jax.tree.map(bring, tree)
+
+
+def as_kept(new: Any, old: Any) -> Any:
+    """The new tree in the memory in which the old one is kept."""
+
+    def keep(n: Any, o: Any) -> Any:
+        return n if _memory(n) == _memory(o) else jax.device_put(n, _memory(o))
+
+    return jax.tree.map(keep, new, old)
+
+
 def check_axis(axis: str, size: int, mesh: Any, what: str) -> None:
     """Raises unless so many things divide over an axis of the mesh."""
     if axis not in mesh.axis_names:

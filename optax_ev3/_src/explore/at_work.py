@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ev3._src.base import select, trees
+from optax_ev3._src.base import select, sharding, trees
 from optax_ev3._src.base.layout import Layout
 from optax_ev3._src.base.select import Stacked
 from optax_ev3._src.base.states import ExploreState
@@ -44,6 +44,7 @@ def taken_out(layout: Layout, state: ExploreState, lead: jax.Array) -> ExploreSt
 
     def take(name: str, row: jax.Array, state: ExploreState) -> ExploreState:
         own = jax.tree.map(lambda x: x[row], parts(state, name))
+        own = sharding.on_device(own)
         return _with_own(state, {name: own})
 
     return _where_it_is(layout, state.branches.at_work, lead, take, state)
@@ -54,6 +55,7 @@ def put_back(layout: Layout, state: ExploreState, lead: jax.Array) -> ExploreSta
 
     def put(name: str, row: jax.Array, state: ExploreState) -> ExploreState:
         waiting, own = parts(state, name), state.branches.at_work[name]
+        own = sharding.as_kept(own, waiting)
         waiting = jax.tree.map(lambda x, n: x.at[row].set(n), waiting, own)
         return with_parts(state, {name: waiting})
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ev3._src.base import control, finite, select, trees, xla
+from optax_ev3._src.base import control, finite, select, sharding, trees, xla
 from optax_ev3._src.base.layout import Layout
 from optax_ev3._src.base.select import Stacked
 from optax_ev3._src.base.states import ExploreState
@@ -242,7 +242,8 @@ class Walk(NamedTuple):
             return opt_state, end, means, is_ascent, age + 1
 
         def climbs(end: Any) -> jax.Array:
-            slope = steps.slope(trees.minus(end, self.state.start), grads)
+            start = sharding.on_device(self.state.start)
+            slope = steps.slope(trees.minus(end, start), grads)
             return jnp.asarray(False if slope is None else slope > 0, jnp.int32)
 
         # On CPUs skipped as a whole, a step changes its inner state and its parameters

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ev3._src.base import checks, finite, select, trees
+from optax_ev3._src.base import checks, finite, select, sharding, trees
 from optax_ev3._src.base.layout import Layout
 from optax_ev3._src.base.select import Stacked
 from optax_ev3._src.base.states import ExploreState, RoundInfo
@@ -176,7 +176,8 @@ class Branches(strategy.Strategy):
             params = [*candidates.params[:-1], Stacked(stable)]
             promoted = select.pick(decision.promoted, params)
             is_adopted = decision.promoted == decision.adopted
-            return select.where(is_adopted, visible, promoted)
+            new = select.where(is_adopted, visible, promoted)
+            return sharding.as_kept(new, stable)
 
         state, moved = self._restarted(ctx, state, visible, info)
         state, fresh = strategy.evolved(ctx, state, info, moved)
@@ -223,7 +224,7 @@ class Branches(strategy.Strategy):
             step=jnp.zeros([], jnp.int32),
             length=length.astype(jnp.int32),
             lead=lead.astype(jnp.int32),
-            start=visible,
+            start=sharding.as_kept(visible, walked.start),
             ends=ends,
             alive=jnp.ones_like(walked.alive),
             is_ascent=jnp.zeros_like(walked.is_ascent),

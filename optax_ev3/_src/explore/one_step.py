@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ev3._src.base import finite, memory_bound, select, trees
+from optax_ev3._src.base import finite, memory_bound, select, sharding, trees
 from optax_ev3._src.base.layout import Layout
 from optax_ev3._src.base.select import Stacked
 from optax_ev3._src.base.states import ExploreState, RoundInfo
@@ -99,14 +99,14 @@ class OneStep(strategy.Strategy):
         moves = [*updates, *_stay_or_back(ctx.params, stable)]
         move = select.pick(info.decision.adopted, moves)
 
-        def promote(stable: Any, operands: Any) -> Any:
+        def promote(kept: Any, operands: Any) -> Any:
             params, trees_of, index = operands
             moves = [
                 move._replace(tree=tree)
                 for move, tree in zip(updates, trees_of, strict=True)
             ]
-            moves += _stay_or_back(params, stable)
-            return trees.plus(params, select.pick(index, moves))
+            moves += _stay_or_back(params, kept)
+            return sharding.as_kept(trees.plus(params, select.pick(index, moves)), kept)
 
         # The candidate is made again: kept from before, it would need its own memory.
         stable = select.apply_if_with_jvp(
@@ -208,7 +208,9 @@ def _stay_or_back(params: optax.Params, stable: optax.Params) -> list[Stacked]:
     """The moves to ``current`` and to ``stable``."""
     return [
         Stacked(select.Lazy(lambda: trees.no_update(params))),
-        Stacked(select.Lazy(lambda: finite.towards(stable, params))),
+        Stacked(
+            select.Lazy(lambda: finite.towards(sharding.on_device(stable), params))
+        ),
     ]
 
 

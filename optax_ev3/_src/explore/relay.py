@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ev3._src.base import checks, evidence, finite, select, trees
+from optax_ev3._src.base import checks, evidence, finite, select, sharding, trees
 from optax_ev3._src.base.layout import Layout
 from optax_ev3._src.base.select import Stacked
 from optax_ev3._src.base.states import ExploreState, RoundInfo
@@ -132,7 +132,7 @@ class Relay(strategy.Strategy):
 
     def _begun_anew(self, ctx: Context, state: ExploreState) -> ExploreState:
         """The branch at work begins at the best parameters."""
-        lead, best = state.branches.lead, state.branches.start
+        lead, best = state.branches.lead, sharding.on_device(state.branches.start)
 
         def anew(name: str, row: jax.Array, old: Any, state: Any) -> Any:
             del old, state
@@ -180,12 +180,14 @@ class Relay(strategy.Strategy):
         def promote(stable: optax.Params) -> optax.Params:
             place = _place(layout, jnp.asarray(decision.promoted))
             # What a loop carries, it need not copy.
-            return select.pick(place, [*candidates.params[:-1], Stacked(stable)])
+            new = select.pick(place, [*candidates.params[:-1], Stacked(stable)])
+            return sharding.as_kept(new, stable)
 
         stable = select.apply_if(decision.significant, promote, stable)
         found = _outcome(info, layout, lead)
         coming = turns.advance(state.racing, lead, found, self.max_length, self.racing)
-        walked = state.branches._replace(start=best)
+        kept = sharding.as_kept(best, state.branches.start)
+        walked = state.branches._replace(start=kept)
         # Gradients that are not finite end a turn. Where they leave a turn without any
         # step, it is the branch's fault, not a batch's: but for a good one, it is left.
         leaves = explored.proposals & ~found.adopted
