@@ -208,7 +208,7 @@ ASSESSMENTS = {
     "how, assessment",
     [
         *(("sharded arrays", name) for name in ASSESSMENTS),
-        *(("shard_map", name) for name in ("chunks", "ladder", "parts")),
+        *(("shard_map", name) for name in ("host", "chunks", "ladder", "parts")),
     ],
 )
 def test_every_assessment_decides_like_on_one(how, assessment):
