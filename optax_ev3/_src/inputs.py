@@ -35,9 +35,9 @@ def checked_params(params: optax.Params | None) -> optax.Params:
             "assess_fn would see params with holes: optax.masked and optax.partition "
             "must stand inside ev3, around its inner optimizers, and not around it."
         )
-    params = jax.tree.map(trees.as_array, params)
-    _check_same_on_devices(params)
-    return params
+    arrays = jax.tree.map(trees.as_array, params)
+    _check_same_on_devices(arrays)
+    return arrays
 
 
 def _check_same_on_devices(params: optax.Params) -> None:

@@ -172,7 +172,7 @@ def compute(
     """
     if axis_name is not None:
         outputs = jax.tree.map(lambda x: trees.unite(x, axis_name, 1), outputs)
-    candidates, n = jax.tree.leaves(outputs)[0].shape[:2]
+    n = jax.tree.leaves(outputs)[0].shape[1]
     weights = jnp.ones([1, n], jnp.float32)
     if metric.samples:
         counts = statistics.bootstrap_counts(key, metric.samples, n)
