@@ -202,10 +202,10 @@ def _from_host(
     # A callback that raises on one device leaves the others waiting for its results,
     # until the program is aborted or for ever. So all are told, and raise the same.
     tells = control.is_traced(outputs) and jax.device_count() > 1
-    text = jax.ShapeDtypeStruct((_TOLD if tells else 0,), jnp.int32)
+    text = jax.ShapeDtypeStruct((_TOLD if tells else 0,), jnp.uint8)
 
     def on_host(outputs: Any, weights: Any) -> tuple[np.ndarray, np.ndarray]:
-        told = np.zeros(text.shape, np.int32)
+        told = np.zeros(text.shape, np.uint8)
         try:
             return _on_host(metric, outputs, weights, shape), told
         except Exception:
@@ -225,9 +225,12 @@ def _from_host(
     else:
         found, told = _on_first_device(call, (values, text), axis_name)
     if tells:
-        # Every device runs this one. Its first argument is a scalar, which the compiler
-        # cannot spread: a device may see a part of the text, but not miss the error.
-        jax.debug.callback(_raise, (told != 0).any(), told, partitioned=True)
+        # Every device runs this one, on what it has of the arguments. The result of the
+        # call is on the first device only, what is computed of it on all. A scalar
+        # cannot be spread: a device may see a part of the text, but not miss the error.
+        failed = (told != 0).any()
+        told = jnp.where(failed, told, 0)
+        jax.debug.callback(_raise, failed, told, partitioned=True)
     return found
 
 
