@@ -131,7 +131,9 @@ def start_all() -> int:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     devices = "--xla_force_host_platform_device_count=2"
     flags = f"{os.environ.get('XLA_FLAGS', '')} {devices}"
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    # Devices wait for those of other processes, each in a thread: XLA needs enough.
+    threads = {"NPROC": "16", "PJRT_NPROC": "16"}
+    env = os.environ | threads | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     command = [sys.executable, __file__, *sys.argv[1:], f"--address={address}"]
     running = [
         subprocess.Popen([*command, f"--index={index}"], env=env)
@@ -146,6 +148,8 @@ def main(_):
         sys.exit(start_all())
     # Before anything else asks JAX for its devices.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # On CPUs, two steps that run at a time may wait for each other for ever.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.distributed.initialize(ADDRESS.value, PROCESSES.value, INDEX.value)
     train(STEPS.value, SEED.value)
 

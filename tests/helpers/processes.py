@@ -31,6 +31,9 @@ def launch(task, folder, count):
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, sys.path)]),
         "XLA_FLAGS": " ".join(flags),
+        # Devices wait for those of other processes, each in a thread of XLA's.
+        "NPROC": "16",
+        "PJRT_NPROC": "16",
     }
     command = [sys.executable, "-W", "ignore", "-m", "helpers.processes", task]
     return [
@@ -70,6 +73,8 @@ def connect(port, count, index):
         return
     try:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        # On CPUs, two steps that run at a time may wait for each other for ever.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
         jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
     except Exception as error:
         print(f"processes cannot be connected: {error!r}")
