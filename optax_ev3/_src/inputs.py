@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from optax_ev3._src.base import trees
+from optax_ev3._src.base import sharding, trees
 from optax_ev3._src.base.layout import Layout
 from optax_ev3._src.base.states import EV3State
 from optax_ev3._src.history import lookup
@@ -35,7 +35,26 @@ def checked_params(params: optax.Params | None) -> optax.Params:
             "assess_fn would see params with holes: optax.masked and optax.partition "
             "must stand inside ev3, around its inner optimizers, and not around it."
         )
-    return jax.tree.map(trees.as_array, params)
+    arrays = jax.tree.map(trees.as_array, params)
+    _check_same_on_devices(arrays)
+    return arrays
+
+
+def _check_same_on_devices(params: optax.Params) -> None:
+    """Raises if a device of a mapped axis is known to have parameters of its own.
+
+    Each would look for what is not finite in its own part, and decide by it: the parts
+    of the parameters would come from different candidates.
+    """
+    for path, leaf in tree_leaves_with_path(params):
+        axes = sorted(map(str, sharding.varying(leaf)))
+        if axes:
+            raise ValueError(
+                f"the parameters must be the same on all devices of a mapped axis, "
+                f"those at params{keystr(path)} vary over {axes}. Under shard_map give "
+                f"them in_specs=PartitionSpec(). Parameters that are sharded over "
+                f"devices belong under jax.jit, with a NamedSharding."
+            )
 
 
 def checked_state(

@@ -342,6 +342,78 @@ def test_shuffled_metrics_get_named_arguments():
     np.testing.assert_array_equal(state.history.mean[:2, 0], [5, 10])
 
 
+# Data that the caller passes.
+
+WAYS = {
+    "all": {},
+    "batches": {"batch_size": BATCH},
+    "epochs": {"batch_size": BATCH, "shuffle": True},
+}
+
+
+def _past(assess_fn, rounds=6, **extras):
+    tx = optax_ev3.ev3([optax.sgd(1.0)], assess_fn, adapt=always(0))
+    w = jnp.float32(2.0)
+    update, state = jax.jit(tx.update), tx.init(w)
+    for _ in range(rounds):
+        _, state = update(w, state, w, **extras)
+    return np.asarray(state.history.mean[:rounds])
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_data_given_by_name_are_drawn_like_those_held(way, chunked):
+    wrap = (lambda fn: optax_ev3.in_chunks(fn, 2)) if chunked else (lambda fn: fn)
+    held = _past(wrap(held_out(label, _data(), **WAYS[way])))
+    named = wrap(held_out(label, "examples", **WAYS[way]))
+    found = _past(named, examples=_data(), batch=jnp.ones(3))
+    np.testing.assert_array_equal(found, held)
+    # Those of the call count, not those of another one.
+    np.testing.assert_allclose(_past(named, examples=10 * _data()), 10 * held)
+
+
+@pytest.mark.parametrize("name", ["batch", "other"])
+def test_a_metric_may_call_its_batch_as_the_caller_calls_the_data(name):
+    def metric(params, batch, scale):
+        return params * 0 + batch * scale
+
+    found = _past(held_out(metric, name), 1, scale=3.0, **{name: _data()})
+    np.testing.assert_allclose(found, 3 * np.arange(SIZE).mean())
+
+
+@pytest.mark.parametrize("name", ["key", "round", "chunks", "not a name", ""])
+def test_names_that_no_data_can_have(name):
+    with pytest.raises(ValueError, match="the name of an argument of update") as told:
+        held_out(label, name)
+    assert repr(name) in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("extras", "kwargs", "kind", "said"),
+    [
+        ({"other": 1.0}, {}, TypeError, "held=....* given: ..other"),
+        ({"held": 1.0}, {}, ValueError, "held must hold arrays whose first axis"),
+        (
+            {"held": [np.ones(3), np.ones(4)]},
+            {},
+            ValueError,
+            "arrays of held .*leading",
+        ),
+        (
+            {"held": np.ones(3)},
+            {"batch_size": 4},
+            ValueError,
+            "between 1 and the 3 examples of held, got 4",
+        ),
+    ],
+)
+def test_mistakes_in_data_given_by_name(extras, kwargs, kind, said):
+    tx = optax_ev3.ev3([optax.sgd(1.0)], held_out(label, "held", **kwargs))
+    w = jnp.float32(2.0)
+    with pytest.raises(kind, match=said):
+        tx.update(w, tx.init(w), w, **extras)
+
+
 # Mistakes.
 
 

@@ -21,6 +21,7 @@ from helpers import (
     transformation,
     weights,
 )
+from helpers.programs import begin, restore, save, saved
 
 import optax_ev3
 from optax_ev3 import adapt, explore
@@ -114,6 +115,33 @@ def test_continued_bit_for_bit(rule, way, tmp_path):
     w, state = jax.tree.map(jnp.asarray, (restored["w"], restored["state"]))
     assert_identical((w, state), middle)
     assert_identical(train(w, state, range(3, 6)), end)
+
+
+@functools.cache
+def on_eight_devices():
+    """A relay after three calls, spread over devices, and after six."""
+    go_on, start = begin("relay")
+    middle = go_on(start, range(3))
+    return middle, go_on(middle, range(3, 6))
+
+
+@pytest.mark.parametrize("count", [4, 1])
+def test_restored_on_another_number_of_devices(count, tmp_path):
+    middle, end = on_eight_devices()
+    save(tmp_path, middle)
+    go_on, start = begin("relay", jax.devices()[8 - count :])
+    restored = restore(tmp_path, start)
+    assert_identical(jax.device_get(restored), jax.device_get(middle))
+    for leaf, like in zip(*map(jax.tree.leaves, (restored, start)), strict=True):
+        assert leaf.sharding == like.sharding
+    _, state = restored
+    # The state is spread like the parameters, not only those.
+    assert len(state.stable["w2"].addressable_shards[0].data) == 16 // count
+    found, wanted = saved(go_on(restored, range(3, 6))), saved(end)
+    for name, leaf in wanted.items():
+        # Sums over devices are rounded in another order.
+        close = {"rtol": 1e-4, "atol": 1e-5} if leaf.dtype.kind == "f" else {"rtol": 0}
+        np.testing.assert_allclose(found[name], leaf, err_msg=name, **close)
 
 
 def test_rounds_differ():

@@ -208,7 +208,7 @@ ASSESSMENTS = {
     "how, assessment",
     [
         *(("sharded arrays", name) for name in ASSESSMENTS),
-        *(("shard_map", name) for name in ("chunks", "ladder", "parts")),
+        *(("shard_map", name) for name in ("host", "chunks", "ladder", "parts")),
     ],
 )
 def test_every_assessment_decides_like_on_one(how, assessment):
@@ -263,3 +263,26 @@ def test_explicit_sharding_is_kept(rule):
             updates, new_state = tx.update(w, state, w)
             assert typeof(updates) == typeof(w)
             assert typeof(new_state) == typeof(state)
+
+
+@pytest.mark.parametrize("axis_name", [None, "i", "m"])
+@pytest.mark.parametrize("axis", ["i", "m"])
+def test_parameters_may_not_vary_over_devices(axis, axis_name):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("i", "m"))
+    tx = transformation(axis_name=axis_name)
+
+    def update(w, b, batch):
+        w = {"w": w, "b": b}
+        return tx.update(w, tx.init(w), w, batch=batch)[0]
+
+    specs = {"in_specs": (P(), P(axis), P()), "out_specs": {"w": P(), "b": P(axis)}}
+    if hasattr(jax, "shard_map"):
+        mapped = jax.shard_map(update, mesh=mesh, **specs)
+    else:
+        from jax.experimental.shard_map import shard_map
+
+        mapped = shard_map(update, mesh=mesh, **specs)
+    with pytest.raises(ValueError, match="same on all devices") as told:
+        jax.eval_shape(mapped, jnp.ones(3), jnp.ones([8, 2]), weights(32))
+    assert f"params['b'] vary over ['{axis}']" in str(told.value)
+    assert "NamedSharding" in str(told.value)

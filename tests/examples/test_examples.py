@@ -31,6 +31,17 @@ def test_example_learns(name, call):
     assert float(shown["ev3/share/adam"]) + float(shown["ev3/share/sgd"]) > 0.5
 
 
+def test_example_of_two_processes_learns(tmp_path):
+    done = run("two_processes.py", "--steps=40", "--seed=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes, 4 devices" in done.stdout
+    before, after = map(float, re.findall(r"test accuracy ([\d.]+)", done.stdout))
+    assert before < 0.3
+    assert after > LEARNED
+    shown = dict(line.split() for line in done.stdout.splitlines() if "ev3/" in line)
+    assert (float(shown["ev3/calls"]), float(shown["ev3/examples"])) == (40, 128)
+
+
 def test_example_of_a_relay_learns_and_goes_on(call):
     first = call("relay.py", "--steps=100", "--seed=1", "--folder=run")
     again = call("relay.py", "--steps=200", "--seed=1", "--folder=run")

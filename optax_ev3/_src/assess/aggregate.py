@@ -5,15 +5,20 @@ Dimensions: ``C`` candidates, ``N`` examples on all devices, ``B`` resamples.
 
 import dataclasses
 import functools
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from optax_ev3._src.base import callbacks, checks, control, statistics, trees
 from optax_ev3._src.base.evidence import Resampled
+
+# How many bytes of a traceback from the host all devices are told.
+_TOLD = 2048
 
 
 @functools.partial(
@@ -62,7 +67,9 @@ def host_metric(
     Predictions are made on the device, for all candidates; then one call to the host
     (``jax.pure_callback``) computes the metric of each. That works under ``jit`` and
     ``scan``, and makes the device wait. What the metric raises ends the step, its
-    message included; it is not asked about predictions that hold a NaN.
+    message included; it is not asked about predictions that hold a NaN. Where the step
+    runs on several devices, the metric is computed for the first of them, whose process
+    calls it, and all get its values; what it raises is raised in all processes.
 
     Args:
       predict_fn: ``predict_fn(params, **named)`` -> tree of arrays ``[n, ...]``, all
@@ -165,20 +172,13 @@ def compute(
     """
     if axis_name is not None:
         outputs = jax.tree.map(lambda x: trees.unite(x, axis_name, 1), outputs)
-    candidates, n = jax.tree.leaves(outputs)[0].shape[:2]
+    n = jax.tree.leaves(outputs)[0].shape[1]
     weights = jnp.ones([1, n], jnp.float32)
     if metric.samples:
         counts = statistics.bootstrap_counts(key, metric.samples, n)
         weights = jnp.concatenate([weights, counts])
     if metric.on_host:
-        shape = jax.ShapeDtypeStruct((candidates, len(weights)), jnp.float32)
-
-        def on_host(outputs: Any, weights: jax.Array) -> np.ndarray:
-            return _on_host(metric, outputs, weights, (candidates, len(weights)))
-
-        values = jax.pure_callback(
-            on_host, shape, outputs, weights, vmap_method="sequential"
-        )
+        values = _from_host(metric, outputs, weights, axis_name)
     else:
 
         def each_sample(mine: Any) -> jax.Array:
@@ -191,6 +191,68 @@ def compute(
     if not metric.samples:
         return values[:, 0]
     return Resampled(values[:, 0], values[:, 1:])
+
+
+def _from_host(
+    metric: AggregateMetric, outputs: Any, weights: jax.Array, axis_name: Any
+) -> jax.Array:
+    """``[C, 1 + B]`` float32 from one call to the host, the same on all devices."""
+    shape = len(jax.tree.leaves(outputs)[0]), len(weights)
+    values = jax.ShapeDtypeStruct(shape, jnp.float32)
+    # A callback that raises on one device leaves the others waiting for its results,
+    # until the program is aborted or for ever. So all are told, and raise the same.
+    tells = control.is_traced(outputs) and jax.device_count() > 1
+    text = jax.ShapeDtypeStruct((_TOLD if tells else 0,), jnp.uint8)
+
+    def on_host(outputs: Any, weights: Any) -> tuple[np.ndarray, np.ndarray]:
+        told = np.zeros(text.shape, np.uint8)
+        try:
+            return _on_host(metric, outputs, weights, shape), told
+        except Exception:
+            if not tells:
+                raise
+            last = traceback.format_exc().encode()[-_TOLD:]
+            told[: len(last)] = np.frombuffer(last, np.uint8)
+            return np.full(shape, np.nan, np.float32), told
+
+    def call() -> Any:
+        return jax.pure_callback(
+            on_host, (values, text), outputs, weights, vmap_method="sequential"
+        )
+
+    if axis_name is None:
+        found, told = call()
+    else:
+        found, told = _on_first_device(call, (values, text), axis_name)
+    if tells:
+        # Every device runs this one, on what it has of the arguments. The result of the
+        # call is on the first device only, what is computed of it on all. A scalar
+        # cannot be spread: a device may see a part of the text, but not miss the error.
+        failed = (told != 0).any()
+        told = jnp.where(failed, told, 0)
+        jax.debug.callback(_raise, failed, told, partitioned=True)
+    return found
+
+
+def _on_first_device(call: Callable[[], Any], kinds: Any, axis_name: Any) -> Any:
+    """What ``call`` returns on the first device of the mapped axis, on all of them."""
+    place = lax.axis_index(axis_name)
+
+    def first() -> Any:
+        # It varies over devices, as the zeros do: shard_map wants both marked so.
+        return jax.tree.map(lambda x: x + (0 * place).astype(x.dtype), call())
+
+    def others() -> Any:
+        return jax.tree.map(lambda x: jnp.full(x.shape, 0 * place, x.dtype), kinds)
+
+    return lax.psum(control.cond(place == 0, first, others), axis_name)
+
+
+def _raise(failed: Any, told: Any) -> None:
+    """Raises what a metric on the host has raised, maybe in another process."""
+    if failed:
+        text = bytes(np.asarray(told, np.uint8)).strip(b"\0").decode(errors="replace")
+        raise RuntimeError(f"a metric of host_metric failed.\n{text}")
 
 
 def _on_host(

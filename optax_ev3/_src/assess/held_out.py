@@ -1,19 +1,24 @@
 """Assessment on held-out arrays that stay on the device."""
 
-from collections.abc import Callable
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.tree_util import keystr, tree_map_with_path
+from jax.experimental import multihost_utils
+from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 
 from optax_ev3._src.assess.chunks import part
 from optax_ev3._src.base import callbacks, checks, control, sharding
 
 # More examples could not be walked through in 32-bit numbers, see _split.
 _MOST_SHUFFLED = 2**26
+# What every assess_fn may name: the caller's data need another name.
+_SUPPLIED = ("key", "round", "run_key", "axis_name", "chunk", "chunks")
 
 
 def held_out(
@@ -25,7 +30,10 @@ def held_out(
     """An ``assess_fn`` that needs no argument: it draws its batches itself.
 
     For loops whose call of ``update`` cannot be changed, such as
-    ``flax.training.train_state.TrainState.apply_gradients``.
+    ``flax.training.train_state.TrainState.apply_gradients``. Where it can, ``data`` may
+    be the name of one of its keywords, by which the loop passes all the data: arrays
+    that are spread over several processes can be used in no other way, and large ones
+    are no constants of the program then.
 
     Every round draws examples independently, with replacement, so that the mean
     score of a batch estimates the mean over ``data`` without bias and its standard
@@ -50,8 +58,10 @@ def held_out(
         ``assess_fn`` in :func:`optax_ev3.ev3`. ``batch`` has the structure of ``data``,
         whatever the caller calls by this name; further parameters are named arguments,
         as everywhere.
-      data: Tree of arrays with the same leading size. They become constants of the
-        compiled step.
+      data: Tree of arrays with the same leading size, which become constants of the
+        compiled step; or the name of the argument of ``update`` that holds such a tree,
+        ``tx.update(grads, state, params, NAME=...)``. In several processes they must be
+        the same in all, which call this function at the same time.
       batch_size: Examples drawn each round, on each device; None for all of ``data``
         each round, which makes selection greedier.
       shuffle: Whether every example is used equally often.
@@ -64,8 +74,9 @@ def held_out(
         holds something else than numbers, or ``batch_size`` is no integer.
       ValueError: If ``data`` is empty or of unequal leading sizes, ``batch_size``
         is not between 1 and the number of examples, or ``shuffle`` has no
-        ``batch_size`` or more than 2**26 examples; at trace time, if the shuffled
-        batches of all devices are more than ``data``.
+        ``batch_size`` or more than 2**26 examples; if ``data`` is spread over several
+        processes, or differs between them; at trace time, if the shuffled batches of
+        all devices are more than ``data``, and all that is known of data given by name.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_ev3
@@ -79,11 +90,17 @@ def held_out(
       >>> updates, state = tx.update(jnp.array(-2.0), tx.init(w), w)
       >>> print(f"{optax.apply_updates(w, updates):.1f}")
       0.2
+
+      The same, with data that the loop passes:
+
+      >>> assess_fn = optax_ev3.held_out(score, "held", batch_size=16)
+      >>> tx = optax_ev3.ev3([optax.sgd(0.1)], assess_fn)
+      >>> updates, state = tx.update(jnp.array(-2.0), tx.init(w), w, held=(x, 3 * x))
+      >>> print(f"{optax.apply_updates(w, updates):.1f}")
+      0.2
     """
     callbacks.check_callback(metric_fn, "metric_fn")
-    data = tree_map_with_path(_numbers, data)
-    size = _leading_size(data)
-    draw = _Draw(size, _checked_size(batch_size, size, shuffle), shuffle)
+    source = _source(data, _checked_batch_size(batch_size, shuffle), shuffle)
     try:
         callbacks.signature(metric_fn).bind_partial("params", "batch")
     except TypeError as error:
@@ -104,6 +121,7 @@ def held_out(
         chunks: Any = None,
         **extra_args: Any,
     ) -> Any:
+        batch, draw = source(extra_args)
         which = None
         if chunk is not None and chunks is not None:
             which = chunk, chunks
@@ -115,9 +133,8 @@ def held_out(
         if which is not None:
             rows = part(rows, *which, "the batch of held_out")
             metric_key = jax.random.fold_in(metric_key, which[0])
-        batch = data
         if rows is not None:
-            batch = jax.tree.map(lambda array: sharding.take(array, rows), data)
+            batch = jax.tree.map(lambda array: sharding.take(array, rows), batch)
         offered = {
             "key": metric_key,
             "round": round,
@@ -212,12 +229,93 @@ def _split(count: Any, step: int, size: int) -> tuple[jax.Array, jax.Array]:
     return (bits * whole).sum(dtype=jnp.int32) + total // size, total % size
 
 
-def _numbers(path: tuple[Any, ...], leaf: Any) -> jax.Array:
+def _source(
+    data: Any, batch_size: int | None, shuffle: bool
+) -> Callable[[Mapping[str, Any]], tuple[Any, _Draw]]:
+    """A function of the extra arguments: all examples, and how to draw from them."""
+    if isinstance(data, str):
+        _check_name(data)
+        return functools.partial(_passed, data, batch_size, shuffle)
+    held = _drawn_from(data, "data", batch_size, shuffle)
+    _check_processes(held[0])
+    return lambda extra_args: held
+
+
+def _passed(
+    name: str, batch_size: int | None, shuffle: bool, extra_args: Mapping[str, Any]
+) -> tuple[Any, _Draw]:
+    """The data that the caller passes by this name."""
+    if name not in extra_args:
+        raise TypeError(
+            f"held_out draws from {name!r}, which update was not given: "
+            f"tx.update(grads, state, params, {name}=...). Extra arguments given: "
+            f"{sorted(extra_args) or 'none'}."
+        )
+    return _drawn_from(extra_args[name], name, batch_size, shuffle)
+
+
+def _drawn_from(
+    data: Any, what: str, batch_size: int | None, shuffle: bool
+) -> tuple[Any, _Draw]:
+    """The data as arrays, and how to draw from them; raises if that is impossible."""
+    data = tree_map_with_path(functools.partial(_numbers, what), data)
+    size = _leading_size(data, what)
+    if batch_size is not None and not 1 <= batch_size <= size:
+        raise ValueError(
+            f"batch_size must be between 1 and the {size} examples of {what}, got "
+            f"{batch_size}."
+        )
+    if shuffle and size > _MOST_SHUFFLED:
+        raise ValueError(
+            f"shuffle takes at most {_MOST_SHUFFLED} examples, {what} has {size}."
+        )
+    return data, _Draw(size, batch_size, shuffle)
+
+
+def _check_name(name: str) -> None:
+    if not name.isidentifier() or name in _SUPPLIED:
+        raise ValueError(
+            f"data must be a tree of arrays, or the name of an argument of update, "
+            f"other than {', '.join(_SUPPLIED)}, which are supplied; got {name!r}."
+        )
+
+
+def _check_processes(data: Any) -> None:
+    """Raises unless the data can be a constant of the program of every process."""
+    if control.is_traced(data) or jax.process_count() == 1:
+        return
+    checksum = hashlib.sha256()
+    for path, leaf in tree_leaves_with_path(data):
+        if not leaf.is_fully_addressable:
+            raise ValueError(
+                f"data{keystr(path)}, {leaf.dtype}{list(leaf.shape)}, is spread over "
+                f"several processes: no program may hold it. Name an argument, and "
+                f'pass it there: held_out(metric_fn, "held", ...), '
+                f"tx.update(grads, state, params, held=data)."
+            )
+        checksum.update(f"{keystr(path)}{leaf.dtype}{leaf.shape}".encode())
+        checksum.update(np.asarray(leaf).tobytes())
+    size = jax.tree.leaves(data)[0].shape[0]
+    mine = np.append(np.frombuffer(checksum.digest(), np.uint8), np.uint32(size))
+    every = multihost_utils.process_allgather(mine)
+    others = np.flatnonzero((every != every[:1]).any(axis=1))
+    if len(others):
+        raise ValueError(
+            f"data must be the same in all processes, those {others.tolist()} have "
+            f"other data than process 0; the numbers of examples are "
+            f"{every[:, -1].tolist()}. Where each process has a part, make global "
+            f"arrays of the parts (jax.make_array_from_process_local_data), name an "
+            f'argument, held_out(metric_fn, "held", ...), and pass them there: '
+            f"tx.update(grads, state, params, held=data)."
+        )
+
+
+def _numbers(what: str, path: tuple[Any, ...], leaf: Any) -> jax.Array:
     try:
         return jnp.asarray(leaf)
     except TypeError as error:
         raise TypeError(
-            f"data must hold arrays of numbers, got {_kind(leaf)} at data"
+            f"{what} must hold arrays of numbers, got {_kind(leaf)} at {what}"
             f"{keystr(path)}: bring text and categories into numbers first."
         ) from error
 
@@ -227,38 +325,28 @@ def _kind(leaf: Any) -> str:
     return type(leaf).__name__ if dtype is None else f"dtype {dtype}"
 
 
-def _checked_size(batch_size: Any, size: int, shuffle: bool) -> int | None:
-    if batch_size is None:
-        if shuffle:
-            raise ValueError(
-                "shuffle needs a batch_size: without one every round uses all of data."
-            )
-        return None
-    batch_size = checks.integer(batch_size, "batch_size", expected="an integer or None")
-    if not 1 <= batch_size <= size:
+def _checked_batch_size(batch_size: Any, shuffle: bool) -> int | None:
+    if batch_size is not None:
+        return checks.integer(batch_size, "batch_size", expected="an integer or None")
+    if shuffle:
         raise ValueError(
-            f"batch_size must be between 1 and the {size} examples of data, got "
-            f"{batch_size}."
+            "shuffle needs a batch_size: without one every round uses all of data."
         )
-    if shuffle and size > _MOST_SHUFFLED:
-        raise ValueError(
-            f"shuffle takes at most {_MOST_SHUFFLED} examples, data has {size}."
-        )
-    return batch_size
+    return None
 
 
-def _leading_size(data: Any) -> int:
+def _leading_size(data: Any, what: str) -> int:
     leaves = jax.tree.leaves(data)
     shapes = [leaf.shape for leaf in leaves]
     if not leaves or any(len(shape) == 0 for shape in shapes):
         raise ValueError(
-            "data must hold arrays whose first axis runs over the examples, got "
+            f"{what} must hold arrays whose first axis runs over the examples, got "
             f"shapes {shapes}."
         )
     sizes = {shape[0] for shape in shapes}
     if len(sizes) > 1 or 0 in sizes:
         raise ValueError(
-            "the arrays of data must have one leading size, at least 1, got shapes "
+            f"the arrays of {what} must have one leading size, at least 1, got shapes "
             f"{shapes}."
         )
     return sizes.pop()

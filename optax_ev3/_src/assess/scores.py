@@ -74,7 +74,7 @@ def score(
     ]
     try:
         single = next(batch.tree for batch in candidates if batch.size is None)
-        kinds = jax.eval_shape(lambda params: _objectives(assess(params)), single)
+        kinds = _kinds(lambda params: _objectives(assess(params)), single)
         _check_scores(kinds)
         values = _score(assess, candidates, mode, axis_name)
     except _NOT_TRACEABLE as error:
@@ -91,6 +91,23 @@ def score(
         elif kind.dtype == bool:
             binary.add(name)
     return Scores(values, frozenset(binary))
+
+
+def _kinds(objectives: Callable[[Any], Any], params: Any) -> Any:
+    """What ``objectives`` returns, as ``jax.eval_shape``; raises if no program may."""
+    if jax.process_count() == 1 or not control.is_traced(params):
+        return jax.eval_shape(objectives, params)
+    jaxpr, kinds = jax.make_jaxpr(objectives, return_shape=True)(params)
+    for const in jaxpr.consts:
+        known = isinstance(const, jax.Array) and not control.is_traced(const)
+        if known and not const.is_fully_addressable:
+            raise ValueError(
+                f"assess_fn closes over an array, {const.dtype}{list(const.shape)}, "
+                f"that is spread over several processes: no program may hold it. Let "
+                f"assess_fn name an argument, and pass the array there: "
+                f"tx.update(grads, state, params, NAME=array)."
+            )
+    return kinds
 
 
 def _score(

@@ -33,6 +33,14 @@ def is_explicit(tree: Any) -> bool:
     return any(spec(leaf) is not None for leaf in jax.tree.leaves(tree))
 
 
+def varying(leaf: Any) -> frozenset[Any]:
+    """Mapped axes of ``shard_map`` over whose devices an array is known to differ."""
+    kind = jax.typeof(leaf)
+    if hasattr(kind, "vma"):
+        return kind.vma
+    return kind.manual_axis_type.varying  # Its name since JAX 0.10.
+
+
 def replicated(tree: Any) -> Any:
     """The tree on all devices: for small results."""
 
