@@ -88,7 +88,11 @@ def check_axis(axis: Any, explorers: Mapping[str, Explorer]) -> None:
         )
 
 
-def check_mode(mode: Any) -> None:
-    """Raises unless there is such an ``assess_mode``."""
+def checked_mode(mode: Any, strategy: Strategy) -> str:
+    """The ``assess_mode`` argument; raises unless there is such a one."""
+    if mode is None:
+        # A loop copies each candidate, which matters where all are scored in each call.
+        return "unroll" if strategy.one_step else "map"
     if mode not in assess.MODES:
         raise ValueError(f"assess_mode must be one of {assess.MODES}, got {mode!r}.")
+    return mode

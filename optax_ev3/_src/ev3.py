@@ -23,7 +23,7 @@ def ev3(
     loss_fn: Callable[..., Any] | None = None,
     explore: Strategy | None = None,
     adapt: Rule | None = None,
-    assess_mode: str = "unroll",
+    assess_mode: str | None = None,
     axis_name: Any = None,
     explorer_axis: str | None = None,
     history_length: int = 64,
@@ -78,8 +78,9 @@ def ev3(
         ``adapt.farsighted()`` for one-step rounds of explorers that do not evolve,
         ``adapt.greedy()`` for branches that never restart, else ``adapt.confident()``.
       assess_mode: How the C candidates are scored: ``"unroll"`` (C calls in one
-        program), ``"vmap"`` (one call on stacked parameters) or ``"map"`` (a compiled
-        loop, the quickest to compile). Paused explorers cost nothing in ``"unroll"``.
+        program), ``"map"`` (one call in a loop, the quickest to compile) or ``"vmap"``
+        (one call on stacked parameters, in which paused explorers cost as much as
+        others). Default: ``"unroll"`` in rounds of one step, else ``"map"``.
       axis_name: Name of a mapped axis (``shard_map``, ``pmap``, ``vmap``) over which
         the assessment examples are spread; gradients must be averaged by the caller
         as for any other optimizer.
@@ -141,7 +142,7 @@ def ev3(
     explorers = alike.stacked(members.collect(inner), explorer_axis)
     arguments.check_callbacks(assess_fn, loss_fn, explorers)
     strategy = arguments.checked_strategy(explore, explorers, loss_fn is not None)
-    arguments.check_mode(assess_mode)
+    assess_mode = arguments.checked_mode(assess_mode, strategy)
     arguments.check_axis(explorer_axis, explorers)
     composer = Composer(
         explorers=explorers,

@@ -133,9 +133,21 @@ def test_the_same_as_on_cpus(plan, elsewhere):
         )
 
 
+def unlike(count):
+    """Explorers that are not stacked."""
+    padding = [optax.identity() for _ in range(count)]
+    return {str(i): optax.chain(optax.adam(0.1), *padding[:i]) for i in range(count)}
+
+
+@pytest.fixture
+def for_all_platforms(monkeypatch):
+    """Programs for accelerators, too, though there is none."""
+    monkeypatch.setattr(control, "_has_cpus_alone", lambda: False)
+
+
 def pauses(explorers, platform):
     """Loops and branches of a step: the host of a GPU waits for each."""
-    optimizers = {str(i): optax.adam(0.1) for i in range(explorers)}
+    optimizers = unlike(explorers)
     tx = made({k: optax_ev3.explorer(x, loss) for k, x in optimizers.items()})
     params = start()
     traced = stepper(tx).trace(params, tx.init(params), jnp.float32(1))
@@ -143,6 +155,7 @@ def pauses(explorers, platform):
     return text.count("stablehlo.while") + text.count("stablehlo.case")
 
 
+@pytest.mark.usefixtures("for_all_platforms")
 def test_there_are_fewer_pauses_on_gpus():
     """None to see whether an update is finite, and none to pick the adopted one."""
     fewer, more = ({k: pauses(n, k) for k in ("cpu", "cuda")} for n in (3, 4))
@@ -150,11 +163,12 @@ def test_there_are_fewer_pauses_on_gpus():
     assert more["cuda"] - fewer["cuda"] < more["cpu"] - fewer["cpu"]
 
 
+@pytest.mark.usefixtures("for_all_platforms")
 def test_steps_of_trajectories_pause_once_on_gpus():
     """At the end, for a round's end and for branches that are not finite."""
 
     def loops(explorers, platform):
-        optimizers = {str(i): optax.adam(0.1) for i in range(explorers)}
+        optimizers = unlike(explorers)
         tx, params = made(optimizers, explore=explore.rounds(3)), start()
         traced = stepper(tx).trace(params, tx.init(params), jnp.float32(1))
         text = traced.lower(lowering_platforms=(platform,)).as_text()
@@ -164,6 +178,7 @@ def test_steps_of_trajectories_pause_once_on_gpus():
     assert one[0] == one[1] and other[0] < other[1]
 
 
+@pytest.mark.usefixtures("for_all_platforms")
 def test_layouts_are_held_with_one_gpu(monkeypatch):
     """Those of kernels of convolutions; with several devices it would gather them."""
 
@@ -181,6 +196,7 @@ def test_layouts_are_held_with_one_gpu(monkeypatch):
     assert count == {c: int(newer and c == ("cuda", 1)) for c in count}
 
 
+@pytest.mark.usefixtures("for_all_platforms")
 def test_small_leaves_are_put_together_with_one_gpu(monkeypatch):
     """With several devices that would gather them, however they are spread."""
 

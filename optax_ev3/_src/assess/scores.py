@@ -55,8 +55,8 @@ def score(
         a mapping from the names of objectives to such values.
       candidates: C trees of parameters, some of them stacked.
       mode: ``"unroll"`` calls ``assess`` once for each single tree, and in a loop for
-        those that are stacked; ``"vmap"`` once on stacked parameters, ``"map"`` in a
-        compiled loop.
+        those that are stacked; ``"vmap"`` once on stacked parameters, ``"map"`` in one
+        loop over all.
       key: PRNG key of resamples, the same on all devices.
       axis_name: Mapped axis over which examples are spread, or None: aggregate
         metrics are computed on the examples of all devices.
@@ -73,7 +73,7 @@ def score(
         batch._replace(tree=lax.stop_gradient(batch.tree)) for batch in candidates
     ]
     try:
-        single = next(batch.tree for batch in candidates if batch.size is None)
+        single = next(x.make(x.tree) for x in candidates if x.size is None)
         kinds = _kinds(lambda params: _objectives(assess(params)), single)
         _check_scores(kinds)
         values = _score(assess, candidates, mode, axis_name)
@@ -122,6 +122,8 @@ def _score(
     def one(candidate: Any) -> dict[str, Any]:
         return sharding.replicated(lax.stop_gradient(_as_scores(assess(candidate))))
 
+    if mode == "map":
+        return _score_in_a_loop(one, candidates, axis_name)
     if mode == "unroll":
         each = [_score_batch(one, batch, axis_name) for batch in candidates]
         return jax.tree.map(lambda *values: jnp.concatenate(values), *each)
@@ -132,27 +134,21 @@ def _score(
         for batch in candidates
     ]
     stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *stacks)
-    return jax.vmap(one)(stacked) if mode == "vmap" else control.each_row(one, stacked)
+    return jax.vmap(one)(stacked)
 
 
 def _score_batch(
     one: Callable[[Any], dict[str, Any]], batch: select.Stacked, axis_name: Any
 ) -> dict[str, Any]:
     """Scores of the trees of a batch, stacked; zeros for those that are paused."""
-    # Scores vary over devices: shard_map needs zeros to be marked so, too.
-    nothing = 0 if axis_name is None else 0 * lax.axis_index(axis_name)
-
-    def of_its_own(tree: Any) -> dict[str, Any]:
-        scores = one(batch.make(sharding.on_device(tree)))
-        return jax.tree.map(lambda x: x + jnp.asarray(nothing, x.dtype), scores)
 
     def score(row: Any) -> dict[str, Any]:
         tree, paused = row
-        if paused is None:
+
+        def of_tree() -> dict[str, Any]:
             return one(batch.make(sharding.on_device(tree)))
-        kinds = jax.eval_shape(of_its_own, tree)
-        zeros = jax.tree.map(lambda x: jnp.full(x.shape, nothing, x.dtype), kinds)
-        return control.cond(paused, lambda: zeros, lambda: of_its_own(tree))
+
+        return _unless_paused(paused, of_tree, axis_name)
 
     if batch.size is None:
         found = score((batch.tree, batch.paused))
@@ -166,6 +162,62 @@ def _score_batch(
         rows = sharding.leading_alike(batch.tree, paused)
         found = jax.vmap(score, spmd_axis_name=batch.axis)(rows)
     return sharding.replicated(found)
+
+
+def _score_in_a_loop(
+    one: Callable[[Any], dict[str, Any]],
+    candidates: Sequence[select.Stacked],
+    axis_name: Any,
+) -> dict[str, Any]:
+    """Scores of all trees by one program, whatever their number.
+
+    Those that are spread over a mesh axis are scored where they are.
+    """
+    here = [batch for batch in candidates if batch.axis is None]
+    flags = [
+        jnp.broadcast_to(False if batch.paused is None else batch.paused, [count])
+        for batch in here
+        for count in [select.count(batch)]
+    ]
+    can_pause = any(batch.paused is not None for batch in here)
+    paused = jnp.concatenate(flags) if can_pause else None
+
+    def score(row: Any) -> dict[str, Any]:
+        index, paused = row
+
+        def of_index() -> dict[str, Any]:
+            return one(select.look_up(index, here))
+
+        return _unless_paused(paused, of_index, axis_name)
+
+    count = sum(map(select.count, here))
+    found = control.each_row(score, (jnp.arange(count), paused))
+    each, first = [], 0
+    for batch in candidates:
+        if batch.axis is not None:
+            each.append(_score_batch(one, batch, axis_name))
+            continue
+        rows = slice(first, first + select.count(batch))
+        each.append(jax.tree.map(lambda x, rows=rows: x[rows], found))
+        first = rows.stop
+    return jax.tree.map(lambda *values: jnp.concatenate(values), *each)
+
+
+def _unless_paused(
+    paused: Any, score: Callable[[], dict[str, Any]], axis_name: Any
+) -> dict[str, Any]:
+    """Scores, or zeros; None for one who cannot be paused."""
+    if paused is None:
+        return score()
+    # Scores vary over devices: shard_map needs zeros to be marked so, too.
+    nothing = 0 if axis_name is None else 0 * lax.axis_index(axis_name)
+
+    def of_its_own() -> dict[str, Any]:
+        return jax.tree.map(lambda x: x + jnp.asarray(nothing, x.dtype), score())
+
+    kinds = jax.eval_shape(of_its_own)
+    zeros = jax.tree.map(lambda x: jnp.full(x.shape, nothing, x.dtype), kinds)
+    return control.cond(paused, lambda: zeros, of_its_own)
 
 
 def _objectives(output: Any) -> dict[str, Any]:

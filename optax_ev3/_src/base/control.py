@@ -8,12 +8,14 @@ call is what it is in optax: one operation after the other, all of them compiled
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import core, lax
+from jax.extend import backend
 
 # Whether what is traced is done for all members of a sweep at once, each with
 # conditions of its own: then both sides of a conditional are computed in any case.
@@ -95,10 +97,20 @@ def stacked(fn: Callable[..., Any], *rows: Any) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
 
 
+@functools.cache
+def _has_cpus_alone() -> bool:
+    """Whether there is no accelerator for which programs could be meant."""
+    return set(backend.backends()) == {"cpu"}
+
+
 def platform_dependent(
     *args: Any, default: Callable[..., Any], **variants: Callable[..., Any]
 ) -> Any:
-    """``lax.platform_dependent``."""
-    if is_traced(args):
+    """``lax.platform_dependent``, where a program may run on several platforms.
+
+    In a process that has CPUs alone, it is made for these. Elsewhere such a program
+    computes the same, but not in the way that is quick there.
+    """
+    if is_traced(args) and not _has_cpus_alone():
         return lax.platform_dependent(*args, default=default, **variants)
     return variants.get(jax.default_backend(), default)(*args)

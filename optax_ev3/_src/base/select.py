@@ -83,6 +83,37 @@ def pick(
       then: What is wanted of the tree. On CPUs it reads the tree where it is, and
         nothing is copied.
     """
+    which, branches = _places(index, stacks)
+
+    def choose_all(number: jax.Array):
+        picked, *others = [take() for take in branches]
+        for i, tree in enumerate(others, 1):
+            picked = where(number == i, tree, picked)
+        return then(picked)
+
+    def choose_one(number: jax.Array):
+        return control.switch(
+            number, [lambda take=take: then(take()) for take in branches]
+        )
+
+    return control.platform_dependent(which, cpu=choose_one, default=choose_all)
+
+
+def look_up(index: Any, stacks: Sequence[Stacked]) -> Any:
+    """The candidate with this index, counted over all stacks; no other is read."""
+    which, branches = _places(index, stacks)
+
+    def made(stack: Stacked, take: Callable[[], Any]) -> Callable[[], Any]:
+        return lambda: stack.make(take())
+
+    pairs = zip(stacks, branches, strict=True)
+    return control.switch(which, [made(stack, take) for stack, take in pairs])
+
+
+def _places(
+    index: Any, stacks: Sequence[Stacked]
+) -> tuple[jax.Array, list[Callable[[], Any]]]:
+    """In which stack the tree with this index is, and how to take it from each."""
     sizes = [count(stack) for stack in stacks]
     firsts = [sum(sizes[:i]) for i in range(len(sizes))]
     which = jnp.asarray([i for i, size in enumerate(sizes) for _ in range(size)])
@@ -91,23 +122,10 @@ def pick(
         tree = stack.tree.make() if isinstance(stack.tree, Lazy) else stack.tree
         return sharding.on_device(row(stack._replace(tree=tree), index - first))
 
-    branches = [
+    return which[index], [
         functools.partial(take, stack, first)
         for stack, first in zip(stacks, firsts, strict=True)
     ]
-
-    def choose_all(number: jax.Array):
-        picked, *others = [branch() for branch in branches]
-        for i, tree in enumerate(others, 1):
-            picked = where(number == i, tree, picked)
-        return then(picked)
-
-    def choose_one(number: jax.Array):
-        return control.switch(
-            number, [lambda branch=branch: then(branch()) for branch in branches]
-        )
-
-    return control.platform_dependent(which[index], cpu=choose_one, default=choose_all)
 
 
 def apply_if(condition: Any, fn: Callable[[Any], Any], tree: Any) -> Any:
