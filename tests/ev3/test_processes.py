@@ -30,7 +30,7 @@ def test_two_processes_train_like_one(tmp_path):
     first, second, alone = results("train", tmp_path, 2, 1)
     assert_same(first, second, exact=True)
     assert_same(alone, first, exact=False)
-    for case in ("one_step", "relay", "branches", "host"):
+    for case in ("one_step", "relay", "branches", "spread", "host"):
         rounds = first[f"{case}[1].history.rounds"]
         adopted = first[f"{case}[1].history.adopted"][:rounds]
         assert len(set(adopted.tolist())) > 1, case  # There was something to decide.

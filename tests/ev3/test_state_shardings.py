@@ -3,6 +3,7 @@
 import functools
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,6 +123,30 @@ def test_shapes_before_there_are_parameters():
         concrete = optax_ev3.state_shardings(tx, params)
         check(jax.jit(tx.init, out_shardings=shardings)(params), concrete)
         check(tx.init(params), concrete)
+
+
+def test_boxes_of_flax():
+    """What is stacked has one axis more than the box knows."""
+    mesh = mesh_of({"data": 8}, "Auto")
+    spread_out = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "data"))
+    model, x = nn.Dense(16, kernel_init=spread_out), jnp.ones([4, 6])
+    params = model.init(jax.random.key(0), x)["params"]
+    params = jax.device_put(params, nn.get_sharding(params, mesh))
+
+    def scores(params):
+        return -(model.apply({"params": params}, x) ** 2).mean(-1)
+
+    tx = optax_ev3.ev3({"s": SWEEPS["sgd"], "adam": optax.adam(0.1)}, scores)
+    shardings = optax_ev3.state_shardings(tx, params)
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    check(state, shardings)
+    moment = state.explore.explorers["adam"].opt_state[0].mu["kernel"]
+    assert moment.value.sharding.spec == PartitionSpec(None, "data")
+    assert state.stable["kernel"].names == (None, "data")
+    tx = optax_ev3.ev3([optax.adam(rate) for rate in (0.1, 0.2, 0.3)], scores)
+    shardings = optax_ev3.state_shardings(tx, params)
+    moment = shardings.explore.explorers["explorer_0 and 2 more"].opt_state[0].mu
+    assert moment["kernel"].value.spec == PartitionSpec(None, None, "data")
 
 
 def arrays(**leaves):

@@ -16,16 +16,22 @@ from helpers import meshes
 from optax_ev3 import adapt, explore
 
 
-def setting(devices=None):
-    """A mesh over the devices, parameters spread over it, and how they are."""
-    mesh = Mesh(np.array(devices or jax.devices()), ("data",))
+def setting(devices=None, axis=None):
+    """A mesh over the devices, parameters spread over it, and how they are.
+
+    An axis of two for explorers is one over processes, where there are two.
+    """
+    devices = np.array(devices or jax.devices())
+    mesh = Mesh(devices, ("data",))
+    if axis is not None:
+        mesh = Mesh(devices.reshape(2, -1), (axis, "data"))
     params = meshes.spread(meshes.start(), mesh, meshes.MESHES["8"])
     return mesh, params, jax.tree.map(lambda leaf: leaf.sharding, params)
 
 
 def batch_of(seed, mesh):
     """Global arrays, of which each process has made its own rows."""
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
     def part(whole):
         rows = len(whole) // jax.process_count()
@@ -54,6 +60,7 @@ def transformation(case):
 
     # Candidates that differ: an order of summation must not decide between equal ones.
     means = [explore.trajectory_average()]
+    branches = explore.branches(2, averages=means)
     race = explore.branches(2, averages=means, racing=explore.Racing(1, 2))
     score = optax_ev3.held_out(meshes.likelihoods, "held", batch_size=24)
     whole = optax_ev3.held_out(meshes.likelihoods, "held")
@@ -61,17 +68,27 @@ def transformation(case):
         "one_step": (score, explore.one_step()),
         "relay": (whole, explore.relay(2, averages=[])),
         "branches": (score, race),
+        "spread": (score, branches),
         "host": (optax_ev3.host_metric(predict, nearest), explore.one_step()),
         "failing": (optax_ev3.host_metric(predict, failing), explore.one_step()),
     }[case]
-    loss_fn = meshes.loss_fn if case == "branches" else None
+    loss_fn = meshes.loss_fn if strategy in (race, branches) else None
     return optax_ev3.ev3(
-        meshes.PAIR,
+        ADAMS if case == "spread" else meshes.PAIR,
         assess_fn,
         loss_fn=loss_fn,
         explore=strategy,
         adapt=adapt.greedy(),
+        explorer_axis=axis_of(case),
     )
+
+
+ADAMS = {f"adam_{rate}": optax.adam(rate) for rate in (0.001, 0.003, 0.03, 0.1)}
+
+
+def axis_of(case):
+    """The mesh axis over which explorers are spread, or None."""
+    return "explorers" if case == "spread" else None
 
 
 def stepper(tx, shardings):
@@ -85,9 +102,9 @@ def stepper(tx, shardings):
 
 def begin(case, devices=None):
     """A function that trains, and where it starts."""
-    mesh, params, where = setting(devices)
+    mesh, params, where = setting(devices, axis_of(case))
     tx = transformation(case)
-    shardings = where, optax_ev3.state_shardings(tx, params)
+    shardings = where, optax_ev3.state_shardings(tx, params, axis_of(case))
     state = jax.jit(tx.init, out_shardings=shardings[1])(params)
     held = batch_of(99, mesh)
 
@@ -117,7 +134,7 @@ def train(folder):
     """What every case ends with."""
     del folder
     found = {}
-    for case in ("one_step", "relay", "branches", "host"):
+    for case in ("one_step", "relay", "branches", "spread", "host"):
         go_on, start = begin(case)
         found |= saved(go_on(start, range(8)), case)
     return found
