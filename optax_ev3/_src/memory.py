@@ -7,6 +7,7 @@ import jax
 import optax
 from jax.sharding import NamedSharding
 
+from optax_ev3._src.base import trees
 from optax_ev3._src.base.states import EV3State
 from optax_ev3._src.state_shardings import state_shardings
 
@@ -79,7 +80,7 @@ def memory(
             "explorer_axis and offload need parameters with a "
             "jax.sharding.NamedSharding, which says on which mesh they are."
         )
-    sizes = dict.fromkeys(_NAMES, 0)
+    sizes: dict[str, int] = dict.fromkeys(_NAMES, 0)
     sizes["params"] = sum(map(_bytes, jax.tree.leaves(params)))
     leaves = jax.tree_util.tree_leaves_with_path(state)
     spots = jax.tree.leaves(where, is_leaf=lambda x: x is None)
@@ -93,7 +94,7 @@ def memory(
 
 
 # In the order in which they are told.
-_NAMES = (
+_NAMES: tuple[str, ...] = (
     "params",
     "stable",
     "start",
@@ -121,11 +122,10 @@ def _bytes(leaf: Any, sharding: Any = None) -> int:
     sharding = sharding or getattr(leaf, "sharding", None)
     if isinstance(sharding, NamedSharding):
         shape = sharding.shard_shape(shape)
-    dtype = leaf.dtype
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    if trees.is_key(leaf):
         leaf = jax.eval_shape(jax.random.key_data, leaf)
-        shape, dtype = leaf.shape, leaf.dtype
-    return math.prod(shape) * dtype.itemsize
+        shape = (*shape, *leaf.shape[len(shape) :])
+    return math.prod(shape) * leaf.dtype.itemsize
 
 
 def _name(state: Any, path: Any) -> str:
