@@ -1,5 +1,7 @@
 """What waits is kept in the memory of the host, and decisions are the same."""
 
+import sys
+
 import jax
 import numpy as np
 import optax
@@ -84,7 +86,8 @@ def test_a_relay_has_one_explorer_on_the_device():
 
 
 def test_no_memory_of_the_host(monkeypatch):
-    monkeypatch.setattr("optax_ev3._src.state_shardings._HOST", "none_such")
+    ours = sys.modules[optax_ev3.state_shardings.__module__]
+    monkeypatch.setattr(ours, "_HOST", "none_such")
     mesh = mesh_of({"data": 8}, "Auto")
     tx = optax_ev3.ev3(INNER, likelihoods)
     with pytest.raises(ValueError, match=r"memory of kind 'none_such'.* has "):
