@@ -75,7 +75,6 @@ def portfolio(
       Durations <https://arxiv.org/abs/2405.18392>`_, 2024 (the cool-down).
     """
     if inner is None:
-        # Apart, not as a sweep, which races as one.
         rates = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
         inner = {
             **{f"adam_{rate:g}": optax.adam(rate) for rate in rates},

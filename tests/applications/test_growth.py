@@ -1,5 +1,6 @@
 """Growth: against NumPy by hand, in training, and bad input."""
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -14,10 +15,12 @@ import pytest
 from flax import linen
 from helpers import (
     always,
+    assert_close,
     assert_finite,
     assert_identical,
     assert_same_types,
     lenient,
+    meshes,
     says,
     traced,
 )
@@ -1121,3 +1124,65 @@ def test_only_the_counter_of_ev3_begins_anew(length, chained):
     assert (int(before.history.since) > 0, int(after.history.since)) == (True, 0)
     moments = [optax.tree.get(x, "mu")["record"]["since"] for x in (before, after)]
     np.testing.assert_array_equal(moments[1][:2], moments[0])
+
+
+def _wider(width):
+    draw = np.random.default_rng(width)
+    shapes = {"w1": (6, width), "b": (width,), "w2": (width, 3)}
+    return {k: np.float32(0.4 * draw.normal(size=v)) for k, v in shapes.items()}
+
+
+@functools.cache
+def _grown_on(kind):
+    """Trained, grown and trained on; on a mesh of eight devices, or on one."""
+    specs, mesh = meshes.MESHES["8"], None
+    if kind is not None:
+        mesh = meshes.mesh_of(specs["axes"], kind)
+
+    def put(tree, specs):
+        if mesh is None:
+            return jax.tree.map(jnp.asarray, tree)
+        return meshes.spread(tree, mesh, specs)
+
+    tx = optax_ev3.ev3(
+        meshes.SWEEPS,
+        lambda params, held: meshes.likelihoods(params, held),
+        loss_fn=meshes.loss_fn,
+        explore=explore.branches(2, averages=meshes.AVERAGES),
+    )
+
+    @jax.jit
+    def step(params, state, batch, held):
+        grads = jax.grad(meshes.loss_fn)(params, batch)
+        updates, state = tx.update(grads, state, params, batch=batch, held=held)
+        return optax.apply_updates(params, updates), state
+
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        params = put(_wider(16), specs)
+        state = tx.init(params)
+        if mesh is not None:
+            state = jax.device_put(state, optax_ev3.state_shardings(tx, params))
+        for i in range(12):
+            if i == 6:
+                larger = put(_wider(32), specs)
+                params, state = grow(tx, state, params, larger)
+            data = [put(meshes.data(seed), ["data"]) for seed in (i, 100 + i)]
+            params, state = step(params, state, *data)
+            if i == 6 and mesh is not None:
+                expected = optax_ev3.state_shardings(tx, larger)
+                moment = state.explore.branches.means["sgd"][0]["w1"]
+                wanted = expected.explore.branches.means["sgd"][0]["w1"]
+                assert moment.sharding.is_equivalent_to(wanted, moment.ndim)
+    return params, optax_ev3.history(state)["adopted"]
+
+
+@pytest.mark.skipif(
+    not hasattr(jax, "set_mesh"), reason="this release has no explicit sharding"
+)
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_a_model_that_is_spread_over_devices_grows(kind):
+    """Decisions are those on one device, and arrays stay spread as they are."""
+    (params, adopted), (expected, theirs) = _grown_on(kind), _grown_on(None)
+    assert params["w1"].shape == (6, 32)
+    np.testing.assert_array_equal(adopted, theirs)
+    assert_close(params, expected, 1e-4, 1e-5)

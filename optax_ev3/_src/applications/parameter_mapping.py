@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey, keystr, tree_map_with_path
 from jax.tree_util import tree_leaves_with_path as leaves_with_path
 
-from optax_ev3._src.base import checks
+from optax_ev3._src.base import checks, sharding
 
 # Of Flax's kernels the last axis is of outputs, the others are of inputs.
 _KERNELS = "*kernel"
@@ -153,10 +154,15 @@ class ArrayMapping(NamedTuple):
         if self.positions is None:
             return jnp.array(old, into.dtype)
         where = (..., *np.ix_(*self.positions))
-        return jnp.asarray(into).at[where].set(jnp.asarray(old, into.dtype))
+        whole, old = _whole(into), _whole(old)
+        return _spread(whole.at[where].set(jnp.asarray(old, whole.dtype)), into)
 
     def begin(self, fresh: Any) -> jax.Array:
         """The large model's array before the old entries come in."""
+        return _spread(self._begun(_whole(fresh)), fresh)
+
+    def _begun(self, fresh: jax.Array) -> jax.Array:
+        """The same of arrays that are not spread over devices."""
         fresh = jnp.array(fresh, jnp.result_type(fresh))
         if self.start == "zero" or (self.start == "identity" and fresh.ndim < 2):
             return jnp.zeros_like(fresh)
@@ -176,6 +182,19 @@ class ArrayMapping(NamedTuple):
             )
         )
         return fresh.at[where].set(0)
+
+
+def _whole(leaf: Any) -> jax.Array:
+    """The array on all of its devices: types that say how it is spread restrict us."""
+    leaf = jnp.asarray(leaf)
+    if not sharding.is_explicit(leaf):
+        return leaf
+    return jax.device_put(leaf, NamedSharding(leaf.sharding.mesh, PartitionSpec()))
+
+
+def _spread(leaf: jax.Array, like: Any) -> jax.Array:
+    """The array spread over devices as another one is by its type."""
+    return jax.device_put(leaf, like.sharding) if sharding.is_explicit(like) else leaf
 
 
 def array_mappings(
