@@ -72,7 +72,8 @@ def test_the_three_lines():
         "params": jnp.zeros([]),
     }
     exec(shown_in("README.md", 1), names)
-    assert len(names["tx"].init(names["params"]).explore.explorers) == 8
+    explorers = names["tx"].init(names["params"]).explore.explorers
+    assert sum(len(one.positions) for one in explorers.values()) == 8
     assert names["best"] == 0
 
 
