@@ -1145,7 +1145,7 @@ def _grown_on(kind):
         return meshes.spread(tree, mesh, specs)
 
     tx = optax_ev3.ev3(
-        meshes.SWEEPS,
+        {"sgd": meshes.SWEEPS["sgd"], "adam": optax.adam(0.05)},
         lambda params, held: meshes.likelihoods(params, held),
         loss_fn=meshes.loss_fn,
         explore=explore.branches(2, averages=meshes.AVERAGES),

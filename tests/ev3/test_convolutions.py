@@ -173,6 +173,7 @@ def test_programs_without_convolutions_stay_as_they_are():
     assert str(found) == str(jax.make_jaxpr(fn)(x))
 
 
+@pytest.mark.usefixtures("for_all_platforms")
 def test_other_devices_get_the_program_as_it_is():
     fn, args = convolution("features first")
     slope = jax.grad(energy(fn))

@@ -94,10 +94,10 @@ def spread_out(case, setting, kind):
     return mesh, step, params, state, lambda i: spread(data(i), mesh, examples)
 
 
-# With types that say how arrays are spread, and without; all of it for the race.
-ON = [("4", "Explicit"), ("2x4", "Auto")]
-TESTED = [(case, *on) for case in CASES for on in ON]
-TESTED += [("race", "4", "Auto"), ("race", "2x4", "Explicit")]
+# With types that say how arrays are spread, and without.
+TESTED = [(case, "4", "Explicit") for case in CASES]
+TESTED += [(case, "2x4", "Auto") for case in ("one step", "race", "sweep")]
+TESTED += [("race", "2x4", "Explicit")]
 
 
 @pytest.mark.parametrize(("case", "setting", "kind"), TESTED)

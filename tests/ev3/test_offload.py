@@ -52,7 +52,7 @@ def trained(strategy, mesh, offload, calls=40):
 
 @pytest.mark.parametrize(
     ("strategy", "devices"),
-    [("one step", 1), ("branches", 1), ("relay", 1), ("relay", 8)],
+    [("one step", 1), ("branches", 1), ("relay", 8)],
 )
 def test_decisions_are_the_same(strategy, devices):
     mesh = mesh_of({"data": 8}, "Auto")

@@ -139,12 +139,6 @@ def unlike(count):
     return {str(i): optax.chain(optax.adam(0.1), *padding[:i]) for i in range(count)}
 
 
-@pytest.fixture
-def for_all_platforms(monkeypatch):
-    """Programs for accelerators, too, though there is none."""
-    monkeypatch.setattr(control, "_has_cpus_alone", lambda: False)
-
-
 def pauses(explorers, platform):
     """Loops and branches of a step: the host of a GPU waits for each."""
     optimizers = unlike(explorers)
