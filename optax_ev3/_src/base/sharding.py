@@ -54,16 +54,17 @@ def replicated(tree: Any) -> Any:
 
 def _memory(leaf: Any) -> Any:
     """The memory that an array is known to be in when it is traced, or None."""
-    return getattr(jax.typeof(leaf), "memory_space", None)
+    if not hasattr(jax, "memory"):
+        return None  # JAX before 0.8 does not tell.
+    return jax.typeof(leaf).memory_space
 
 
 def on_device(tree: Any) -> Any:
     """The tree, of which what is kept in host memory is brought to the device."""
 
     def bring(leaf: Any) -> Any:
-        if _memory(leaf) in (None, jax.memory.Space.Device):
-            return leaf
-        return jax.device_put(leaf, jax.memory.Space.Device)
+        is_here = _memory(leaf) is None or _memory(leaf) == jax.memory.Space.Device
+        return leaf if is_here else jax.device_put(leaf, jax.memory.Space.Device)
 
     return jax.tree.map(bring, tree)
 
