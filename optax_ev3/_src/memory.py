@@ -1,6 +1,7 @@
 """What the state of an optimizer takes of the memory of a device."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -71,49 +72,62 @@ def memory(
         isinstance(getattr(leaf, "sharding", None), NamedSharding)
         for leaf in jax.tree.leaves(params)
     )
-    state = jax.eval_shape(tx.init, params)
-    where: Any = jax.tree.map(lambda _: None, state)
+    leaves, structure = jax.tree.flatten(jax.eval_shape(tx.init, params))
+    spots: list[Any] = [None] * len(leaves)
     if spread:
         where = state_shardings(tx, params, explorer_axis, offload=offload)
+        spots = jax.tree.leaves(where)
     elif explorer_axis is not None or offload:
         raise TypeError(
             "explorer_axis and offload need parameters with a "
             "jax.sharding.NamedSharding, which says on which mesh they are."
         )
-    sizes: dict[str, int] = dict.fromkeys(_NAMES, 0)
-    sizes["params"] = sum(map(_bytes, jax.tree.leaves(params)))
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    spots = jax.tree.leaves(where, is_leaf=lambda x: x is None)
-    for (path, leaf), sharding in zip(leaves, spots, strict=True):
-        kind = getattr(sharding, "memory_kind", None)
-        is_host = kind is not None and kind.endswith("host")
-        name = "host" if is_host else _name(state, path)
-        sizes[name] += _bytes(leaf, sharding)
-    device = sum(size for name, size in sizes.items() if name != "host")
-    return {**sizes, "device": device}
+    kinds = [getattr(spot, "memory_kind", None) or "" for spot in spots]
+    sizes = list(map(_bytes, leaves, spots))
+    on_device = [
+        0 if kind.endswith("host") else size
+        for kind, size in zip(kinds, sizes, strict=True)
+    ]
+    found: dict[str, int] = dict.fromkeys(_PARTS, 0)
+    for name, part in _parts(structure.unflatten(on_device)):
+        found[name] += sum(jax.tree.leaves(part))
+    own, device = sum(map(_bytes, jax.tree.leaves(params))), sum(on_device)
+    return {
+        "params": own,
+        **found,
+        "others": device - sum(found.values()),
+        "host": sum(sizes) - device,
+        "device": own + device,
+    }
 
 
-# In the order in which they are told.
-_NAMES: tuple[str, ...] = (
-    "params",
+# Of a state of ev3, in the order in which they are told.
+_PARTS: tuple[str, ...] = (
     "stable",
     "start",
     "inner states",
     "branches",
     "averages",
     "at work",
-    "others",
-    "host",
 )
-# Which field of the state is what.
-_FIELDS = {
-    "stable": "stable",
-    "start": "start",
-    "opt_state": "inner states",
-    "ends": "branches",
-    "means": "averages",
-    "at_work": "at work",
-}
+
+
+def _parts(state: Any) -> Iterator[tuple[str, Any]]:
+    """What the parts of states of ev3 are for, and the parts."""
+
+    def is_state(node: Any) -> bool:
+        return isinstance(node, EV3State)
+
+    for one in filter(is_state, jax.tree.leaves(state, is_leaf=is_state)):
+        yield "stable", one.stable
+        for explorer in one.explore.explorers.values():
+            yield "inner states", explorer.opt_state
+        walked = one.explore.branches
+        if walked != ():
+            yield "start", walked.start
+            yield "branches", walked.ends
+            yield "averages", walked.means
+            yield "at work", walked.at_work
 
 
 def _bytes(leaf: Any, sharding: Any = None) -> int:
@@ -126,23 +140,3 @@ def _bytes(leaf: Any, sharding: Any = None) -> int:
         leaf = jax.eval_shape(jax.random.key_data, leaf)
         shape = (*shape, *leaf.shape[len(shape) :])
     return math.prod(shape) * leaf.dtype.itemsize
-
-
-def _name(state: Any, path: Any) -> str:
-    """What a leaf of the state is for: by the first field of ev3's that says it."""
-    node = state
-    for key in path:
-        if isinstance(key, jax.tree_util.GetAttrKey):
-            is_ours = type(node).__module__.startswith(
-                EV3State.__module__.split(".")[0]
-            )
-            if is_ours and key.name in _FIELDS:
-                return _FIELDS[key.name]
-            node = getattr(node, key.name)
-        elif isinstance(key, jax.tree_util.DictKey):
-            node = node[key.key]
-        elif isinstance(key, jax.tree_util.SequenceKey):
-            node = node[key.idx]
-        else:
-            return "others"
-    return "others"

@@ -1,6 +1,8 @@
 """How the state of an optimizer is spread over devices."""
 
 import contextlib
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -124,23 +126,28 @@ def _offloaded(found: Any) -> Any:
     def to_host(tree: Any) -> Any:
         return jax.tree.map(lambda one: one.with_memory_kind(_HOST), tree)
 
-    explore, walked = found.explore, found.explore.branches
+    walked = found.explore.branches
     if walked != ():
-        waiting = dict.fromkeys(walked.at_work or ())
-        explorers = {
-            name: one._replace(opt_state=to_host(one.opt_state))
-            if name in waiting
-            else one
-            for name, one in explore.explorers.items()
-        }
+        for name in walked.at_work or ():
+            found = _with_stack(found, name, to_host)
+        walked = found.explore.branches
+        walked = walked._replace(start=to_host(walked.start))
+        found = found._replace(explore=found.explore._replace(branches=walked))
+    return found._replace(stable=to_host(found.stable))
+
+
+def _with_stack(found: Any, name: str, change: Callable[[Any], Any]) -> Any:
+    """The shardings of a state of ev3 with those of one stack of explorers changed."""
+    explore, walked = found.explore, found.explore.branches
+    one = explore.explorers[name]
+    one = one._replace(opt_state=change(one.opt_state))
+    if walked != ():
         walked = walked._replace(
-            start=to_host(walked.start),
-            ends=walked.ends | {name: to_host(walked.ends[name]) for name in waiting},
-            means=walked.means
-            | {name: to_host(walked.means[name]) for name in waiting},
+            ends=walked.ends | {name: change(walked.ends[name])},
+            means=walked.means | {name: change(walked.means[name])},
         )
-        explore = explore._replace(explorers=explorers, branches=walked)
-    return found._replace(stable=to_host(found.stable), explore=explore)
+    explore = explore._replace(explorers=explore.explorers | {name: one})
+    return found._replace(explore=explore._replace(branches=walked))
 
 
 def _over_explorers(state: Any, shardings: Any, mesh: Any, axis: str) -> Any:
@@ -158,24 +165,14 @@ def _over_explorers(state: Any, shardings: Any, mesh: Any, axis: str) -> Any:
     def of_state(state: Any, found: Any) -> Any:
         if not _is_state(state):
             return found
-        explorers = dict(found.explore.explorers)
-        walked = found.explore.branches
         for name, one in state.explore.explorers.items():
-            if not one.skipped.ndim:
-                continue
-            sharding.check_axis(
-                axis, one.skipped.shape[0], mesh, ", ".join(one.positions)
-            )
-            opt_state = jax.tree.map(spread, explorers[name].opt_state)
-            explorers[name] = explorers[name]._replace(opt_state=opt_state)
-            if walked != ():
-                parts = jax.tree.map(spread, (walked.ends[name], walked.means[name]))
-                walked = walked._replace(
-                    ends=walked.ends | {name: parts[0]},
-                    means=walked.means | {name: parts[1]},
+            if one.skipped.ndim:
+                names = ", ".join(one.positions)
+                sharding.check_axis(axis, one.skipped.shape[0], mesh, names)
+                found = _with_stack(
+                    found, name, functools.partial(jax.tree.map, spread)
                 )
-        explore = found.explore._replace(explorers=explorers, branches=walked)
-        return found._replace(explore=explore)
+        return found
 
     return jax.tree.map(of_state, state, shardings, is_leaf=_is_state)
 

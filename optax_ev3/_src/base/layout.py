@@ -79,6 +79,11 @@ class Layout:
             first += len(names)
         raise KeyError(name)
 
+    def stands_for(self, name: str, explorer: jax.Array) -> jax.Array:
+        """Whether an explorer, by its index, is one of those that a name stands for."""
+        rows = self.rows(name)
+        return (explorer >= rows[0]) & (explorer <= rows[-1])
+
     def all_rows(self, name: str) -> list[int]:
         """Which candidates an explorer's members and their averages are."""
         return [

@@ -228,6 +228,8 @@ def spread(tree: Any, size: int | None) -> Any:
 
 def where_rows(mask: jax.Array, new: Any, old: Any) -> Any:
     """Leafwise ``new`` where the mask holds, which runs over leading axes."""
+    if not mask.ndim:
+        return where(mask, new, old)
 
     def choose(flag: jax.Array, n: Any, o: Any) -> jax.Array:
         return jnp.where(flag, jnp.asarray(n, o.dtype), o)
@@ -239,8 +241,6 @@ def where_rows(mask: jax.Array, new: Any, old: Any) -> Any:
     def each(n: Any, o: Any) -> jax.Array:
         return choose(*sharding.leading_alike(mask, n, o))
 
-    if not mask.ndim:
-        return where(mask, new, old)
     return jax.tree.map(each, new, old)
 
 

@@ -92,7 +92,7 @@ def check_axis(axis: str, size: int, mesh: Any, what: str) -> None:
         )
 
 
-def along(axis: Any, tree: Any, mesh: Any) -> Any:
+def _along(axis: Any, tree: Any, mesh: Any) -> Any:
     """The tree with the leading axis of all leaves spread over an axis of the mesh."""
 
     def spread(leaf: jax.Array) -> jax.Array:
@@ -108,7 +108,7 @@ def leading_alike(*trees: Any) -> tuple[Any, ...]:
     for leaf in jax.tree.leaves(trees):
         found = spec(leaf)
         if found is not None and found[0] is not None:
-            return along(found[0], trees, jax.typeof(leaf).sharding.mesh)
+            return _along(found[0], trees, jax.typeof(leaf).sharding.mesh)
     return trees
 
 

@@ -88,11 +88,9 @@ def _where_it_is(
 ) -> ExploreState:
     """The state with what is changed for the name, and the row, of an explorer."""
     for name in names:
-        rows = layout.rows(name)
-        is_here = (lead >= rows[0]) & (lead <= rows[-1])
         # The whole state is carried: what is read of it need not be copied before.
-        there = functools.partial(change, name, lead - rows[0])
-        state = select.apply_if(is_here, there, state)
+        there = functools.partial(change, name, lead - layout.rows(name)[0])
+        state = select.apply_if(layout.stands_for(name, lead), there, state)
     return state
 
 

@@ -164,21 +164,11 @@ def begun_anew(
 
         return lambda own: select.select_or_apply(flags.any(), anew, own)
 
-    state = replaced(state, {name: begin(name) for name in which})
+    # One explorer after the other: none needs memory for all.
+    state = with_parts(state, {name: begin(name)(parts(state, name)) for name in which})
     walked: BranchesState = state.branches
     age = jnp.where(ctx.layout.join(which), 0, walked.age)
     return state._replace(branches=walked._replace(age=age))
-
-
-def replaced(
-    state: ExploreState, change: Mapping[str, Callable[[Any], Any]]
-) -> ExploreState:
-    """The state with ``change(inner state, end, averages)`` of explorers, by name.
-
-    One explorer after the other: none needs memory for all.
-    """
-    new = {name: fn(parts(state, name)) for name, fn in change.items()}
-    return with_parts(state, new)
 
 
 def parts(state: ExploreState, name: str) -> tuple[Any, Any, Any]:

@@ -103,14 +103,14 @@ class Relay(strategy.Strategy):
         )
         call, is_finite = calls.scaled(ctx.call, self.schedule), jnp.asarray(True)
         for name, branch in at_work.branches(layout, state).items():
-            rows, explorer = layout.rows(name), ctx.explorers[name]
-            member = steps.member(explorer, name, call, lead - rows[0])
+            row = lead - layout.rows(name)[0]
+            member = steps.member(ctx.explorers[name], name, call, row)
 
             def go(carry: Any, member: steps.Member = member) -> Any:
                 new = walk.advance(member, carry[0])
                 return new, finite.finite(new.end)
 
-            takes = (lead >= rows[0]) & (lead <= rows[-1]) & (walked.step >= 0)
+            takes = layout.stands_for(name, lead) & (walked.step >= 0)
             moved[name], is_finite = select.apply_if(takes, go, (branch, is_finite))
         is_skipped = jnp.stack([one.skipped > 0 for one in moved.values()]).any()
         state = _after_step(layout, state, moved, is_finite, is_skipped)
