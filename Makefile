@@ -65,9 +65,13 @@ lint: $(VENV)/.has-dev ## Check the style (ruff)
 	@echo "Checking the style of $(CODE) ..."
 	@$(PY) -m ruff check $(CODE) && $(PY) -m ruff format --check $(CODE)
 
-types: $(VENV)/.has-dev ## Check the types (pyright)
+# The second check is of the installed package, as a type checker of users finds it.
+types: $(VENV)/.has-dev $(VENV)/.package ## Check the types (pyright)
 	@echo "Checking the types of optax_ev3 ..."
 	@$(PY) -m pyright --pythonpath $(PY)
+	@echo "Checking that every public name has a type ..."
+	@about=$$(PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pyright --ignoreexternal \
+	    --verifytypes optax_ev3) || { echo "$$about"; exit 1; }
 
 docs: $(VENV)/.has-docs $(VENV)/.package ## Build the documentation into docs/_build
 	@echo "Building docs/_build/index.html ..."

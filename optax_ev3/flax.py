@@ -8,10 +8,10 @@ import optax
 try:
     from flax import nnx
     from flax.training import train_state
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
         'optax_ev3.flax needs Flax: pip install "optax_ev3[flax]"'
-    ) from error
+    ) from _error
 
 from optax_ev3._src.applications import parameter_mapping
 from optax_ev3._src.applications.growth import progress, report, take_along

@@ -17,10 +17,10 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
         'optax_ev3.plot needs matplotlib: pip install "optax_ev3[plot]"'
-    ) from error
+    ) from _error
 
 __all__ = ["history"]
 

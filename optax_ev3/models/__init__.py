@@ -2,7 +2,7 @@
 
 try:
     import flax  # noqa: F401 # pyright: ignore[reportUnusedImport]
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
         'optax_ev3.models needs Flax: pip install "optax_ev3[flax]"'
-    ) from error
+    ) from _error

@@ -35,12 +35,14 @@ class MLP(nnx.Module):
     def __init__(
         self, inputs: int, features: Sequence[int], classes: int, *, rngs: nnx.Rngs
     ):
-        self.inputs, self.features, self.classes = inputs, tuple(features), classes
+        self.inputs: int = inputs
+        self.features: tuple[int, ...] = tuple(features)
+        self.classes: int = classes
         for i, width in enumerate(features, 1):
             layer = nnx.Linear(inputs, width, kernel_init=_HE, rngs=rngs)
             setattr(self, f"hidden_{i}", layer)
             inputs = width
-        self.head = nnx.Linear(inputs, classes, rngs=rngs)
+        self.head: nnx.Linear = nnx.Linear(inputs, classes, rngs=rngs)
 
     def __call__(self, x: Any) -> Any:
         """Logits."""
@@ -104,16 +106,18 @@ class ResNet(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        self.channels, self.blocks = channels, tuple(blocks)
-        self.classes, self.filters = classes, filters
-        self.conv = _conv(channels, filters, 3, 1, rngs)
-        self.norm = _norm(filters, rngs)
+        self.channels: int = channels
+        self.blocks: tuple[int, ...] = tuple(blocks)
+        self.classes: int = classes
+        self.filters: int = filters
+        self.conv: nnx.Conv = _conv(channels, filters, 3, 1, rngs)
+        self.norm: nnx.BatchNorm = _norm(filters, rngs)
         width = filters
         for name, (stage, block) in _sizes.block_names(blocks).items():
             before = width
             width, stride = _sizes.shape_of_block(stage, block, filters)
             setattr(self, name, _Block(before, width, stride, rngs))
-        self.head = nnx.Linear(width, classes, rngs=rngs)
+        self.head: nnx.Linear = nnx.Linear(width, classes, rngs=rngs)
 
     def __call__(self, x: Any) -> Any:
         """Logits; by the batch's own statistics after ``train()``."""

@@ -313,7 +313,7 @@ class _Archived:
 
     student: Callable[..., Any]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         found = _signature(callbacks.free(self.student, 1).parameters, _PARAMS)
         object.__setattr__(self, "__signature__", found)
 

@@ -84,7 +84,7 @@ class Growth:
         default_factory=dict
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         kinds = {"rename": str, "inputs": Sequence, "positions": Mapping}
         for name, kind in kinds.items():
             given = getattr(self, name)

@@ -58,7 +58,7 @@ class Racing:
     patience: int = 2
     window: int = 8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         patience = checks.integer(self.patience, "patience", 1)
         window = checks.integer(self.window, "window", 2)
         if patience >= window:
