@@ -8,6 +8,8 @@ PYTEST_ARGS ?=
 TESTED := loops
 SELECT :=
 
+# What builds the package: `build-system.requires` of pyproject.toml.
+BUILD := hatchling hatch-fancy-pypi-readme
 PY := $(VENV)/bin/python
 PIP = $(PY) -m pip --disable-pip-version-check install -qq -c $(LOCK)
 SOURCES := $(shell find optax_ev3 -name __pycache__ -prune -o -print)
@@ -108,7 +110,8 @@ $(VENV)/.created:
 
 $(VENV)/.has-%: pyproject.toml $(LOCK) $(VENV)/.created
 	@echo "Installing optax_ev3[$*] into $(VENV); the first time takes minutes ..."
-	@rm -f $@ && touch $@.part && $(PIP) hatchling && $(PIP) --no-build-isolation '.[$*]' && \
+	@rm -f $@ && touch $@.part && $(PIP) $(BUILD) && \
+	    $(PIP) --no-build-isolation '.[$*]' && \
 	    cp -p $@.part $(VENV)/.package && mv $@.part $@
 
 $(VENV)/.package: $(SOURCES) $(VENV)/.created
