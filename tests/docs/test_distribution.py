@@ -1,10 +1,12 @@
 """What goes to the package index: a README without its repository, and the sources."""
 
 import email.parser
+import fnmatch
 import pathlib
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import pytest
@@ -12,6 +14,9 @@ import pytest
 import optax_ev3
 
 ROOT = pathlib.Path(__file__).parents[2]
+
+# What only the repository has: its services, and the numbers behind stored tables.
+LEFT_OUT = [".ci/*", ".github/*", ".pre-commit-config.yaml", "*/results.csv"]
 
 
 def build(root, folder):
@@ -55,3 +60,21 @@ def test_links_hold_on_the_package_index(built):
         file, found = re.subn(release, "", link.partition("#")[0])
         assert not found or (ROOT / file).is_file(), link
         assert not found or ("/raw/" in link) == file.endswith(".png"), link
+
+
+def test_the_source_distribution_has_what_the_repository_has(built, tmp_path):
+    with tarfile.open(built[1]) as archive:
+        archive.extractall(tmp_path, filter="data")
+    [root] = tmp_path.iterdir()
+    found = {str(x.relative_to(root)) for x in root.rglob("*") if x.is_file()}
+    if (ROOT / ".git").exists():
+        command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+        names = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+        names = {x for x in names.stdout.decode().splitlines() if (ROOT / x).exists()}
+        names -= {x for x in names for glob in LEFT_OUT if fnmatch.fnmatch(x, glob)}
+        assert found - {"PKG-INFO"} == names
+    # Nothing is missing that the package is made of.
+    again = build(root, tmp_path / "again")[0]
+    assert metadata(again) == metadata(built[0])
+    ours, theirs = (zipfile.ZipFile(x).namelist() for x in (again, built[0]))
+    assert ours == theirs
