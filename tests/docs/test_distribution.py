@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 
 import pytest
@@ -78,3 +79,33 @@ def test_the_source_distribution_has_what_the_repository_has(built, tmp_path):
     assert metadata(again) == metadata(built[0])
     ours, theirs = (zipfile.ZipFile(x).namelist() for x in (again, built[0]))
     assert ours == theirs
+
+
+def one(pattern, file):
+    """What a pattern finds in a file: the first of one group."""
+    return re.search(pattern, (ROOT / file).read_text("utf-8"), re.MULTILINE)[1]
+
+
+def test_one_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert optax_ev3.__version__ == version
+    assert one(r"^version: (\S+)$", "CITATION.cff") == version
+    assert one(r"^## \[(\d[^\]]*)\]", "CHANGELOG.md") == version
+
+
+def test_one_address():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    globs = ["*.cff", "*.md", "*.toml", "docs/*.md", ".github/**/*.*"]
+    text = "\n".join(x.read_text("utf-8") for glob in globs for x in ROOT.glob(glob))
+    found = set(re.findall(r"https://github\.com/[\w.-]+/optax_ev3\b", text))
+    found |= set(re.findall(r"https://optax[-_]ev3[\w.-]*\.io\b", text))
+    assert found == {project["urls"]["Source"], project["urls"]["Documentation"]}
+
+
+@pytest.mark.skipif(
+    (ROOT / "PKG-INFO").exists(), reason="a source distribution has no settings of Git"
+)
+def test_one_release_of_ruff():
+    pinned = one(r"^ruff==(\S+)$", "requirements/constraints.txt")
+    hook = r"ruff-pre-commit\n +rev: v(\S+)$"
+    assert one(hook, ".pre-commit-config.yaml") == pinned
