@@ -1,64 +1,60 @@
-"""One run of EV3 against the best optimizer in hindsight, sweeps, and other methods.
+"""EV3's presets against optimizers that are tuned, searched for, or run as documented.
 
-Eleven tasks, see `tasks`. EV3 has one setting for all of them and eight explorers: five
-rates of Adam, two of SGD with momentum, and RMSProp. Everybody gets the same parts of
-the data, initial parameters and order of batches, by seed; what may be chosen is chosen
-by the mean score of all held-out examples, save where it says "in hindsight"; where
-they are many, EV3 draws some of them in each round. The rows:
+Eleven tasks, see `tasks`. Everybody gets the same parts of the data, initial parameters
+and order of batches, by seed, and as many gradients as EV3's eight explorers in the
+task's number of steps. EV3 has one setting for all tasks; its assessments count as work,
+in forward passes of single examples, a gradient as three. What others choose by
+held-out scores is not counted. All methods stop early by the same held-out data. Three
+accountings, see `accountings`: tuning on the clock, no tuning, and tuning for free.
 
-single: each of the eight alone, and the exponential average (0.99) of its weights.
-grid search: all eight; of these and their averages the best, for each seed.
-successive halving: all eight, then the better half of them, and so on, each stage with
-  a quarter of all gradients.
-population-based training: eight of Adam, whose rates are copied and moved.
-soup: greedy average of the eight ends.
-cosine, reduce_on_plateau, schedule-free, mechanize, prodigy: AdamW (Adam for
-  reduce_on_plateau), at five rates where they need one, the best for each seed; the
-  gradients of that search are not counted.
+EV3 portfolio, EV3 relay: the preset with a loss, and without one.
+AdamW + cosine and others: one optimizer, at the rate of its documentation, or tuned
+  over five rates.
+grid search, successive halving: of EV3's eight explorers.
+random search, TPE, hyperband, BOHB, population-based training, PB2, soup: see `searches`.
+wall-clock: how long a unit of EV3's work takes, over one of AdamW.
 
-At equal gradients all methods take as many as eight explorers in the task's number of
-steps; grid search, halving, soup and populations share them out. Explorers of EV3 that
-are paused take none, so that the others take more steps. At equal work EV3 ends
-earlier: its assessments count as well, in forward passes of single examples, a gradient
-as three. What others choose by held-out scores is not counted. A run that ends worse
-than its
-initial parameters counts as these, for every method alike.
-
-`--quick` runs three tasks with three seeds and few methods, in some minutes.
+`--quick` runs three tasks with two seeds and few methods, in some minutes.
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 from benchmarks.quality import report
-from benchmarks.quality.methods import METHODS, OTHERS, SINGLES
-from benchmarks.quality.tasks import TASKS
-from benchmarks.quality.training import HALVING, PROCEDURES, SHARE, cell
+from benchmarks.quality.accountings import GRID, GROUPS, cell
+from benchmarks.quality.methods import MAIN
+from benchmarks.quality.tasks import TASKS, made
+from benchmarks.quality.training import forget_programs
 from benchmarks.run import Cell, Suite
 
 
 class Settings(NamedTuple):
     """How much is measured; steps are each task's own where they are 0."""
 
-    seeds: int = 10
+    seeds: int = 6
     first_seed: int = 0
     steps: int = 0
     few: bool = False  # Whether only some tasks and methods are measured.
 
 
 FEW_TASKS = ("digits MLP", "outliers", "distillation")
-FEW_METHODS = ("EV3", "untrained", *SINGLES, *OTHERS)
+FEW_METHODS = (*MAIN, "AdamW + cosine", "schedule-free AdamW", GRID)
 
 
 def cells(settings, tasks, results):
     del results
     seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
-    names = FEW_METHODS if settings.few else (*METHODS, *PROCEDURES)
-    for name in FEW_TASKS if settings.few else tasks:
-        task = functools.cache(lambda name=name: TASKS[name]()._replace(name=name))
-        for method in names:
+    tasks_by_name = {name: functools.cache(functools.partial(made, name)) for name in tasks}
+    if settings.few:
+        tasks = [name for name in tasks if name in FEW_TASKS]
+    for group, name in itertools.product(GROUPS, tasks):
+        forget_programs()
+        for method in group:
+            if settings.few and method not in FEW_METHODS:
+                continue
 
-            def measure(task=task, method=method):
+            def measure(task=tasks_by_name[name], method=method):
                 return cell(task(), method, settings.steps or task().steps, seeds)
 
             yield Cell(name, method, measure)
@@ -66,17 +62,9 @@ def cells(settings, tasks, results):
 
 def shown(results, settings, folder):
     del settings
-    variants = [name for name in dict.fromkeys(results.method) if name != report.EV3]
-    variants = tuple(name for name in variants if name.startswith(report.EV3))
-    kinds = report.Kinds(tuple(SINGLES), tuple(OTHERS), HALVING, SHARE, variants)
-    found = report.tables(results, kinds)
-    report.show_all(found, kinds)
-    report.verdicts(found, kinds)
-    report.write_table(found, kinds, folder / "table.md")
-    report.draw_profile(found["work"], kinds, folder / "profile.png")
-    report.draw_course(results, kinds, folder / "course.png")
+    report.shown(results, folder)
 
 
 SUITE = Suite(
-    tuple(TASKS), Settings(), {"seeds": 3, "few": True}, cells, shown, spread=True
+    tuple(TASKS), Settings(), {"seeds": 2, "few": True}, cells, shown, spread=True
 )

@@ -33,6 +33,8 @@ class Task(NamedTuple):
       steps: Of each explorer.
       batch: Training examples in a step.
       name: What it is called in :data:`TASKS`.
+      merge: From parameters and what the loss computes on the side to parameters with
+        new running statistics; where given, `loss` returns `(value, aux)`.
     """
 
     parts: Callable[[int], Parts]
@@ -44,6 +46,7 @@ class Task(NamedTuple):
     steps: int
     batch: int
     name: str = ""
+    merge: Callable[[Any, Any], Any] | None = None
 
     def held_out(self, params: Any, part: Any) -> jax.Array:
         """The mean score of all held-out examples."""
@@ -337,3 +340,8 @@ TASKS = {
     "auto-encoder": autoencoder,
     "physics": physics,
 }
+
+
+def made(name: str) -> Task:
+    """The task of a name."""
+    return TASKS[name]()._replace(name=name)

@@ -1,4 +1,10 @@
-"""How the methods of the quality suite are run, and what is measured when."""
+"""How methods are run on a task, and what they would hand over after how much work.
+
+Every run is followed by its *incumbent*: of the parameters that are looked at, at
+:data:`MARKS` and before the first step, those with the best score of all held-out
+examples so far. So all methods stop early, by the same data, and none ends worse than it
+began by more than these data can tell. EV3 hands over what it calls its best itself.
+"""
 
 import functools
 
@@ -6,135 +12,162 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pandas as pd
 
 from benchmarks.data import stacked
-from benchmarks.quality.methods import ADAMS, COUNT, EV3, METHODS, SINGLES, looked_at
-from benchmarks.results import tidy
-from benchmarks.training import batch_of, fit, over_seeds
+from benchmarks.quality.methods import looked_at
+from benchmarks.training import batch_of, over_seeds
 
 DECAY = 0.99  # Of exponential averages.
 # Successive halving: of how many the best go on, after which parts of all gradients
-# each of them has taken. The first are the ends of grid search.
+# each of them has taken.
 HALVING = ((8, 1 / 32), (4, 3 / 32), (2, 7 / 32), (1, 15 / 32))
-SHARE = 1 / COUNT
-# Parts of all gradients after which figures are taken.
-MARKS = (*(part for _, part in HALVING), 1 / 16, SHARE, 1 / 4, 1 / 3, 2 / 3, 1.0)
-# What is measured where EV3 has done as much work, its assessments counted.
-AT_WORK = " at equal work"
-WEIGHTS = ("last", "average")  # The final ones, and their exponential average.
+# Parts of a run after which figures are taken.
+MARKS = tuple(
+    sorted(
+        {
+            *(2.0 ** (k / 3 - 6) for k in range(12)),
+            *(k / 20 for k in range(5, 21)),
+            *(part for _, part in HALVING),
+        }
+    )
+)
+FIGURES = ("test", "held_out")
 
 
 def figures_of(task, parts, params):
-    return {
-        "test": task.test(params, parts.test),
-        "held_out": task.held_out(params, parts.held_out),
-    }
+    return jnp.stack(
+        [task.test(params, parts.test), task.held_out(params, parts.held_out)]
+    )
+
+
+def value_and_grad(task, params, batch):
+    """The loss, its gradient, and what a merge needs."""
+    if task.merge is None:
+        return *jax.value_and_grad(task.loss)(params, batch), None
+    (value, aux), grads = jax.value_and_grad(task.loss, has_aux=True)(params, batch)
+    return value, grads, aux
+
+
+def applied(task, params, updates, aux):
+    """After a step, with new running statistics where there are any."""
+    params = optax.apply_updates(params, updates)
+    return params if aux is None else task.merge(params, aux)
 
 
 @functools.cache
-def trainer(task, make, evaluated, steps, parts_of_it, seeds):
-    """A function of a learning rate to figures by kind ``[seeds, marks, 2]``.
+def trainer(task, make, evaluated, steps, seeds):
+    """A function of a learning rate to figures ``[seeds, 1 + marks, 2 kinds, 2]``.
 
-    The two are of the parameters, and of the exponential average of their course.
+    The first are those of the initial parameters. Kinds are the parameters, and the
+    exponential average of their course; the last axis is :data:`FIGURES`.
     """
-    marks = jnp.asarray([max(1, round(steps * part)) for part in parts_of_it])
+    marks = jnp.asarray([max(1, round(steps * part)) for part in MARKS])
 
     def one(seed, parts, rate):
         tx = optax.with_extra_args_support(make(rate, steps))
         params = task.init(jax.random.key(seed))
+        both = functools.partial(_both, task, parts)
 
         def step(carry, number):
-            params, state, average, kept = carry
+            params, state, average, found = carry
             batch = batch_of(parts.train, seed, number, task.batch)
-            value, grads = jax.value_and_grad(task.loss)(params, batch)
+            value, grads, aux = value_and_grad(task, params, batch)
             updates, state = tx.update(grads, state, params, value=value)
-            params = optax.apply_updates(params, updates)
+            params = applied(task, params, updates, aux)
             shown = evaluated(params, state)
             decay = jnp.minimum(DECAY, (1 + number) / (10 + number))
             average = optax.incremental_update(shown, average, 1 - decay)
-            kept = keep(kept, (shown, average), number + 1 == marks)
-            return (params, state, average, kept), None
+            here = number + 1 == marks
+            found = _put(found, here, lambda: both(shown, average))
+            return (params, state, average, found), None
 
-        start = params, tx.init(params), params, blank(params, len(marks), 2)
-        (*_, kept), _ = jax.lax.scan(step, start, jnp.arange(steps))
-        return jax.vmap(jax.vmap(functools.partial(figures_of, task, parts)))(kept)
+        start = both(params, params)
+        found = jnp.zeros([len(marks), *start.shape])
+        carry = params, tx.init(params), params, found
+        (*_, found), _ = jax.lax.scan(step, carry, jnp.arange(steps))
+        return jnp.concatenate([start[None], found])
 
     return over_seeds(one, seeds, stacked(task.parts, seeds))
 
 
-def blank(params, marks, kinds):
-    return jax.tree.map(lambda x: jnp.zeros([marks, kinds, *x.shape]), params)
+def forget_programs():
+    """Drops what was compiled: hundreds of programs take more memory than there is."""
+    trainer.cache_clear()
+    ev3_trainer.cache_clear()
+    jax.clear_caches()
 
 
-def keep(kept, shown, here):
-    """Parameters of several kinds put where ``here [marks]`` says."""
+def _both(task, parts, shown, average):
+    return jnp.stack([figures_of(task, parts, params) for params in (shown, average)])
 
-    def put(old, *new):
-        mask = here.reshape(-1, *[1] * (old.ndim - 1))
-        return jnp.where(mask, jnp.stack(new), old)
 
-    return jax.lax.cond(
-        here.any(), lambda: jax.tree.map(put, kept, *shown), lambda: kept
-    )
+def _put(found, here, figures):
+    """New figures where ``here [marks]``; they are computed where there is any."""
+
+    def put():
+        mask = here.reshape(-1, *[1] * (found.ndim - 1))
+        return jnp.where(mask, figures(), found)
+
+    return jax.lax.cond(here.any(), put, lambda: found)
 
 
 @functools.cache
 def ev3_trainer(task, method, budget, seeds):
-    """A function without arguments to figures ``[seeds, marks]`` of EV3.
+    """A function without arguments to figures of EV3 and to what they took.
 
-    Explorers may be paused, so that what a call takes is counted: rounds end until the
-    gradients of all explorers are as many as the budget, and figures are those of the
-    last round that lies within each part of it; the last mark is that of equal work.
+    Explorers may be paused, so that what a call takes is counted: it goes on until the
+    gradients of all explorers are as many as the budget. Figures ``[seeds, 1 + marks +
+    1, 2]`` are those of the initial parameters, of the last round whose end lies within
+    each part of the budget, assessments counted, and, as the last, of the last round
+    within the budget by gradients alone.
     """
     limits = jnp.asarray([*(budget * part for part in MARKS), budget])
     passes = 3.0 * task.batch  # Of a gradient: forward passes of single examples.
 
     def one(seed, parts, _):
-        tx = method.make(task, parts.held_out, seed)
+        tx = method.make(task, parts.held_out, seed, budget)
         params = task.init(jax.random.key(seed))
         examples = looked_at(task, len(jax.tree.leaves(parts.held_out)[0]))
+        figures = functools.partial(figures_of, task, parts)
 
         def call(carry):
-            params, state, number, gradients, assessed, kept = carry
+            params, state, number, gradients, assessed, shown, found = carry
             batch = batch_of(parts.train, seed, number, task.batch)
             # Not computed where nothing uses it: explorers may take their own.
-            grads = jax.grad(task.loss)(params, batch)
+            _, grads, aux = value_and_grad(task, params, batch)
             updates, new = tx.update(grads, state, params, batch=batch)
-            params = optax.apply_updates(params, updates)
+            # Explorers with losses of their own have merged by themselves.
+            params = applied(task, params, updates, None if method.own else aux)
             ended = new.ev3_round > state.ev3_round
             took, candidates = taken(new, method)
+            before = _work(gradients, assessed / passes, len(limits))
             gradients += jnp.where(ended, took, 0)
             assessed += jnp.where(ended, candidates * examples, 0)
-            done = (
-                jnp.full(len(limits), gradients, jnp.float32)
-                .at[-1]
-                .add(assessed / passes)
-            )
-            shown = method.evaluated(params, new)
-            kept = keep(kept, (shown,), ended & (done <= limits))
-            return params, new, number + 1, gradients, assessed, kept
+            after = _work(gradients, assessed / passes, len(limits))
+            # The round before this one was the last within these.
+            crossed = (before <= limits) & (limits < after)
+            found = _put(found, crossed, lambda: figures(shown))
+            shown = optax.tree.where(ended, method.evaluated(params, new), shown)
+            return params, new, number + 1, gradients, assessed, shown, found
 
-        start = (
-            params,
-            tx.init(params),
-            0,
-            0,
-            0,
-            jax.tree.map(lambda x: jnp.stack([x[None]] * len(limits)), params),
-        )
-        end = jax.lax.while_loop(lambda carry: carry[3] < budget, call, start)
-        _, state, calls, gradients, assessed, kept = end
-        kept = jax.tree.map(lambda x: x[:, 0], kept)
-        figures = jax.vmap(functools.partial(figures_of, task, parts))(kept)
+        start = figures(params)
+        found = jnp.broadcast_to(start, [len(limits), *start.shape])
+        carry = params, tx.init(params), 0, 0, 0.0, params, found
+        carry = jax.lax.while_loop(lambda carry: carry[3] <= budget, call, carry)
+        _, state, calls, gradients, assessed, _, found = carry
         spent = {
             "calls": calls,
             "rounds": state.ev3_round,
             "work": 1 + assessed / passes / gradients,
         }
-        return figures | spent
+        return jnp.concatenate([start[None], found]), spent
 
     return over_seeds(one, seeds, stacked(task.parts, seeds))
+
+
+def _work(gradients, assessments, count):
+    """With assessments for each limit but the last."""
+    return jnp.full(count, gradients + assessments).at[-1].set(gradients)
 
 
 def taken(state, method):
@@ -146,130 +179,25 @@ def taken(state, method):
     return past.length[row] * explorers, took_part.sum()
 
 
-def population(task, steps, seeds, intervals=20):
-    """Population-based training (Jaderberg et al., 2017): figures ``[seeds]``.
+# From figures to incumbents, in NumPy. Axes: seeds, marks, and FIGURES as the last.
 
-    Eight of Adam; at each interval the worst two by all held-out examples become copies
-    of the best two, and their learning rates are multiplied by 0.8 or by 1.25.
+
+def incumbents(figures):
+    """The best so far by held-out scores ``[seeds, marks, 2]``, of the same shape."""
+    scores = np.nan_to_num(figures[..., 1], nan=-np.inf)
+    best = np.maximum.accumulate(scores, axis=1)
+    # Where the best so far was first reached.
+    is_new = np.diff(best, axis=1, prepend=-np.inf) > 0
+    where = np.where(is_new, np.arange(scores.shape[1]), 0)
+    where = np.maximum.accumulate(where, axis=1)
+    return np.take_along_axis(figures, where[..., None], axis=1)
+
+
+def pooled(runs):
+    """The best of several runs side by side, at each mark, by held-out scores.
+
+    Args:
+      runs: Incumbents ``[runs, seeds, marks, 2]``.
     """
-    interval = max(steps // intervals, 1)
-
-    def one(seed, parts, _):
-        tx = optax.scale_by_adam()
-
-        def step(carry, number):
-            params, state, rates = carry
-            batch = batch_of(parts.train, seed, number, task.batch)
-
-            def train(params, state, rate):
-                grads = jax.grad(task.loss)(params, batch)
-                updates, state = tx.update(grads, state, params)
-                updates = optax.tree.scale(-rate, updates)
-                return optax.apply_updates(params, updates), state
-
-            params, state = jax.vmap(train)(params, state, rates)
-
-            def exploit():
-                order = jnp.argsort(ranks(params))  # The best last.
-                source = jnp.arange(COUNT).at[order[:2]].set(order[-2:])
-                key = jax.random.fold_in(jax.random.key(seed), ~number)
-                factors = jax.random.choice(key, jnp.array([0.8, 1.25]), [COUNT])
-                moved = jnp.zeros(COUNT, bool).at[order[:2]].set(True)
-                new = rates[source] * jnp.where(moved, factors, 1)
-                copied = jax.tree.map(lambda x: x[source], (params, state))
-                return *copied, new
-
-            due = (number + 1) % interval == 0
-            return jax.lax.cond(due, exploit, lambda: (params, state, rates)), None
-
-        def ranks(params):
-            found = jax.vmap(task.held_out, in_axes=(0, None))(params, parts.held_out)
-            return jnp.nan_to_num(found, nan=-jnp.inf)
-
-        params = task.init(jax.random.key(seed))
-        params = jax.tree.map(lambda x: jnp.stack([x] * COUNT), params)
-        rates = jnp.asarray(np.geomspace(ADAMS[0], ADAMS[-1], COUNT), jnp.float32)
-        start = params, jax.vmap(tx.init)(params), rates
-        (params, *_), _ = jax.lax.scan(step, start, jnp.arange(steps))
-        best = jnp.argmax(ranks(params))
-        params = jax.tree.map(lambda x: x[best], params)
-        return figures_of(task, parts, params)
-
-    return over_seeds(one, seeds, stacked(task.parts, seeds))()
-
-
-def soup(task, steps, seeds):
-    """Greedy soup (Wortsman et al., 2022) of the ends of the eight: ``[seeds]``."""
-
-    def one(seed, parts, _):
-        params = task.init(jax.random.key(seed))
-
-        def end(tx):
-            return fit(tx, task.loss, params, parts.train, seed, steps, task.batch)[0]
-
-        def score(params):
-            found = task.held_out(params, parts.held_out)
-            return jnp.nan_to_num(found, nan=-jnp.inf)
-
-        ends = [end(tx) for tx in SINGLES.values()]
-        ends = jax.tree.map(lambda *x: jnp.stack(x), *ends)
-        order = jnp.argsort(-jax.vmap(score)(ends))
-
-        def taste(carry, index):
-            total, size, best = carry
-            more = jax.tree.map(lambda t, x: t + x[index], total, ends)
-            found = score(jax.tree.map(lambda x: x / (size + 1), more))
-            keep = found >= best
-            total = jax.tree.map(lambda a, b: jnp.where(keep, a, b), more, total)
-            best = jnp.where(keep, found, best)
-            return (total, size + keep, best), None
-
-        start = jax.tree.map(jnp.zeros_like, params), 0.0, -jnp.inf
-        (total, size, _), _ = jax.lax.scan(taste, start, order)
-        params = jax.tree.map(lambda x: x / size, total)
-        return figures_of(task, parts, params)
-
-    return over_seeds(one, seeds, stacked(task.parts, seeds))()
-
-
-def untrained(task, steps, seeds):
-    """The initial parameters: ``[seeds]``. A run that ends worse has failed."""
-    del steps
-
-    def one(seed, parts, _):
-        return figures_of(task, parts, task.init(jax.random.key(seed)))
-
-    return over_seeds(one, seeds, stacked(task.parts, seeds))()
-
-
-PROCEDURES = {
-    "population-based training": population,
-    "soup": soup,
-    "untrained": untrained,
-}
-
-
-# Cells.
-
-
-def cell(task, name, steps, seeds):
-    """All numbers of a method, or of a procedure, on a task."""
-    budget = steps * COUNT
-    if name in PROCEDURES:
-        found = PROCEDURES[name](task, steps, seeds)
-        rows = [tidy(found, seed=seeds).assign(mark=1.0)]
-    elif isinstance(METHODS[name], EV3):
-        found = ev3_trainer(task, METHODS[name], budget, seeds)()
-        figures, at_work = {}, {}
-        for kind in ("test", "held_out"):
-            figures[kind] = found[kind][:, :-1]
-            at_work[f"{kind}{AT_WORK}"] = found.pop(kind)[:, -1]
-        rows = [tidy(figures, seed=seeds, mark=MARKS)]
-        rows += [tidy(at_work, seed=seeds), tidy(found, seed=seeds)]
-    else:
-        method = METHODS[name]
-        marks = (1.0,) if method.horizon else MARKS
-        train = trainer(task, method.make, method.evaluated, budget, marks, seeds)
-        axes = {"seed": seeds, "mark": marks, "weights": WEIGHTS}
-        rows = [tidy(train(x), **axes).assign(rate=x) for x in method.rates]
-    return pd.concat([*rows, tidy({"gradients": budget})])
+    best = np.nan_to_num(runs[..., 1], nan=-np.inf).argmax(0)
+    return np.take_along_axis(runs, best[None, ..., None], axis=0)[0]

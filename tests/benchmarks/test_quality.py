@@ -13,8 +13,15 @@ pytest.importorskip("sklearn")
 pytest.importorskip("statsmodels")
 from benchmarks import run
 from benchmarks.data import sample
-from benchmarks.quality import methods, report, tasks, training
-from benchmarks.results import Results, tidy
+from benchmarks.quality import (
+    accountings,
+    comparisons,
+    methods,
+    report,
+    tasks,
+    training,
+)
+from benchmarks.results import tidy
 
 NAMES = [
     "digits MLP",
@@ -85,211 +92,111 @@ def test_the_solution_of_the_physics_task_is_its_minimum():
     np.testing.assert_allclose(second + tasks.WAVES**2 * u(t), 0, atol=1e-3)
 
 
-# The report.
-
-
-PARTS = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1 / 8, 1.0)
-
-
-def cell(method, test, held_out, marks=PARTS, **more):
-    """Rows of figures ``[marks, weights, seeds]`` in a run of 32 gradients."""
-    weights, seeds = np.shape(test)[1:]
-    figures = {"test": test, "held_out": held_out}
-    axes = {"weights": ["last", "average"][:weights], "seed": range(seeds)}
-    rows = [tidy(figures, mark=marks, **axes), tidy({"gradients": 32})]
-    return pd.concat(rows).assign(task="wine", method=method, **more)
-
-
-@pytest.fixture
-def test():
-    """Figures of eight explorers ``[8, marks, weights, seeds]``, all different."""
-    return np.random.default_rng(0).uniform(size=[8, 6, 2, 2])
-
-
-OURS = np.random.default_rng(1).uniform(size=[2, 2])  # At gradients and work, by seed.
-
-
-@pytest.fixture
-def results(test):
-    """Held-out scores are what the test says."""
-    found = [cell(f"single {i}", test[i], -test[i], rate=0.1) for i in range(8)]
-    ours = tidy({"test": OURS[:1], "held_out": -OURS[:1]}, mark=[1.0], seed=range(2))
-    at_work = {"test at equal work": OURS[1], "held_out at equal work": -OURS[1]}
-    ours = pd.concat([ours, tidy(at_work, seed=range(2)), tidy({"gradients": 32})])
-    return pd.concat([*found, ours.assign(task="wine", method="EV3")])
-
-
-HALVING = ((8, 1 / 32), (4, 3 / 32), (2, 7 / 32), (1, 15 / 32))
-SINGLES = tuple(f"single {number}" for number in range(8))
-KINDS = report.Kinds(SINGLES, ("cosine",), HALVING, 1 / 8)
-
-
-def test_grid_search_and_hindsight(results, test):
-    rows = report.rows(results, KINDS, "gradients")
-    ends = test[:, 5].reshape(16, 2)  # And averages.
-    np.testing.assert_array_equal(rows[report.HINDSIGHT], ends[ends.mean(1).argmin()])
-    np.testing.assert_array_equal(rows["all eight in full, by held-out"], ends.min(0))
-    shares = test[:, 4].reshape(16, 2)  # At 4 of 32 steps.
-    np.testing.assert_array_equal(rows["grid search"], shares.min(0))
-    np.testing.assert_array_equal(rows["single 3, averaged"], test[3, 5, 1])
-    np.testing.assert_array_equal(rows["EV3"], OURS[0])
-    # At equal work others are what they were, EV3 ends earlier.
-    at_work = report.rows(results, KINDS, "work")
-    np.testing.assert_array_equal(at_work["EV3"], OURS[1])
-    np.testing.assert_array_equal(at_work["grid search"], rows["grid search"])
-
-
-def test_successive_halving(results, test):
-    expected = []
-    for seed in range(2):
-        left = list(range(8))
-        for mark, keep in enumerate((4, 2, 1)):
-            left = sorted(left, key=lambda i, m=mark, s=seed: test[i, m, 0, s])[:keep]
-        expected.append(test[left[0], 3, 0, seed])
-    rows = report.rows(results, KINDS, "gradients")
-    np.testing.assert_array_equal(rows["successive halving"], expected)
-
-
-def test_rates_are_chosen_by_held_out_scores_for_each_seed(results):
-    pairs = [([1, 2], [5, 6]), ([3, 4], [7, 5]), ([0, 0], [np.nan, 4])]
-    runs = [
-        cell("cosine", [[test, [9, 9]]], [[score, [0, 0]]], [1.0], rate=rate)
-        for rate, (test, score) in enumerate(pairs)
-    ]
-    rows = report.rows(pd.concat([results, *runs]), KINDS, "gradients")
-    np.testing.assert_array_equal(rows["cosine"], [3, 2])
-
-
-def test_what_ends_worse_than_it_began_counts_as_its_start(results):
-    found = pd.DataFrame({"a": [1, np.inf], "b": [4, 2]})
-    found = report.no_worse(found, pd.Series([2.0, 3.0]))
-    np.testing.assert_array_equal(found["a"], [1, 3])
-    np.testing.assert_array_equal(found["b"], [2, 2])
-    start = {"test": [[0.0, 0.5]], "held_out": [[0.0, 0.0]]}
-    start = tidy(start, mark=[1.0], seed=range(2))
-    start = start.assign(task="wine", method=report.UNTRAINED)
-    rows = report.rows(pd.concat([results, start]), KINDS, "gradients")
-    assert (rows.loc[0] == 0).all() and (rows.loc[1] <= 0.5).all()
-
-
-def test_what_was_asked_is_told(capsys):
-    """Four seeds, two tasks: on one EV3 is clearly better, on the other not by much."""
-    better = pd.Series([1.0, 1.1, 0.9, 1.0])
-    level = pd.Series([2.0, 2.2, 2.4, 2.6])
-    found = {
-        "a": {
-            report.EV3: better,
-            report.HINDSIGHT: np.add(better, [1.0, 1.01, 0.99, 1.0]),
-            "grid search": np.subtract(better, [0.5, 0.51, 0.49, 0.5]),
-            "EV3, other": 1.1 * better,
-        },
-        "b": {
-            report.EV3: level,
-            report.HINDSIGHT: np.add(level, [0.3, -0.3, 0.3, -0.4]),
-            "grid search": level[::-1].to_numpy(),
-            "EV3, other": 0.9 * level,
-        },
-    }
-    found = {task: pd.DataFrame(one) for task, one in found.items()}
-    kinds = KINDS._replace(variants=("EV3, other",))
-    report.verdicts(dict.fromkeys(report.TABLES, found), kinds)
-    out = " ".join(capsys.readouterr().out.split())
-    for part in (
-        "or better on 2 of 2 tasks, significantly better on 1: a.",
-        "significantly better on 0 of 2 tasks (none), worse on 1 (a).",
-        # The root of 1.1 times 0.9.
-        "0.995 (geometric mean of 2 tasks; 0.900 on b to 1.100 on a; at most 1.01 on "
-        "1).",
-    ):
-        assert part in out
-
-
-def test_table_of_markdown(results, tmp_path):
-    found = report.tables(results, KINDS)
-    report.write_table(found, KINDS, tmp_path / "table.md")
-    lines = (tmp_path / "table.md").read_text().splitlines()
-    head, row = (
-        [x.strip("* ") for x in line.split("|")[1:-1]] for line in (lines[2], lines[4])
-    )
-    rows = report.rows(results, KINDS, "gradients")
-    for name, text in list(zip(head, row, strict=True))[1:]:
-        mean, error = (float(x) for x in text.split("±"))
-        assert mean == pytest.approx(rows[name].mean(), rel=5e-3)
-        assert error == pytest.approx(abs(np.diff(rows[name])[0]) / 2, rel=5e-2)
-    assert "grid search" in head and lines[4].count("**") == 2
-
-
-def test_tables_and_plots(results, tmp_path, capsys):
-    found = report.tables(results, KINDS)
-    report.show_all(found, KINDS)
-    out = capsys.readouterr().out
-    for row in ("At equal work", "wine, 2 seeds", "grid search", "EV3 against"):
-        assert row in out
-    report.draw_profile(found["work"], KINDS, tmp_path / "profile.png")
-    report.draw_course(results, KINDS, tmp_path / "course.png")
-    image = pytest.importorskip("matplotlib.image").imread(tmp_path / "course.png")
-    orange = np.array([0xE6, 0x9F, 0x00]) / 255  # The line of the best single method.
-    assert (abs(image[..., :3] - orange) < 0.02).all(-1).sum() > 50
-
-
 # Runs.
 
 
-def test_all_that_can_be_measured_has_been():
-    names = [*methods.METHODS, *training.PROCEDURES]
-    assert len(names) == len(set(names)) > 30
-    kept = Results(run.FOLDER / "quality").frame
-    assert set(kept.task) == set(NAMES)
-    for _, one in kept.groupby("task"):
-        assert set(one.method) >= set(names)
-    # Of most methods two figures, at some marks, in ten runs each.
-    assert len(kept) > 100_000 and set(kept.seed.dropna()) == set(range(10))
+def test_figures_are_those_of_the_run_and_of_its_average():
+    """Against a loop by hand: the initial parameters, and two of the marks."""
+    task, steps, seeds = tasks.made("wine"), 40, range(2)
+    make = lambda rate, steps: optax.sgd(rate)
+    found = training.trainer(task, make, methods.visible, steps, seeds)(0.1)
+    assert found.shape == (2, 1 + len(training.MARKS), 2, 2)
+    parts = jax.tree.map(jnp.asarray, task.parts(1))
+    params = average = task.init(jax.random.key(1))
+    kept = {0: (params, average)}
+    for number in range(steps):
+        key = jax.random.fold_in(jax.random.key(1), number)
+        grads = jax.grad(task.loss)(params, sample(key, parts.train, task.batch))
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+        decay = min(0.99, (1 + number) / (10 + number))
+        average = jax.tree.map(
+            lambda a, p, d=decay: d * a + (1 - d) * p, average, params
+        )
+        kept[number + 1] = params, average
+    for part, step in ((0, 0), (0.25, 10), (1.0, 40)):
+        mark = 1 + training.MARKS.index(part) if part else 0
+        for kind, params in enumerate(kept[step]):
+            expected = task.test(params, parts.test), task.held_out(params, parts.held_out)
+            np.testing.assert_allclose(found[1, mark, kind], expected, 2e-3)
 
 
-def few(monkeypatch, **kwargs):
-    """EV3 with two explorers, which compiles faster."""
-    inner = {"adam": optax.adam(1e-2), "sgd": optax.sgd(0.1)}
-    found = methods.ev3(inner=inner, **kwargs)
-    monkeypatch.setitem(methods.METHODS, "EV3", found)
-    return found
+def test_running_statistics_are_merged():
+    """A loss that counts its calls on the side."""
 
+    def loss(params, batch):
+        return (params["w"] * batch).mean() ** 2, params["calls"] + 1
 
-@pytest.mark.slow
-def test_the_suite_runs_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
-    few(monkeypatch, explore=methods.branches(averages=()))
-    pattern = "^(EV3|adam .*|momentum .*|rmsprop .*|cosine|untrained|population.*)$"
-    args = ["quality", "--seeds=2", "--steps=8", "--task=wine", f"--only={pattern}"]
-    args += [f"--folder={tmp_path}"]
-    assert run.main(args) == 0
-    out, err = capsys.readouterr()
-    for row in ("grid search", "successive halving", "population", "cosine"):
-        assert row in out
-    assert "wine, EV3: " in err and err.count("\n") == 1 + 8 + 3
-    path = tmp_path / "results.csv"
-    whole = path.read_text()
-    rows = whole.splitlines(keepends=True)
-    path.write_text("".join(row for row in rows if not row.startswith("wine,cosine,")))
-    assert run.main(args) == 0
-    again, err = capsys.readouterr()
-    assert err.startswith("wine, cosine: ") and err.count("\n") == 1
-    assert again == out
-    # But for the time that it took.
-    kept, found = (
-        sorted(row for row in text if ",seconds," not in row)
-        for text in (rows, path.read_text().splitlines(keepends=True))
+    task = tasks.Task(
+        parts=lambda seed: tasks.Parts(*np.float32(np.ones([3, 8]))),
+        init=lambda key: {"w": jnp.ones([]), "calls": jnp.zeros([])},
+        loss=loss,
+        score=lambda params, part: -params["calls"] * part,
+        test=lambda params, part: params["calls"],
+        figure="calls",
+        steps=20,
+        batch=4,
+        merge=lambda params, calls: {**params, "calls": calls},
     )
-    assert kept == found
+    make = lambda rate, steps: optax.sgd(rate)
+    found = training.trainer(task, make, methods.visible, 20, range(1))(0.1)
+    expected = [0, *(max(1, round(20 * mark)) for mark in training.MARKS)]
+    np.testing.assert_array_equal(found[0, :, 0, 0], expected)
+
+
+def test_the_incumbent_is_the_best_so_far_by_held_out_scores():
+    test = [[5.0, 4, 3, 2, 1]]
+    held_out = [[0.0, 2, np.nan, 1, 3]]
+    found = training.incumbents(np.stack([test, held_out], -1))
+    np.testing.assert_array_equal(found[..., 0], [[5, 4, 4, 4, 1]])
+    np.testing.assert_array_equal(found[..., 1], [[0, 2, 2, 2, 3]])
+
+
+def test_runs_side_by_side_are_pooled_by_held_out_scores():
+    runs = np.array([[[[1.0, 5], [2, 5]]], [[[3, 4], [4, 6]]], [[[0, np.nan], [0, 5]]]])
+    np.testing.assert_array_equal(training.pooled(runs), [[[1, 5], [4, 6]]])
+
+
+def test_successive_halving(monkeypatch):
+    """The better half by scores at each stage; scores say the contrary of figures."""
+    rng, marks = np.random.default_rng(0), training.MARKS
+    score = rng.normal(size=[8, 2, 1 + len(marks)])
+    monkeypatch.setattr(
+        accountings,
+        "_eight",
+        lambda task, steps, seeds: np.stack([-score, score], -1)[..., None, :],
+    )
+    found = accountings._halved(None, 64, range(2))
+    found = found[found.metric == "test"].pivot(index="seed", columns="mark")
+    best = np.maximum.accumulate(score, axis=2)[..., 1:]
+    for seed in range(2):
+        left, course = list(range(8)), {}
+        for stage, part in enumerate((1 / 32, 3 / 32, 7 / 32, 15 / 32), start=1):
+            here = best[:, seed, marks.index(part)]
+            left.sort(key=lambda i, here=here: -here[i])
+            course[stage / 4] = -here[left[0]]
+            left = left[: len(left) // 2]
+        for mark, expected in course.items():
+            assert found["value"][mark][seed] == pytest.approx(expected)
+        # Before the first stage ends it is what a grid search has.
+        assert found["value"][0.125][seed] == pytest.approx(
+            -best[:, seed, marks.index(0.125)].max()
+        )
 
 
 @pytest.mark.slow
 def test_what_explorers_take_is_counted(monkeypatch):
     monkeypatch.setattr(methods, "LENGTH", 5)  # So that 40 of the 50 are drawn.
-    task, budget = tasks.TASKS["wine"](), 400
-    explore = methods.branches(5, averages=())
-    method = few(monkeypatch, explore=explore)
-    found = training.ev3_trainer(task, method, budget, range(2))()
+    task, budget = tasks.made("wine"), 400
+    method = methods.portfolio(
+        {"adam": optax.adam(1e-2), "sgd": optax.sgd(0.1)},
+        explore=optax_ev3.explore.branches(
+            5, restart=optax_ev3.explore.never(), racing=optax_ev3.explore.Racing(2, 8)
+        ),
+    )
+    found, spent = training.ev3_trainer(task, method, budget, range(2))()
     parts = jax.tree.map(jnp.asarray, task.parts(1))
-    tx, params = method.make(task, parts.held_out, 1), task.init(jax.random.key(1))
+    tx = method.make(task, parts.held_out, 1, budget)
+    params = task.init(jax.random.key(1))
 
     @jax.jit
     def step(params, state, number):
@@ -299,8 +206,10 @@ def test_what_explorers_take_is_counted(monkeypatch):
         return optax.apply_updates(params, updates), state
 
     tested = jax.jit(task.test)
-    state, calls, gradients, assessed, within = tx.init(params), 0, 0, 0, {}
-    while gradients < budget:
+    marks = np.array([*training.MARKS, 1.0])
+    state, calls, gradients, assessed = tx.init(params), 0, 0, 0
+    within = np.full(len(marks), tested(params, parts.test))
+    while gradients <= budget:
         params, state = step(params, state, calls)
         calls += 1
         if calls % 5:
@@ -311,13 +220,133 @@ def test_what_explorers_take_is_counted(monkeypatch):
         assert past["examples"][-1] == 40
         assessed += 40 * took.sum()
         work = gradients + assessed / (3 * task.batch)
-        test = float(tested(params, parts.test))
-        within |= {1.0: test} if gradients <= budget else {}
-        within |= {"work": test} if work <= budget else {}
+        done = np.array([*[work] * len(training.MARKS), gradients])
+        within[done <= marks * budget] = tested(
+            optax_ev3.best_params(state), parts.test
+        )
+        # Later marks are overwritten by later rounds.
     assert gradients < 2 * calls  # One was paused.
-    assert found["calls"][1] == calls and found["rounds"][1] == calls // 5
-    np.testing.assert_allclose(found["work"][1], work / gradients, 1e-5)
-    marks = [*training.MARKS, "work"]
-    for mark, test in within.items():
-        np.testing.assert_allclose(found["test"][1, marks.index(mark)], test, 1e-3)
-    assert within[1.0] != within["work"]
+    assert spent["calls"][1] == calls and spent["rounds"][1] == calls // 5
+    np.testing.assert_allclose(spent["work"][1], work / gradients, 1e-5)
+    np.testing.assert_allclose(found[1, 1:, 0], within, 1e-3)
+    assert within[-1] != within[-2]
+
+
+# Comparisons.
+
+
+def test_courses_tell_tuned_from_untuned():
+    def rows(method, accounting, value):
+        values = {"test": [[value, value / 2]], "held_out": [[0.0, 0.0]]}
+        values = {k: np.array(v) for k, v in values.items()}
+        curve = accountings._curve(values, accounting, [0], [0.5, 1.0])
+        return curve.assign(task="wine", method=method)
+
+    results = pd.concat(
+        [
+            rows("EV3 portfolio", "clock", 1.0),
+            rows("a", "untuned", 2.0),
+            rows("a", "clock", 4.0),
+            rows("b", "untuned", np.inf),
+        ]
+    )
+    found = comparisons.ends(results, "clock").loc["wine", 0]
+    assert dict(found) == {"EV3 portfolio": 0.5, "a": 1, "a, tuned": 2, "b": np.inf}
+    untuned = comparisons.ends(results, "untuned").loc["wine", 0]
+    assert dict(untuned) == {"EV3 portfolio": 0.5, "a": 1, "b": np.inf}
+    course = comparisons.courses(results)
+    assert course.loc["wine", 0, 0.5]["a, tuned"] == 4
+
+
+def table(**methods):
+    """Figures of two tasks with two seeds."""
+    index = pd.MultiIndex.from_product([["x", "y"], [0, 1]], names=["task", "seed"])
+    return pd.DataFrame(methods, index)
+
+
+def test_ranks_ratios_and_failures():
+    figures = table(a=[1.0, 3, 8, 8], b=[2.0, 2, 4, 4], c=[30.0, 1, 4, 6])
+    np.testing.assert_array_equal(
+        comparisons.ranks(figures), [[1, 2, 3], [3, 2, 1], [3, 1.5, 1.5], [3, 1, 2]]
+    )
+    # Best means: 2 on both a and b of x; 4 of b on y.
+    np.testing.assert_allclose(
+        comparisons.typical_ratios(figures),
+        [np.sqrt(1 * 2), 1, np.sqrt(15.5 / 2 * 5 / 4)],
+    )
+    failed = comparisons.failures(figures)
+    np.testing.assert_allclose(failed["1.5"], [0.75, 0, 0.5])
+    np.testing.assert_allclose(failed["2"], [0.5, 0, 0.25])
+    np.testing.assert_allclose(failed["10"], [0, 0, 0.25])
+
+
+def test_the_bootstrap_has_the_spread_of_a_mean_of_tasks():
+    """Seeds alike within a task: the variance is that of drawing tasks."""
+    rng = np.random.default_rng(0)
+    by_task = rng.normal(size=12)
+    index = pd.MultiIndex.from_product([range(12), range(3)], names=["task", "seed"])
+    values = pd.DataFrame({"a": np.repeat(by_task, 3), "b": 1.0}, index)
+    found = comparisons.bootstrap(values, comparisons.means)
+    assert found["a"].std() == pytest.approx(by_task.std() / np.sqrt(12), rel=0.1)
+    assert (found["b"] == 1).all()
+    limits = comparisons.interval(found)
+    half = 1.96 * by_task.std() / np.sqrt(12)
+    np.testing.assert_allclose(
+        limits.loc["a"], [by_task.mean() - half, by_task.mean() + half], atol=0.1
+    )
+
+
+def test_time_to_target():
+    index = pd.MultiIndex.from_product(
+        [["x", "y"], [0], [0.25, 0.5, 1.0]], names=["task", "seed", "mark"]
+    )
+    course = pd.DataFrame(
+        {"ref": [3.0, 2, 1, 9, 5, 5], "fast": [1.0, 0, 2, 4, 4, 4], "slow": [9.0] * 6},
+        index,
+    )
+    times = comparisons.times(course, "ref")
+    np.testing.assert_array_equal(times["ref"], [1, 0.5])
+    np.testing.assert_array_equal(times["fast"], [0.25, 0.25])
+    np.testing.assert_array_equal(times["slow"], [np.inf, np.inf])
+    np.testing.assert_allclose(
+        comparisons.times_over(times, "ref"), [1, np.sqrt(0.25 * 0.5), np.sqrt(2 * 4)]
+    )
+
+
+def test_behind_by_a_standard_error():
+    ours = table(a=[1.0, 1.2, 1.0, 3.0])["a"]
+    theirs = table(a=[0.5, 0.8, 1.0, 1.0])["a"]
+    # x: 0.45 behind, standard error 0.05; y: 1 behind, standard error 1.
+    assert comparisons.behind(ours, theirs) == ["x"]
+
+
+# The whole.
+
+
+@pytest.mark.slow
+def test_the_suite_runs_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+    pattern = r"^(EV3 relay|EV3 portfolio|AdamW.*|grid.*|succ.*|explorers.*|COCOB)$"
+    args = ["quality", "--seeds=2", "--steps=8", "--task=wine", f"--only={pattern}"]
+    args += [f"--folder={tmp_path}"]
+    assert run.main(args) == 0
+    out, err = capsys.readouterr()
+    assert "wine, EV3 relay: " in err and err.count("\n") == 7
+    assert "EV3 portfolio: mean rank " in out
+    page = (tmp_path / "report.md").read_text()
+    for row in ("Tuning on the clock", "grid search", "AdamW + cosine, tuned", "hindsight"):
+        assert row in page
+    for name in ("profile.png", "ranks.png", "course.png"):
+        assert f"]({name})" in page and (tmp_path / name).stat().st_size > 10_000
+    path = tmp_path / "results.csv"
+    rows = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(x for x in rows if not x.startswith("wine,COCOB,")))
+    assert run.main(args) == 0
+    again, err = capsys.readouterr()
+    assert err.startswith("wine, COCOB: ") and err.count("\n") == 1
+    assert again == out
+    # But for the time that it took.
+    kept, found = (
+        sorted(row for row in text if ",seconds," not in row)
+        for text in (rows, path.read_text().splitlines(keepends=True))
+    )
+    assert kept == found

@@ -1,0 +1,99 @@
+"""How long a unit of work takes: EV3 over AdamW with cosine decay, in one run.
+
+Work is counted in gradients; EV3 holds several copies and looks at all of them, which
+no gradient counts. Each program runs the same number of calls, compiled before, in turns
+with the others, on one core's worth of data: no seeds are dealt out.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks.overhead.timing import race
+from benchmarks.quality.methods import EV3S, MAIN, RIVALS, looked_at
+from benchmarks.quality.training import applied, taken, value_and_grad
+from benchmarks.results import tidy
+from benchmarks.training import batch_of
+
+CALLS = 200
+REFERENCE = "AdamW + cosine"
+
+
+class Settings(NamedTuple):
+    """How long is measured."""
+
+    repeats: int = 6
+    sample_seconds: float = 0.5
+
+
+def seconds(task, settings=None):
+    """Seconds for a unit of work, by method: a number for each repeat."""
+    settings = settings or Settings()
+    parts = jax.tree.map(jnp.asarray, task.parts(0))
+    work, runners = {}, {}
+    for name in (REFERENCE, *MAIN):
+        run = jax.jit(_program(task, parts, name))
+        work[name] = float(run())  # Compiles, too.
+        runners[name] = run
+    found = race(runners, settings)
+    return {name: found[name] / work[name] for name in found}
+
+
+def _program(task, parts, name):
+    """A function without arguments that trains, and returns the work that it did."""
+    if name in EV3S:
+        method = EV3S[name]
+        tx = method.make(task, parts.held_out, 0, CALLS)
+    else:
+        method, rival = None, RIVALS[name]
+        tx = optax.with_extra_args_support(rival.make(rival.default, CALLS))
+    examples = looked_at(task, len(jax.tree.leaves(parts.held_out)[0]))
+    unit = examples / (3 * task.batch)  # Of a candidate, in gradients.
+
+    def step(carry, number):
+        params, state, work = carry
+        batch = batch_of(parts.train, 0, number, task.batch)
+        _, grads, aux = value_and_grad(task, params, batch)
+        extra = {} if method is None else {"batch": batch}
+        updates, new = tx.update(grads, state, params, **extra)
+        if method is None:
+            return (applied(task, params, updates, aux), new, work + 1.0), None
+        # Explorers with losses of their own have merged by themselves.
+        params = applied(task, params, updates, aux if not method.own else None)
+        took, candidates = taken(new, method)
+        ended = new.ev3_round > state.ev3_round
+        work += jnp.where(ended, took + candidates * unit, 0)
+        return (params, new, work), None
+
+    def run():
+        params = task.init(jax.random.key(0))
+        start = params, tx.init(params), 0.0
+        (params, _, work), _ = jax.lax.scan(step, start, jnp.arange(CALLS))
+        # So that nothing is left out that training needs.
+        return work + 0.0 * optax.tree.sum(params)
+
+    return run
+
+
+def cell(task):
+    """Rows of EV3's seconds for a unit of work over those of the reference."""
+    found = seconds(task)
+    return tidy(
+        {
+            f"time of a unit of work, {name}": found[name] / found[REFERENCE]
+            for name in MAIN
+        },
+        repeat=range(len(next(iter(found.values())))),
+    )
+
+
+def over_reference(results):
+    """The median ratio for each task, a column for each of EV3's."""
+    kept = results[results.metric.str.startswith("time of a unit of work")]
+    wide = kept.pivot_table(
+        index="task", columns="metric", values="value", aggfunc=np.median
+    )
+    return wide.rename(columns=lambda name: name.split(", ")[1])

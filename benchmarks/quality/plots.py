@@ -1,0 +1,87 @@
+"""Pictures of the quality suite."""
+
+import itertools
+
+import numpy as np
+import scikit_posthocs
+from matplotlib.ticker import NullFormatter
+
+from benchmarks.quality.methods import MAIN
+from benchmarks.report import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, SKY, picture, save
+
+COLOURS = (ORANGE, SKY, GREEN, BLUE, PINK)
+SHOWN = 6  # Lines in a colour of their own; the others are grey.
+
+
+def times_to_target(times, path):
+    """The share of runs that have reached the target after so much work."""
+    reached = {
+        name: [(times[name] <= mark).groupby("task").mean().mean() for mark in MARKS]
+        for name in times
+    }
+    order = sorted(times, key=lambda name: -np.mean(reached[name]))
+    figure = picture(8, 4.5)
+    axes = figure.subplots()
+    colours = itertools.cycle(COLOURS)
+    for place, name in enumerate(order):
+        is_ours = name in MAIN
+        colour = BLACK if is_ours else next(colours) if place < SHOWN else GREY
+        axes.step(
+            MARKS,
+            reached[name],
+            where="post",
+            color=colour,
+            lw=2.5 if is_ours else 1.5 if place < SHOWN else 0.8,
+            label=name,
+            zorder=3 if is_ours else 2,
+        )
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.xaxis.set_major_formatter("{x:.0%}")
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.set_xlabel("Work done, of the budget")
+    axes.set_ylabel("Runs that have reached the target")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    save(figure, path)
+
+
+MARKS = np.linspace(0, 1, 101)
+
+
+def critical_differences(ranks, path):
+    """Mean ranks over tasks, and which do not differ (Nemenyi's test, 5%)."""
+    blocks = ranks.groupby("task").mean()
+    p_values = scikit_posthocs.posthoc_nemenyi_friedman(blocks.reset_index(drop=True))
+    figure = picture(9, 0.22 * len(blocks.columns) + 1)
+    axes = figure.subplots()
+    means = blocks.mean()
+    palette = {name: BLACK if name in MAIN else GREY for name in means.index}
+    scikit_posthocs.critical_difference_diagram(
+        means, p_values, ax=axes, color_palette=palette
+    )
+    save(figure, path)
+
+
+def by_task(course, path):
+    """Geometric means over seeds, of EV3 and of the others at their defaults."""
+    tasks = course.index.unique("task")
+    names = [x for x in (*MAIN, "AdamW + cosine", "AdamW + cosine, tuned") if x in course]
+    columns = min(4, len(tasks))
+    lines = -(-len(tasks) // columns)
+    figure = picture(2.8 * columns, 2.3 * lines + 0.5)
+    panels = figure.subplots(lines, columns, squeeze=False).flat
+    for axes in itertools.islice(panels, len(tasks), None):
+        axes.set_visible(False)
+    figure.axes[0].figure.canvas  # noqa: B018
+    for axes, task in zip(figure.axes, tasks, strict=False):
+        logs = np.log(course.loc[task][names].clip(lower=1e-12))
+        found = np.exp(logs.groupby("mark").mean())
+        for name, colour in zip(names, (BLACK, BLUE, ORANGE, GREEN), strict=False):
+            axes.plot(found.index, found[name], color=colour, label=name, lw=1.3)
+        axes.set(xscale="log", yscale="log")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_title(task, loc="left", fontsize=10)
+        axes.tick_params(labelsize=7, which="both")
+    figure.axes[0].legend(frameon=False, fontsize=7)
+    figure.supxlabel("Work, of the budget")
+    figure.supylabel("Test figure")
+    save(figure, path)
