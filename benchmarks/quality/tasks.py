@@ -33,6 +33,8 @@ class Task(NamedTuple):
       steps: Of each explorer.
       batch: Training examples in a step.
       name: What it is called in :data:`TASKS`.
+      merge: Of updated parameters and what the loss returns beside its value: the
+        parameters with that in its place. None where the loss is a value alone.
     """
 
     parts: Callable[[int], Parts]
@@ -44,6 +46,7 @@ class Task(NamedTuple):
     steps: int
     batch: int
     name: str = ""
+    merge: Callable[[Any, Any], Any] | None = None
 
     def held_out(self, params: Any, part: Any) -> jax.Array:
         """The mean score of all held-out examples."""
