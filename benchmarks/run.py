@@ -21,6 +21,8 @@ FOLDER = pathlib.Path(__file__).parent / "results"
 SUITES = {
     "one_line": "EV3 of two optimizers, in one line, against each of them alone",
     "quality": "EV3 against searches and other methods, on eleven small tasks",
+    "large": "the same on tasks of real size, whose runs take minutes",
+    "ablation": "what the parts of EV3's preset are worth",
     "rules": "what the rules are worth, and how often they take noise for proof",
     "trajectories": "what trajectories of several steps are worth",
     "evidence": "what bounds promise, keep and can see, by simulation",

@@ -40,15 +40,23 @@ GROUPS = (
 )
 
 
-def cell(task, name, steps, seeds):
-    """All numbers of a method on a task, whose explorers have so many steps each."""
+def cell(task, name, steps, seeds, is_free_measured=True):
+    """All numbers of a method on a task, whose explorers have so many steps each.
+
+    Args:
+      task: What is trained.
+      name: Of the method.
+      steps: Gradients in all, over the number of EV3's explorers.
+      seeds: Which.
+      is_free_measured: Whether rivals are tuned for free, too.
+    """
     budget = steps * COUNT
     if name == WALL_CLOCK:
         return clock.cell(task)
     if name in EV3S:
         rows = _ev3(task, EV3S[name], budget, seeds)
     elif name in RIVALS:
-        rows = _rival(task, RIVALS[name], budget, seeds)
+        rows = _rival(task, RIVALS[name], budget, seeds, is_free_measured)
     elif name in SEARCHES:
         rows = _curve(SEARCHES[name](task, budget, seeds, MARKS), CLOCK, seeds)
     else:
@@ -78,13 +86,14 @@ def _ev3(task, method, budget, seeds):
     return pd.concat(rows)
 
 
-def _rival(task, rival, budget, seeds):
+def _rival(task, rival, budget, seeds, is_free_measured):
     def runs(steps):
         train = trainer(task, rival.make, rival.evaluated, steps, seeds)
         return lambda rate: train(rate)[:, :, 0]  # Without the average.
 
     full, rates = runs(budget), rival.rates
-    alone = {x: full(x) for x in dict.fromkeys((rival.default, *rates))}
+    whole = rates if is_free_measured else ()
+    alone = {x: full(x) for x in dict.fromkeys((rival.default, *whole))}
     untuned = incumbents(alone[rival.default])
     rows = [_curve(_named(untuned[:, 1:]), UNTUNED, seeds)]
     last = {"test of the last": alone[rival.default][:, -1, 0]}
@@ -93,6 +102,7 @@ def _rival(task, rival, budget, seeds):
         part = runs(budget // len(rates))
         parts = pooled(np.stack([incumbents(part(x)) for x in rates]))
         rows.append(_curve(_named(parts[:, 1:]), CLOCK, seeds))
+    if whole:
         best = pooled(np.stack([incumbents(alone[x])[:, -1:] for x in rates]))
         rows.append(_curve(_named(best), FREE, seeds, [1.0]))
     return pd.concat(rows)

@@ -44,6 +44,8 @@ def ends(results: pd.DataFrame, accounting: str) -> pd.DataFrame:
 def best_single(results: pd.DataFrame) -> pd.Series:
     """The best explorer or average by its mean test figure on each task."""
     kept = results[results.accounting == HINDSIGHT]
+    if kept.empty:
+        return pd.Series(index=pd.MultiIndex.from_arrays([[], []], names=["task", "seed"]))
     wide = _wide(kept.assign(method=kept.variant + " " + kept.weights), ["task", "seed"])
     best = {task: one.mean().idxmin() for task, one in wide.groupby("task")}
     found = [wide.loc[[task], name] for task, name in best.items()]
@@ -153,5 +155,5 @@ def times_over(found: pd.DataFrame, reference: str) -> pd.Series:
 
 def behind(ours: pd.Series, theirs: pd.Series) -> list[str]:
     """Tasks on which the mean is behind by more than a standard error, paired."""
-    gaps = (ours - theirs).groupby("task")
+    gaps = (ours - theirs).dropna().groupby("task")
     return [task for task, gap in gaps if gap.mean() > stats.sem(gap)]

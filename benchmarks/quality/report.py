@@ -123,14 +123,16 @@ def page(results: pd.DataFrame, folder: pathlib.Path, ours: str = PORTFOLIO) -> 
         markdown(with_times(clock, results, ours)),
         "![Mean ranks; methods under one bar do not differ significantly.](ranks.png)",
     ]
-    for accounting in (UNTUNED, FREE):
+    measured = [x for x in TITLES if x in set(results.accounting)]
+    for accounting in measured[1:]:
         parts.append(f"## {TITLES[accounting]}\n\n{ABOUT[accounting]}")
         parts.append(markdown(summary(results, accounting, ours)))
     parts.append("## Task by task\n\n![Test figures over work.](course.png)")
-    for accounting in (CLOCK, UNTUNED, FREE):
+    for accounting in measured:
         figures = comparisons.ends(results, accounting)
-        if accounting == CLOCK:
-            figures = figures.join(comparisons.best_single(results))
+        best = comparisons.best_single(results)
+        if accounting == CLOCK and len(best):
+            figures = figures.join(best)
         parts += [f"### {TITLES[accounting]}", by_task(figures)]
     return "\n\n".join(parts) + "\n"
 
@@ -154,10 +156,11 @@ def verdicts(results: pd.DataFrame, ours: str) -> list[str]:
     over = comparisons.times_over(comparisons.times(course, TARGET), TARGET)
     lines.append(f"Work to the figure of {TARGET}: {over[ours]:.2f} times its own.")
     best = comparisons.best_single(results)
-    worse = comparisons.behind(clock[ours], best.reindex(clock.index))
+    worse = comparisons.behind(clock[ours].reindex(best.index), best)
     lines.append(
         f"Behind the best single in hindsight by more than a standard error on "
-        f"{len(worse)} tasks: {', '.join(worse) or 'none'}."
+        f"{len(worse)} of {best.index.unique('task').size} tasks: "
+        f"{', '.join(worse) or 'none'}."
     )
     everything = comparisons.ends(results, CLOCK)
     for name in VARIANTS:

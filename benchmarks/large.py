@@ -1,0 +1,62 @@
+"""The suite `quality` on tasks of real size: a run takes minutes, on a GPU more by a flag.
+
+A character transformer, a ResNet with BatchNorm, a recurrent network on MNIST-1D, and
+embeddings on records of flights, see `quality.large`. EV3's presets against AdamW with
+cosine decay and schedule-free AdamW, as documented and tuned on the clock, and a grid
+search of EV3's eight explorers. Tuning for free is left out: it takes five runs more.
+
+`--size gpu` makes every model larger, and its runs longer.
+"""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+from benchmarks.quality import report
+from benchmarks.quality.accountings import GRID, cell
+from benchmarks.quality.large import LARGE
+from benchmarks.quality.methods import MAIN
+from benchmarks.quality.training import forget_programs
+from benchmarks.run import Cell, Suite
+
+METHODS = (*MAIN, "AdamW + cosine", "schedule-free AdamW", GRID)
+
+
+class Settings(NamedTuple):
+    """How much is measured; steps are each task's own where they are 0."""
+
+    seeds: int = 4
+    first_seed: int = 0
+    steps: int = 0
+    size: str = "cpu"  # Or "gpu".
+
+
+def cells(settings, tasks, results):
+    del results
+    seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
+    tasks_by_name = {
+        name: functools.cache(functools.partial(made, name, settings.size))
+        for name in tasks
+    }
+    for method, name in itertools.product(METHODS, tasks):
+        forget_programs()
+
+        def measure(task=tasks_by_name[name], method=method):
+            steps = settings.steps or task().steps
+            return cell(task(), method, steps, seeds, is_free_measured=False)
+
+        yield Cell(name, method, measure)
+
+
+def made(name, size):
+    return LARGE[name](size)._replace(name=name)
+
+
+def shown(results, settings, folder):
+    del settings
+    report.shown(results, folder)
+
+
+SUITE = Suite(
+    tuple(LARGE), Settings(), {"seeds": 2, "steps": 20}, cells, shown, spread=True
+)
