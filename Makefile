@@ -69,9 +69,9 @@ types: $(VENV)/.has-dev ## Check the types (pyright)
 	@echo "Checking the types of optax_ev3 ..."
 	@$(PY) -m pyright --pythonpath $(PY)
 
-docs: $(VENV)/.has-docs $(VENV)/.package ## Build the documentation into docs/_build
-	@echo "Building docs/_build/index.html ..."
-	@$(PY) -P -m sphinx -q -W --keep-going -E -b html docs docs/_build
+docs: $(VENV)/.has-docs $(VENV)/.package ## Build the documentation into docs/_build/html
+	@echo "Building docs/_build/html/index.html ..."
+	@$(PY) -P -m sphinx -q -W --keep-going -E -b html docs docs/_build/html
 
 benchmarks: $(VENV)/.has-benchmarks $(VENV)/.package ## Run every benchmark (hours)
 	@$(PY) -m benchmarks all
