@@ -77,6 +77,7 @@ def test_what_pages_train_learns(page, least, capsys):
     assert all(-0.6 < value < 0 for value in reached)  # -0.69 knows nothing.
 
 
+@pytest.mark.slow
 def test_libraries_that_own_the_loop(capsys):
     run("how_to/libraries.md")
     out = capsys.readouterr().out
@@ -86,6 +87,7 @@ def test_libraries_that_own_the_loop(capsys):
     assert all(abs(loc - 2) < 0.5 for loc in numbers(out, "loc"))
 
 
+@pytest.mark.slow
 def test_metrics_without_a_gradient(capsys):
     names = run("how_to/metric.md")
     out = capsys.readouterr().out
@@ -112,6 +114,7 @@ def test_data_are_those_of_whom_the_page_says(capsys):
     assert 64 <= int(re.search(r"(\d+) examples of 512", out)[1]) <= 512
 
 
+@pytest.mark.slow
 def test_checkpoints_go_on(capsys):
     pytest.importorskip("orbax.checkpoint")
     names = run("how_to/checkpoints.md")
@@ -136,6 +139,7 @@ def test_a_run_that_gets_nowhere_is_stopped(capsys):
     assert 8 < numbers(capsys.readouterr().out, "stopped after")[0] < 400
 
 
+@pytest.mark.slow
 def test_several_devices(capsys):
     names = run("how_to/devices.md")
     assert "(None, 'data')" in capsys.readouterr().out
@@ -159,6 +163,7 @@ def test_a_model_grows(capsys):
     assert optax_ev3.summary(names["state"])["ev3/calls"] == 300
 
 
+@pytest.mark.slow
 def test_growth_of_ones_own_model_goes_on_learning():
     names = run("extending/growth.md")
     assert names["after"] > names["before"] - 1e-3

@@ -1,5 +1,6 @@
 """What README and docs show runs, and does what they say."""
 
+import doctest
 import importlib
 import inspect
 import pathlib
@@ -90,6 +91,21 @@ def test_the_api_lists_every_public_name(name):
         else:
             is_full = target.startswith("optax_ev3.")
             listed.add(target if is_full else f"{current}.{target}")
+    assert {f"{name}.{x}" for x in public(module)} - listed == set()
+
+
+def public(module):
     names = getattr(module, "__all__", [])
-    public = [x for x in names if not inspect.ismodule(getattr(module, x))]
-    assert {f"{name}.{x}" for x in public} - listed == set()
+    return [x for x in names if not inspect.ismodule(getattr(module, x))]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_public_name_has_an_example(name):
+    module = importlib.import_module(name)
+    finder = doctest.DocTestFinder(recurse=False)
+    without = [
+        x
+        for x in public(module)
+        if not any(test.examples for test in finder.find(getattr(module, x), x))
+    ]
+    assert without == []
