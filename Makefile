@@ -75,9 +75,9 @@ types: $(VENV)/.has-dev $(VENV)/.package ## Check the types (pyright)
 	@about=$$(PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pyright --ignoreexternal \
 	    --verifytypes optax_ev3) || { echo "$$about"; exit 1; }
 
-docs: $(VENV)/.has-docs $(VENV)/.package ## Build the documentation into docs/_build
-	@echo "Building docs/_build/index.html ..."
-	@$(PY) -P -m sphinx -q -W --keep-going -E -b html docs docs/_build
+docs: $(VENV)/.has-docs $(VENV)/.package ## Build the documentation into docs/_build/html
+	@echo "Building docs/_build/html/index.html ..."
+	@$(PY) -P -m sphinx -q -W --keep-going -E -b html docs docs/_build/html
 
 benchmarks: $(VENV)/.has-benchmarks $(VENV)/.package ## Run every benchmark (hours)
 	@$(PY) -m benchmarks all

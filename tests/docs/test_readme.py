@@ -1,5 +1,6 @@
 """What README and docs show runs, and does what they say."""
 
+import doctest
 import importlib
 import inspect
 import pathlib
@@ -12,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.meshes import mesh_of, spread
 
 import optax_ev3
 
@@ -80,7 +80,8 @@ def test_the_three_lines():
 @pytest.mark.parametrize("name", MODULES)
 def test_the_api_lists_every_public_name(name):
     module = importlib.import_module(name)
-    text = (ROOT / "docs/api.md").read_text()
+    pages = (ROOT / "docs/api").glob("*.md")
+    text = "\n".join(page.read_text() for page in pages)
     listed, current = set(), ""
     for kind, target in re.findall(
         r"^\.\. (currentmodule|auto\w+):: (\S+)", text, re.M
@@ -90,42 +91,21 @@ def test_the_api_lists_every_public_name(name):
         else:
             is_full = target.startswith("optax_ev3.")
             listed.add(target if is_full else f"{current}.{target}")
+    assert {f"{name}.{x}" for x in public(module)} - listed == set()
+
+
+def public(module):
     names = getattr(module, "__all__", [])
-    public = [x for x in names if not inspect.ismodule(getattr(module, x))]
-    assert {f"{name}.{x}" for x in public} - listed == set()
+    return [x for x in names if not inspect.ismodule(getattr(module, x))]
 
 
-def test_a_metric_of_ones_own():
-    names = {"jnp": jnp, "model": lambda w, x: w * x}
-    exec(shown_in("docs/assessment.md"), names)
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(2, 15)).astype(np.float32)
-    counts = rng.poisson(1, 15)
-    counts[0] += 1 - counts.sum() % 2  # An odd number of examples has one median.
-    figure = names["assess_fn"](2.0, x, y)
-    assert isinstance(figure, optax_ev3.metrics.AggregateMetric)
-    for weights in (np.ones(15, int), counts):
-        found = figure.metric_fn(figure.outputs, jnp.float32(weights))
-        expected = -np.median(np.repeat(np.abs(2 * x - y), weights))
-        assert float(found) == pytest.approx(expected, rel=1e-6)
-
-
-def test_a_state_that_is_spread_over_devices():
-    mesh = mesh_of({"data": 8}, "Auto")
-    inner = {"adam": optax.adam(0.1), "sgd": optax.sgd(0.1)}
-    tx = optax_ev3.ev3(inner, lambda w: -(w**2).sum())
-    w = spread(np.ones(8, np.float32), mesh, ["data"])
-
-    def step(w, state):
-        updates, state = tx.update(2 * w, state, w)
-        return optax.apply_updates(w, updates), state
-
-    names = {"jax": jax, "optax_ev3": optax_ev3, "tx": tx, "step": step, "params": w}
-    names["params_shardings"] = w.sharding
-    exec(shown_in("docs/assessment.md", 2), names)
-    moment = names["state"].explore.explorers["adam"].opt_state[0].mu
-    assert moment.sharding.is_equivalent_to(w.sharding, 1)
-    w, state = names["step"](w, names["state"])
-    assert (w < 1).all() and w.sharding == names["params_shardings"]
-    moment = state.explore.explorers["adam"].opt_state[0].mu
-    assert moment.sharding.is_equivalent_to(w.sharding, 1)
+@pytest.mark.parametrize("name", MODULES)
+def test_every_public_name_has_an_example(name):
+    module = importlib.import_module(name)
+    finder = doctest.DocTestFinder(recurse=False)
+    without = [
+        x
+        for x in public(module)
+        if not any(test.examples for test in finder.find(getattr(module, x), x))
+    ]
+    assert without == []

@@ -71,6 +71,20 @@ def mcnemar() -> Bound:
     Raises:
       TypeError: At trace time, if the scores are not boolean.
 
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_ev3 import evidence
+      >>> right = jnp.array([[1, 1, 1, 1, 0], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]])
+      >>> told = evidence.gather(
+      ...     {"right": right.astype(float)},
+      ...     jnp.ones(3, bool),
+      ...     jnp.zeros(3, bool),
+      ...     binary=frozenset(["right"]),
+      ... )
+      >>> p = evidence.mcnemar().p_value(told, "right", told.current)
+      >>> print(f"{p[0]:.4f}")  # four wins, one loss: 6 of 32
+      0.1875
+
     References:
       McNemar, `Note on the sampling error of the difference between correlated
       proportions or percentages <https://doi.org/10.1007/BF02295996>`_, 1947.
@@ -110,6 +124,15 @@ def betting(low: float, high: float) -> Bound:
     Raises:
       ValueError: If ``low`` is not below ``high``.
 
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_ev3 import evidence
+      >>> scores = {"score": jnp.array([[0.9], [0.1], [0.1]]) * jnp.ones([3, 50])}
+      >>> told = evidence.gather(scores, jnp.ones(3, bool), jnp.zeros(3, bool))
+      >>> p = evidence.betting(0.0, 1.0).p_value(told, "score", told.current)
+      >>> print(p[0] < 0.01, p[1])
+      True 1.0
+
     References:
       Waudby-Smith and Ramdas, `Estimating means of bounded random variables by betting
       <https://arxiv.org/abs/2010.09686>`_, 2024.
@@ -137,7 +160,15 @@ def betting(low: float, high: float) -> Bound:
 
 
 def standard() -> Bound:
-    """The default: :func:`mcnemar` for boolean scores, else :func:`paired_t`."""
+    """The default: :func:`mcnemar` for boolean scores, else :func:`paired_t`.
+
+    Returns:
+      The bound.
+
+    Examples:
+      >>> from optax_ev3 import adapt, evidence
+      >>> rule = adapt.greedy(bound=evidence.standard())
+    """
     exact, usual = mcnemar(), paired_t()
 
     def p_value(evidence: Evidence, objective: str, reference: Index) -> jax.Array:

@@ -16,7 +16,15 @@ CORRECTIONS = ("bonferroni", "max_t")
 
 
 def bonferroni(p: jax.Array, tested: jax.Array) -> jax.Array:
-    """P values ``[C]`` times the number of those ``tested``, ``[C]`` bool."""
+    """P values ``[C]`` times the number of those ``tested``, ``[C]`` bool.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_ev3 import evidence
+      >>> tested = jnp.array([True, True, False])
+      >>> print(evidence.bonferroni(jnp.array([0.01, 0.8, 0.5]), tested))
+      [0.02 1.   1.  ]
+    """
     return jnp.where(tested, jnp.minimum(p * tested.sum(dtype=p.dtype), 1), 1)
 
 
@@ -46,6 +54,17 @@ def max_t(
 
     Returns:
       ``[C]``, 1 for those not tested.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from optax_ev3 import evidence
+      >>> noise = jax.random.normal(jax.random.key(0), [4, 100])
+      >>> scores = {"score": noise.at[0].add(2.0)}  # the first one is better
+      >>> told = evidence.gather(scores, jnp.ones(4, bool), jnp.zeros(4, bool))
+      >>> tested = jnp.arange(4) < told.stable
+      >>> p = evidence.max_t(told, "score", told.stable, tested)
+      >>> print(p < 0.05)
+      [ True False False False]
 
     References:
       Westfall and Young, *Resampling-Based Multiple Testing*, Wiley, 1993.
@@ -79,7 +98,21 @@ def corrected(
     reference: Index,
     tested: jax.Array,
 ) -> jax.Array:
-    """P values ``[C]``, corrected: of the bound, or of ``"max_t"``, a test itself."""
+    """P values ``[C]``, corrected: of the bound, or of ``"max_t"``, a test itself.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from optax_ev3 import evidence
+      >>> noise = jax.random.normal(jax.random.key(0), [4, 100])
+      >>> scores = {"score": noise.at[0].add(2.0)}  # the first one is better
+      >>> told = evidence.gather(scores, jnp.ones(4, bool), jnp.zeros(4, bool))
+      >>> tested = jnp.arange(4) < told.stable
+      >>> p = evidence.corrected(
+      ...     evidence.paired_t(), "bonferroni", told, "score", told.stable, tested
+      ... )
+      >>> print(p < 0.05)
+      [ True False False False]
+    """
     if correction == "max_t":
         return max_t(evidence, objective, reference, tested)
     return bonferroni(bound.p_value(evidence, objective, reference), tested)

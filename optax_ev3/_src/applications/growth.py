@@ -25,6 +25,14 @@ class Grown(NamedTuple):
     Attributes:
       params: Parameters of the large model.
       state: State of its transformation.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from optax_ev3 import growth
+      >>> tx, small, large = optax.adam(0.1), jnp.ones([2]), jnp.zeros([3])
+      >>> grown = growth.grow(tx, tx.init(small), small, large)
+      >>> print(grown.params, grown.state[0].mu.shape)
+      [1. 1. 0.] (3,)
     """
 
     params: Any

@@ -23,6 +23,11 @@ class Decision(NamedTuple):
       priorities: ``[M]``, what each objective weighed, in the order of
         ``Rule.objectives``; None where they were not weighed. For the history.
       evidence: What may be told of the scores, in history and summary; None for all.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_ev3 import adapt
+      >>> stay = adapt.Decision(adopted=jnp.int32(2), significant=jnp.asarray(False))
     """
 
     adopted: jax.Array
@@ -46,6 +51,15 @@ class Rule(NamedTuple):
       forget: Maps ``(rule_state, fresh)`` to the state without what it knows of
         explorers that are others from now on, ``[K]`` bool; None where the state holds
         nothing of single explorers. For :func:`optax_ev3.evolve`.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_ev3
+      >>> from optax_ev3 import adapt
+      >>> def decide(evidence, rule_state, key):
+      ...     first_if_valid = jnp.where(evidence.valid[0], 0, evidence.current)
+      ...     return adapt.Decision(first_if_valid, jnp.asarray(False)), rule_state
+      >>> rule = adapt.Rule(init=lambda proposals: (), decide=decide)
+      >>> tx = optax_ev3.ev3([optax.sgd(0.1)], lambda w: -(w**2), adapt=rule)
     """
 
     init: Callable[[int], Any]
@@ -64,6 +78,19 @@ class Guard(NamedTuple):
       settle: Maps ``(guard_state, released, replaced, promoted)`` to the state after
         the decision on the evidence released: ``[]`` bool, whether stable was replaced,
         and ``[]`` int32, by which candidate.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_ev3 import adapt, evidence as ev
+      >>> def release(evidence, guard_state, key):  # means, in steps of 0.1
+      ...     name = ev.single_objective(evidence)
+      ...     rounded = jnp.round(ev.estimate(evidence, name).mean, 1)
+      ...     released = ev.gather({name: rounded}, evidence.valid, evidence.is_ascent)
+      ...     return released, guard_state
+      >>> guard = adapt.Guard(
+      ...     lambda: (), release, lambda guard_state, *decided: guard_state
+      ... )
+      >>> rule = adapt.guarded(adapt.greedy(), guard)
     """
 
     init: Callable[[], Any]
@@ -81,6 +108,15 @@ class Bound(NamedTuple):
       lower: Maps ``(evidence, objective, reference, alpha)`` to ``[C]``: the gain in
         mean score exceeds this, save with probability alpha. It is -inf where nothing
         can be said.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_ev3 import adapt, evidence
+      >>> def p_value(told, objective, reference):  # says nothing, ever
+      ...     return jnp.ones(told.candidates)
+      >>> def lower(told, objective, reference, alpha):
+      ...     return jnp.full(told.candidates, -jnp.inf)
+      >>> rule = adapt.greedy(bound=evidence.Bound(p_value, lower))
     """
 
     p_value: Callable[[Evidence, str, Index], jax.Array]

@@ -25,6 +25,11 @@ class Estimate(NamedTuple):
       mean: ``[C]``.
       stderr: ``[C]``, standard deviation (ddof 1) over ``sqrt(N)``; zero for exact
         values.
+
+    Examples:
+      >>> from optax_ev3 import evidence
+      >>> evidence.Estimate(mean=0.5, stderr=0.1).stderr
+      0.1
     """
 
     mean: jax.Array
@@ -39,6 +44,11 @@ class Comparison(NamedTuple):
       stderr: ``[C]``, standard error of that mean; zero for exact values.
       z: ``[C]``, the evidence as a z value: where candidate and reference are equally
         good, it is approximately N(0, 1).
+
+    Examples:
+      >>> from optax_ev3 import evidence
+      >>> evidence.Comparison(gain=0.2, stderr=0.1, z=1.9).z
+      1.9
     """
 
     gain: jax.Array
@@ -52,6 +62,11 @@ class Resampled(NamedTuple):
     Attributes:
       value: ``[C]``, on the examples as they are.
       resamples: ``[C, B]``, on B bootstrap samples, the same for all candidates.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_ev3 import evidence
+      >>> f1 = evidence.Resampled(jnp.array([0.8]), jnp.array([[0.9, 0.7]]))
     """
 
     value: jax.Array
@@ -91,6 +106,13 @@ class Evidence:
         :func:`optax_ev3.history` for what they hold.
       credit: ``[K]``, see :func:`optax_ev3.credit`; None where nothing is known.
       one_step: Whether all rounds have one step, which says little, static.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_ev3 import evidence
+      >>> told = evidence.gather({"fit": jnp.tri(3)}, jnp.ones(3) > 0, jnp.ones(3) < 0)
+      >>> told.candidates, told.proposals, told.current, told.stable
+      (3, 1, 1, 2)
     """
 
     scores: Mapping[str, jax.Array]
@@ -153,6 +175,14 @@ def gather(
 
     Returns:
       The evidence of the round.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_ev3 import evidence
+      >>> scores = {"score": jnp.array([[2.0, jnp.nan], [1.0, 1.0], [0.0, 0.0]])}
+      >>> told = evidence.gather(scores, jnp.ones(3, bool), jnp.zeros(3, bool))
+      >>> print(told.valid)
+      [False  True  True]
     """
     resamples = {k: v.resamples for k, v in scores.items() if isinstance(v, Resampled)}
     plain = {k: v.value if isinstance(v, Resampled) else v for k, v in scores.items()}
@@ -190,7 +220,15 @@ def gather(
 
 
 def estimate(evidence: Evidence, objective: str) -> Estimate:
-    """Mean and standard error of every candidate alone."""
+    """Mean and standard error of every candidate alone.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_ev3 import evidence
+      >>> told = evidence.gather({"fit": jnp.tri(3)}, jnp.ones(3) > 0, jnp.ones(3) < 0)
+      >>> print(evidence.estimate(told, "fit").mean)
+      [0.33 0.67 1.  ]
+    """
     values = evidence.scores[objective]
     if values.ndim == 1:
         spread = jnp.zeros_like(values)
@@ -208,6 +246,12 @@ class Differences(NamedTuple):
         candidate or the reference is not valid.
       mask: ``[1, N]``, 1 for examples that were looked at, else 0.
       n: ``[]``, how many those are.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_ev3 import evidence
+      >>> print(evidence.Differences(jnp.eye(2), jnp.ones([1, 2]), jnp.array(2.0)).mean)
+      [0.5 0.5]
     """
 
     values: jax.Array
@@ -230,6 +274,13 @@ def differences(evidence: Evidence, objective: str, reference: Index) -> Differe
 
     Raises:
       ValueError: If the objective is a single value.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_ev3 import evidence
+      >>> told = evidence.gather({"fit": jnp.tri(3)}, jnp.ones(3) > 0, jnp.ones(3) < 0)
+      >>> print(evidence.differences(told, "fit", told.current).values[0])
+      [ 0. -1.  0.]
     """
     values = each_example(evidence, objective)
     other = jnp.expand_dims(values[reference], 0)
@@ -275,6 +326,13 @@ def compare(
       Gains, standard errors and z values, all ``[C]``; zero where the candidate or
       the reference is not valid.
 
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_ev3 import evidence
+      >>> told = evidence.gather({"fit": jnp.tri(3)}, jnp.ones(3) > 0, jnp.ones(3) < 0)
+      >>> print(evidence.compare(told, "fit", told.current).gain)
+      [-0.33  0.    0.33]
+
     References:
       Wallace, `Bounds on normal approximations to Student's and the chi-square
       distributions <https://doi.org/10.1214/aoms/1177706083>`_, 1959.
@@ -301,7 +359,15 @@ def compare(
 
 
 def take(evidence: Evidence, rows: slice) -> Evidence:
-    """The evidence of some of the examples."""
+    """The evidence of some of the examples.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_ev3 import evidence
+      >>> told = evidence.gather({"fit": jnp.tri(3)}, jnp.ones(3) > 0, jnp.ones(3) < 0)
+      >>> print(evidence.take(told, slice(None, 2)).scores["fit"].shape)
+      (3, 2)
+    """
     scores = {k: v[:, rows] if v.ndim == 2 else v for k, v in evidence.scores.items()}
     mask = evidence.example_mask
     mask = None if mask is None else mask[rows]
@@ -350,6 +416,13 @@ def single_objective(evidence: Evidence) -> str:
 
     Raises:
       ValueError: If there are several.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_ev3 import evidence
+      >>> told = evidence.gather({"fit": jnp.tri(3)}, jnp.ones(3) > 0, jnp.ones(3) < 0)
+      >>> print(evidence.single_objective(told))
+      fit
     """
     if len(evidence.scores) > 1:
         raise ValueError(

@@ -25,6 +25,13 @@ class ExplorerState(NamedTuple):
       skipped: ``[]`` int32, or ``[G]`` for a sweep of G members, steps that came to
         nothing since gradients, update or parameters were not finite.
       evolution: The hyperparameters of a group that evolves, else nothing.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_ev3
+      >>> tx = optax_ev3.ev3({"adam": optax.adam(0.1)}, lambda w: -(w**2))
+      >>> explorers = tx.init(jnp.zeros([])).explore.explorers
+      >>> print(explorers["adam"].opt_state[0].count)
+      0
     """
 
     positions: dict[str, dict[str, jax.Array]]
@@ -121,6 +128,13 @@ class EV3State(NamedTuple):
       stable: The best parameters known to be good, a tree like params.
       rule_state: What the rule remembers of past rounds.
       history: Past rounds, see :func:`optax_ev3.history`.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_ev3
+      >>> tx = optax_ev3.ev3({"adam": optax.adam(0.1)}, lambda w: -(w**2))
+      >>> state = tx.init(jnp.zeros([]))
+      >>> print(state.ev3_calls, state.stable)
+      0 0.0
     """
 
     ev3_round: jax.Array

@@ -107,7 +107,13 @@ def t_to_z(mean: jax.Array, stderr: jax.Array, n: Number) -> jax.Array:
 
 
 def spend(alpha: Number, number: Number) -> jax.Array:
-    r"""The level of test number t = 1, 2, ...: :math:`6 a / (\pi^2 t^2)`, in sum a."""
+    r"""The level of test number t = 1, 2, ...: :math:`6 a / (\pi^2 t^2)`, in sum a.
+
+    Examples:
+      >>> from optax_ev3 import evidence
+      >>> print([f"{evidence.spend(0.05, t):.4f}" for t in (1, 2, 3)])
+      ['0.0304', '0.0076', '0.0034']
+    """
     return 6 * alpha / (math.pi * jnp.asarray(number, jnp.float32)) ** 2
 
 

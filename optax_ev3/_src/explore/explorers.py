@@ -33,6 +33,12 @@ class Explorer(NamedTuple):
         they begin.
       labels: Where several explorers are stacked, their names.
       axis: The mesh axis over which the members of a sweep are spread, or None.
+
+    Examples:
+      >>> import optax, optax_ev3
+      >>> sweep = optax_ev3.sweep(optax.sgd, learning_rate=[0.1, 0.3])
+      >>> isinstance(sweep, optax_ev3.Explorer), sweep.size
+      (True, 2)
     """
 
     tx: optax.GradientTransformation

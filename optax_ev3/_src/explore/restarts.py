@@ -31,6 +31,11 @@ class Restart:
     Attributes:
       inner_state: What becomes of the inner state of a branch that starts from
         parameters that are not its own: ``"keep"``, ``"new"`` or ``"copy"``.
+
+    Examples:
+      >>> from optax_ev3 import explore
+      >>> isinstance(explore.worse_than("start"), explore.Restart)
+      True
     """
 
     inner_state: str = "keep"

@@ -93,6 +93,11 @@ class Strategy(abc.ABC):
     """How explorers are tried: from where, with which gradients, for how long.
 
     All methods are pure functions of arrays.
+
+    Examples:
+      >>> from optax_ev3 import explore
+      >>> isinstance(explore.relay(), explore.Strategy)
+      True
     """
 
     averages: tuple[Average, ...]
