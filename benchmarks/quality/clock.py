@@ -2,7 +2,7 @@
 
 Work is counted in gradients; EV3 holds several copies and looks at all of them, which
 no gradient counts. Each program runs the same number of calls, compiled before, in turns
-with the others, on one core's worth of data: no seeds are dealt out.
+with the others.
 """
 
 from typing import NamedTuple
@@ -57,12 +57,10 @@ def _program(task, parts, name):
         params, state, work = carry
         batch = batch_of(parts.train, 0, number, task.batch)
         _, grads, aux = value_and_grad(task, params, batch)
-        extra = {} if method is None else {"batch": batch}
-        updates, new = tx.update(grads, state, params, **extra)
+        updates, new = tx.update(grads, state, params, batch=batch, aux=aux)
         if method is None:
             return (applied(task, params, updates, aux), new, work + 1.0), None
-        # Explorers with losses of their own have merged by themselves.
-        params = applied(task, params, updates, aux if not method.own else None)
+        params = optax.apply_updates(params, updates)  # Explorers have merged.
         took, candidates = taken(new, method)
         ended = new.ev3_round > state.ev3_round
         work += jnp.where(ended, took + candidates * unit, 0)

@@ -53,10 +53,10 @@ def best_single(results: pd.DataFrame) -> pd.Series:
 
 
 def _wide(kept, rows):
-    wide = kept.pivot_table(
-        index=rows, columns="method", values="value", sort=False, dropna=False
-    )
-    return wide.where(np.isfinite(wide), np.inf)
+    """A column for each method; infinite what is not finite, missing what is missing."""
+    value = kept.value.where(np.isfinite(kept.value), np.inf)
+    wide = kept.assign(value=value).set_index([*rows, "method"]).value.unstack("method")
+    return wide.reindex(columns=kept.method.unique())
 
 
 def complete(figures: pd.DataFrame) -> pd.DataFrame:

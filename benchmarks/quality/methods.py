@@ -111,9 +111,9 @@ def loss_of(task):
     return loss
 
 
-def explorer(task, tx):
-    """One with gradients of its own, and BatchNorm's statistics where there are any."""
-    return optax_ev3.explorer(tx, loss_of(task), merge_fn=task.merge)
+def explorer(task, tx, own=True):
+    """One with BatchNorm's statistics where there are any, and gradients of its own."""
+    return optax_ev3.explorer(tx, loss_of(task) if own else None, merge_fn=task.merge)
 
 
 def assessed(task, held_out):
@@ -156,8 +156,8 @@ def portfolio(inner=None, own=True, knows_end=False, **kwargs):
 
     def make(task, held_out, seed, budget):
         explorers, loss = inner, loss_of(task)
-        if own and task.merge:
-            explorers = {name: explorer(task, tx) for name, tx in inner.items()}
+        if task.merge:
+            explorers = {name: explorer(task, tx, own) for name, tx in inner.items()}
             loss = lambda params, batch: task.loss(params, batch)[0]  # noqa: E731
         return optax_ev3.portfolio(
             assessed(task, held_out),

@@ -51,7 +51,7 @@ def value_and_grad(task, params, batch):
 def applied(task, params, updates, aux):
     """After a step, with new running statistics where there are any."""
     params = optax.apply_updates(params, updates)
-    return params if aux is None else task.merge(params, aux)
+    return params if task.merge is None else task.merge(params, aux)
 
 
 @functools.cache
@@ -135,9 +135,8 @@ def ev3_trainer(task, method, budget, seeds):
             batch = batch_of(parts.train, seed, number, task.batch)
             # Not computed where nothing uses it: explorers may take their own.
             _, grads, aux = value_and_grad(task, params, batch)
-            updates, new = tx.update(grads, state, params, batch=batch)
-            # Explorers with losses of their own have merged by themselves.
-            params = applied(task, params, updates, None if method.own else aux)
+            updates, new = tx.update(grads, state, params, batch=batch, aux=aux)
+            params = optax.apply_updates(params, updates)  # Explorers have merged.
             ended = new.ev3_round > state.ev3_round
             took, candidates = taken(new, method)
             before = _work(gradients, assessed / passes, len(limits))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import optax
+from optax import contrib
 
 from optax_ev3._src.adapt.rules import lower_bound
 from optax_ev3._src.assess.stage import AssessFn
@@ -26,8 +27,10 @@ def portfolio(
 ) -> optax.GradientTransformationExtraArgs:
     """No optimizer and no learning rate to choose: eight of them compete.
 
-    Adam at five learning rates, SGD with momentum at two, and RMSProp. Evaluate
-    :func:`optax_ev3.best_params`: the best of them and of their averages.
+    Adam at three learning rates, Muon at four, and SGD with momentum. Evaluate
+    :func:`optax_ev3.best_params`: the best of them and of their averages. Muon's updates
+    are scaled to be as large as Adam's; it treats matrices alone, and all other
+    parameters as Adam does.
 
     - With a ``loss_fn`` they train side by side, each with gradients of its own
       (:func:`optax_ev3.explore.branches`). Those that do not win are paused, and cost
@@ -72,16 +75,12 @@ def portfolio(
 
     References:
       Haegele et al., `Scaling Laws and Compute-Optimal Training Beyond Fixed Training
-      Durations <https://arxiv.org/abs/2405.18392>`_, 2024 (the cool-down).
+      Durations <https://arxiv.org/abs/2405.18392>`_, 2024 (the cool-down); Liu et al.,
+      `Muon is Scalable for LLM Training <https://arxiv.org/abs/2502.16982>`_, 2025 (the
+      scale of Muon's updates).
     """
     if inner is None:
-        rates = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-        inner = {
-            **{f"adam_{rate:g}": optax.adam(rate) for rate in rates},
-            "momentum_0.01": optax.sgd(0.01, momentum=0.9),
-            "momentum_0.1": optax.sgd(0.1, momentum=0.9),
-            "rmsprop_0.001": optax.rmsprop(1e-3),
-        }
+        inner = _eight()
     schedule = None
     if total_steps is not None:
         if "explore" in kwargs:
@@ -94,6 +93,16 @@ def portfolio(
         schedule = optax.linear_schedule(1.0, 0.0, last, total_steps - last)
     chosen: dict[str, Any] = {"explore": _competition(loss_fn is not None, schedule)}
     return ev3(inner, assess_fn, loss_fn=loss_fn, **{**chosen, **kwargs})
+
+
+def _eight() -> dict[str, optax.GradientTransformation]:
+    """Optimizers by name, of few kinds: those of a kind are compiled once."""
+    adams, muons = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2, 3e-2)
+    return {
+        **{f"adam_{rate:g}": optax.adam(rate) for rate in adams},
+        **{f"muon_{rate:g}": contrib.muon(rate, consistent_rms=0.2) for rate in muons},
+        "momentum_0.1": optax.sgd(0.1, momentum=0.9),
+    }
 
 
 def _competition(has_loss: bool, schedule: optax.Schedule | None) -> Strategy:
