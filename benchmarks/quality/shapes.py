@@ -10,7 +10,7 @@ import functools
 import numpy as np
 
 SIZE = 32
-TURN = np.pi / 3  # At most, to either side.
+TURN = np.pi / 2  # At most, to either side.
 # Few colours, of which two in a texture are close: by many, images are told apart and
 # learned by heart before any shape is.
 PALETTE = np.float32(
