@@ -54,6 +54,26 @@ def cnn():
     return lambda key: layers(key, (9, 8), (72, 16), (256, 10)), outputs
 
 
+def norm(x, scale):
+    """Root-mean-square normalization of the last axis."""
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * scale
+
+
+def affine(x, layer):
+    return x @ layer[0] + layer[1]
+
+
+def transformed(h, layer, heads):
+    """A causal block of a transformer on ``[n, t, c]``, normalized before each part."""
+    parts = affine(norm(h, layer["scales"][0]), layer["attend"])
+    shape = (*parts.shape[:-1], heads, -1)
+    q, k, v = (one.reshape(shape) for one in jnp.split(parts, 3, -1))
+    mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    h += affine(mixed.reshape(h.shape), layer["mix"])
+    inner = jax.nn.gelu(affine(norm(h, layer["scales"][1]), layer["up"]))
+    return h + affine(inner, layer["down"])
+
+
 def log_likelihood(logits, labels):
     """Of each example."""
     return -optax.softmax_cross_entropy_with_integer_labels(logits, labels)

@@ -16,7 +16,15 @@ import optax
 from sklearn import datasets
 
 from benchmarks.data import Parts, cut, digits, standardized, text
-from benchmarks.models import cnn, dense, layers, log_likelihood, mlp
+from benchmarks.models import (
+    cnn,
+    dense,
+    layers,
+    log_likelihood,
+    mlp,
+    norm,
+    transformed,
+)
 from optax_ev3 import distillation, metrics
 
 
@@ -26,7 +34,8 @@ class Task(NamedTuple):
     Attributes:
       parts: From a seed to `Parts`, NumPy arrays of the same shapes for all seeds.
       init: From a key to parameters.
-      loss: Of parameters and a batch of training examples.
+      loss: Of parameters and a batch of training examples; where `merge` is given, a
+        pair of it and of what it computes on the side.
       score: Of parameters and held-out examples: `[n]` or a figure, higher is better.
       test: Of parameters and the test part: the figure, lower is better.
       figure: What the figure is.
@@ -34,12 +43,13 @@ class Task(NamedTuple):
       batch: Training examples in a step.
       name: What it is called in :data:`TASKS`.
       merge: From parameters and what the loss computes on the side to parameters with
-        new running statistics; where given, `loss` returns `(value, aux)`.
+        new running statistics, which are leaves of the parameters; where given, `loss`
+        returns `(value, aux)`, and does not depend on them.
     """
 
     parts: Callable[[int], Parts]
     init: Callable[[jax.Array], Any]
-    loss: Callable[[Any, Any], jax.Array]
+    loss: Callable[[Any, Any], Any]
     score: Callable[[Any, Any], Any]
     test: Callable[[Any, Any], jax.Array]
     figure: str
@@ -190,21 +200,8 @@ def transformer():
             "scales": jnp.ones([3, WIDTH]),
         }
 
-    def norm(x, scale):
-        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * scale
-
-    def affine(x, layer):
-        return x @ layer[0] + layer[1]
-
     def outputs(params, x):
-        h = params["letters"][x] + params["places"]
-        parts = affine(norm(h, params["scales"][0]), params["attend"])
-        shape = (*parts.shape[:-1], HEADS, -1)
-        q, k, v = (one.reshape(shape) for one in jnp.split(parts, 3, -1))
-        mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        h += affine(mixed.reshape(h.shape), params["mix"])
-        inner = jax.nn.gelu(affine(norm(h, params["scales"][1]), params["up"]))
-        h += affine(inner, params["down"])
+        h = transformed(params["letters"][x] + params["places"], params, HEADS)
         return norm(h, params["scales"][2]) @ params["letters"].T
 
     def parts(seed):
