@@ -1,8 +1,10 @@
 """What the parts of EV3's preset are worth: the same without one of them.
 
-The reference is the composition that `optax_ev3.portfolio` makes with a loss, evaluated
-at its visible parameters; every other method differs from it in what its name says. Tasks,
-budgets and seeds are those of the suite `quality`, at equal gradients and at equal work.
+The reference is the strategy and the rule of `optax_ev3.portfolio` with a loss, evaluated
+at its visible parameters, with eight explorers that need nothing but optax itself: five
+rates of Adam, two of SGD with momentum, and RMSProp. Every other method differs from it
+in what its name says. Tasks and budgets are those of the suite `quality`, at equal
+gradients and at equal work.
 """
 
 import functools
@@ -16,13 +18,13 @@ import pandas as pd
 import optax_ev3
 from benchmarks.quality.methods import (
     COUNT,
-    EIGHT,
     EV3,
-    KINDS,
+    GRID,
     LENGTH,
     assessed,
     explorer,
     loss_of,
+    momentum,
     visible,
 )
 from benchmarks.quality.tasks import TASKS, made
@@ -33,7 +35,11 @@ from benchmarks.run import Cell, Suite
 from optax_ev3 import adapt, explore
 
 AVERAGES = (explore.trajectory_average(), explore.branch_average())
-OPTIMIZERS = {name: KINDS[kind](rate) for name, (kind, rate) in EIGHT.items()}
+OPTIMIZERS = {
+    **{f"adam {rate:g}": optax.adam(rate) for rate in GRID},
+    **{f"momentum {rate:g}": momentum(rate) for rate in (0.01, 0.1)},
+    "rmsprop 0.001": optax.rmsprop(1e-3),
+}
 SIGNIFICANT = explore.worse_than("adopted", inner_state="copy")
 HARMFUL = {
     "ascent": optax.sgd(-0.1),

@@ -55,8 +55,7 @@ def best_single(results: pd.DataFrame) -> pd.Series:
 def _wide(kept, rows):
     """A column for each method; infinite what is not finite, missing what is missing."""
     value = kept.value.where(np.isfinite(kept.value), np.inf)
-    wide = kept.assign(value=value).set_index([*rows, "method"]).value.unstack("method")
-    return wide.reindex(columns=kept.method.unique())
+    return kept.assign(value=value).set_index([*rows, "method"]).value.unstack("method")
 
 
 def complete(figures: pd.DataFrame) -> pd.DataFrame:

@@ -17,12 +17,17 @@ def momentum(rate):
     return optax.sgd(rate, momentum=0.9)
 
 
-KINDS = {"adam": optax.adam, "momentum": momentum, "rmsprop": optax.rmsprop}
+def muon(rate):
+    """Its updates are as large as Adam's, so that the same rates serve (Liu et al.)."""
+    return contrib.muon(rate, consistent_rms=0.2)
+
+
+KINDS = {"adam": optax.adam, "muon": muon, "momentum": momentum}
 # The explorers of EV3's preset, by kind and rate.
 EIGHT = {
-    **{f"adam {rate:g}": ("adam", rate) for rate in GRID},
-    **{f"momentum {rate:g}": ("momentum", rate) for rate in (0.01, 0.1)},
-    "rmsprop 0.001": ("rmsprop", 1e-3),
+    **{f"adam {rate:g}": ("adam", rate) for rate in (3e-4, 1e-3, 3e-3, 1e-2)},
+    **{f"muon {rate:g}": ("muon", rate) for rate in (1e-3, 3e-3, 1e-2)},
+    "momentum 0.1": ("momentum", 0.1),
 }
 COUNT = len(EIGHT)
 LENGTH = 25  # Of the rounds of EV3's preset.
@@ -48,9 +53,9 @@ class Rival(NamedTuple):
     evaluated: Callable[..., Any] = visible
 
 
-def with_cosine(make, **kwargs):
+def with_cosine(make):
     """A rate that falls to zero along a cosine over all steps."""
-    return lambda rate, steps: make(optax.cosine_decay_schedule(rate, steps), **kwargs)
+    return lambda rate, steps: make(optax.cosine_decay_schedule(rate, steps))
 
 
 def plateau(rate, steps):
@@ -72,8 +77,7 @@ RIVALS = {
         lambda rate, steps: contrib.schedule_free_adamw(rate), 2.5e-3, GRID, averaged
     ),
     "Adam + reduce_on_plateau": Rival(plateau, 1e-3, GRID),
-    # Updates as large as AdamW's, so that its rates serve (Liu et al., 2025).
-    "Muon + cosine": Rival(with_cosine(contrib.muon, consistent_rms=0.2), 1e-3, GRID),
+    "Muon + cosine": Rival(with_cosine(muon), 1e-3, GRID),
     "ADOPT + cosine": Rival(with_cosine(contrib.adopt), 1e-3),
     "AdEMAMix + cosine": Rival(with_cosine(contrib.ademamix), 1e-3),
     "Prodigy + cosine": Rival(with_cosine(contrib.prodigy), 1.0),

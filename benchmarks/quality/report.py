@@ -86,7 +86,9 @@ def markdown(table: pd.DataFrame, first: str = "method") -> str:
 
 
 def by_task(figures: pd.DataFrame) -> str:
-    """Means and standard errors, a row for each method, a column for each task."""
+    """Means and standard errors, a column for each task; best mean ranks first."""
+    order = comparisons.ranks(figures).groupby("task").mean().mean().sort_values()
+    figures = figures[order.index]
     groups = figures.groupby("task", sort=False)
     means, errors = groups.mean().T, groups.sem().T
     shown = pd.DataFrame(

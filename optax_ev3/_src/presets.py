@@ -27,7 +27,7 @@ def portfolio(
 ) -> optax.GradientTransformationExtraArgs:
     """No optimizer and no learning rate to choose: eight of them compete.
 
-    Adam at three learning rates, Muon at four, and SGD with momentum. Evaluate
+    Adam at four learning rates, Muon at three, and SGD with momentum. Evaluate
     :func:`optax_ev3.best_params`: the best of them and of their averages. Muon's updates
     are scaled to be as large as Adam's; it treats matrices alone, and all other
     parameters as Adam does.
@@ -97,7 +97,7 @@ def portfolio(
 
 def _eight() -> dict[str, optax.GradientTransformation]:
     """Optimizers by name, of few kinds: those of a kind are compiled once."""
-    adams, muons = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2, 3e-2)
+    adams, muons = (3e-4, 1e-3, 3e-3, 1e-2), (1e-3, 3e-3, 1e-2)
     return {
         **{f"adam_{rate:g}": optax.adam(rate) for rate in adams},
         **{f"muon_{rate:g}": contrib.muon(rate, consistent_rms=0.2) for rate in muons},

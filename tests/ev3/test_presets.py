@@ -63,8 +63,8 @@ def test_an_end_before_that_of_the_first_turns(loss_fn, total_steps):
 def test_explorers_by_name_and_those_alike_together():
     state = optax_ev3.portfolio(score).init(jnp.zeros(2))
     stacks = {
-        "adam_0.0003 and 2 more": ("adam_0.0003", "adam_0.001", "adam_0.003"),
-        "muon_0.001 and 3 more": ("muon_0.001", "muon_0.003", "muon_0.01", "muon_0.03"),
+        "adam_0.0003 and 3 more": [f"adam_{x}" for x in (0.0003, 0.001, 0.003, 0.01)],
+        "muon_0.001 and 2 more": ["muon_0.001", "muon_0.003", "muon_0.01"],
     }
     for name, members in stacks.items():
         assert set(state.explore.explorers[name].positions) == set(members)
