@@ -1,7 +1,7 @@
 """What the parts of EV3's preset are worth: the same without one of them.
 
-The reference is the strategy and the rule of `optax_ev3.portfolio` with a loss, evaluated
-at its visible parameters, with eight explorers that need nothing but optax itself: five
+The reference is the strategy and the rule of `optax_ev3.portfolio` with a loss,
+evaluated at its visible parameters. Its explorers are eight of an earlier preset: five
 rates of Adam, two of SGD with momentum, and RMSProp. Every other method differs from it
 in what its name says. Tasks and budgets are those of the suite `quality`, at equal
 gradients and at equal work.

@@ -1,4 +1,4 @@
-"""The suite `quality` on tasks of real size: a run takes minutes, on a GPU more by a flag.
+"""The suite `quality` on tasks of real size, a run of which takes minutes.
 
 A character transformer, a ResNet with BatchNorm, a recurrent network on MNIST-1D, and
 embeddings on records of flights, see `quality.large`. EV3's presets against AdamW with

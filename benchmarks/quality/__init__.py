@@ -1,17 +1,19 @@
 """EV3's presets against optimizers that are tuned, searched for, or run as documented.
 
-Eleven tasks, see `tasks`. Everybody gets the same parts of the data, initial parameters
-and order of batches, by seed, and as many gradients as EV3's eight explorers in the
-task's number of steps. EV3 has one setting for all tasks; its assessments count as work,
-in forward passes of single examples, a gradient as three. What others choose by
-held-out scores is not counted. All methods stop early by the same held-out data. Three
-accountings, see `accountings`: tuning on the clock, no tuning, and tuning for free.
+Eleven tasks, see `tasks`. Everybody gets the same parts of the data, initial
+parameters and order of batches, by seed, and as many gradients as EV3's eight explorers
+in the task's number of steps. EV3 has one setting for all tasks; its assessments count
+as work, in forward passes of single examples, a gradient as three. What others choose
+by held-out scores is not counted. All methods stop early by the same held-out data.
+Three accountings, see `accountings`: tuning on the clock, no tuning, and tuning for
+free.
 
 EV3 portfolio, EV3 relay: the preset with a loss, and without one.
 AdamW + cosine and others: one optimizer, at the rate of its documentation, or tuned
   over five rates.
 grid search, successive halving: of EV3's eight explorers.
-random search, TPE, hyperband, BOHB, population-based training, PB2, soup: see `searches`.
+random search, TPE, hyperband, BOHB, population-based training, PB2, soup: see
+  `searches`.
 wall-clock: how long a unit of EV3's work takes, over one of AdamW.
 
 `--quick` runs three tasks with two seeds and few methods, in some minutes.
@@ -45,7 +47,9 @@ FEW_METHODS = (*MAIN, "AdamW + cosine", "schedule-free AdamW", GRID)
 def cells(settings, tasks, results):
     del results
     seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
-    tasks_by_name = {name: functools.cache(functools.partial(made, name)) for name in tasks}
+    tasks_by_name = {
+        name: functools.cache(functools.partial(made, name)) for name in tasks
+    }
     if settings.few:
         tasks = [name for name in tasks if name in FEW_TASKS]
     for group, name in itertools.product(GROUPS, tasks):

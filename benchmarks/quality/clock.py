@@ -1,8 +1,8 @@
 """How long a unit of work takes: EV3 over AdamW with cosine decay, in one run.
 
 Work is counted in gradients; EV3 holds several copies and looks at all of them, which
-no gradient counts. Each program runs the same number of calls, compiled before, in turns
-with the others.
+no gradient counts. Each program runs the same number of calls, compiled before, in
+turns with the others.
 """
 
 from typing import NamedTuple

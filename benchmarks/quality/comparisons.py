@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from benchmarks.quality.accountings import CLOCK, FREE, HINDSIGHT, UNTUNED
+from benchmarks.quality.accountings import CLOCK, HINDSIGHT, UNTUNED
 
 REPETITIONS = 2000
 TUNED = ", tuned"  # What is added to the name of a rival that was tuned on the clock.
@@ -45,15 +45,19 @@ def best_single(results: pd.DataFrame) -> pd.Series:
     """The best explorer or average by its mean test figure on each task."""
     kept = results[results.accounting == HINDSIGHT]
     if kept.empty:
-        return pd.Series(index=pd.MultiIndex.from_arrays([[], []], names=["task", "seed"]))
-    wide = _wide(kept.assign(method=kept.variant + " " + kept.weights), ["task", "seed"])
+        return pd.Series(
+            index=pd.MultiIndex.from_arrays([[], []], names=["task", "seed"])
+        )
+    wide = _wide(
+        kept.assign(method=kept.variant + " " + kept.weights), ["task", "seed"]
+    )
     best = {task: one.mean().idxmin() for task, one in wide.groupby("task")}
     found = [wide.loc[[task], name] for task, name in best.items()]
     return pd.concat(found).rename("best single in hindsight")
 
 
 def _wide(kept, rows):
-    """A column for each method; infinite what is not finite, missing what is missing."""
+    """A column for each method; what is not finite is infinite."""
     value = kept.value.where(np.isfinite(kept.value), np.inf)
     return kept.assign(value=value).set_index([*rows, "method"]).value.unstack("method")
 
@@ -107,7 +111,9 @@ def bootstrap(values: pd.DataFrame, statistic, seed: int = 0) -> pd.DataFrame:
     repetitions = []
     for _ in range(REPETITIONS):
         task = rng.integers(tasks, size=[tasks, 1])
-        repetitions.append(statistic(array[task, rng.integers(seeds, size=[tasks, seeds])]))
+        repetitions.append(
+            statistic(array[task, rng.integers(seeds, size=[tasks, seeds])])
+        )
     return pd.DataFrame(repetitions, columns=values.columns)
 
 

@@ -162,7 +162,7 @@ def portfolio(inner=None, own=True, knows_end=False, **kwargs):
         explorers, loss = inner, loss_of(task)
         if task.merge:
             explorers = {name: explorer(task, tx, own) for name, tx in inner.items()}
-            loss = lambda params, batch: task.loss(params, batch)[0]  # noqa: E731
+            loss = lambda params, batch: task.loss(params, batch)[0]
         return optax_ev3.portfolio(
             assessed(task, held_out),
             loss if own else None,

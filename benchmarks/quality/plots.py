@@ -11,6 +11,7 @@ from benchmarks.report import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, SKY, pictu
 
 COLOURS = (ORANGE, SKY, GREEN, BLUE, PINK)
 SHOWN = 6  # Lines in a colour of their own; the others are grey.
+MARKS = np.linspace(0, 1, 101)
 
 
 def times_to_target(times, path):
@@ -44,9 +45,6 @@ def times_to_target(times, path):
     save(figure, path)
 
 
-MARKS = np.linspace(0, 1, 101)
-
-
 def critical_differences(ranks, path):
     """Mean ranks over tasks, and which do not differ (Nemenyi's test, 5%)."""
     blocks = ranks.groupby("task").mean()
@@ -64,14 +62,15 @@ def critical_differences(ranks, path):
 def by_task(course, path):
     """Geometric means over seeds, of EV3 and of the others at their defaults."""
     tasks = course.index.unique("task")
-    names = [x for x in (*MAIN, "AdamW + cosine", "AdamW + cosine, tuned") if x in course]
+    names = [
+        x for x in (*MAIN, "AdamW + cosine", "AdamW + cosine, tuned") if x in course
+    ]
     columns = min(4, len(tasks))
     lines = -(-len(tasks) // columns)
     figure = picture(2.8 * columns, 2.3 * lines + 0.5)
-    panels = figure.subplots(lines, columns, squeeze=False).flat
-    for axes in itertools.islice(panels, len(tasks), None):
+    figure.subplots(lines, columns)
+    for axes in figure.axes[len(tasks) :]:
         axes.set_visible(False)
-    figure.axes[0].figure.canvas  # noqa: B018
     for axes, task in zip(figure.axes, tasks, strict=False):
         logs = np.log(course.loc[task][names].clip(lower=1e-12))
         found = np.exp(logs.groupby("mark").mean())

@@ -7,8 +7,7 @@ import pandas as pd
 
 from benchmarks.quality import comparisons, plots
 from benchmarks.quality.accountings import CLOCK, FREE, UNTUNED
-from benchmarks.quality.comparisons import TUNED
-from benchmarks.quality.methods import EV3S, MAIN, PORTFOLIO, RIVALS
+from benchmarks.quality.methods import EV3S, MAIN, PORTFOLIO
 
 TARGET = "AdamW + cosine"  # At its documented default: what others are to reach.
 VARIANTS = tuple(name for name in EV3S if name not in MAIN)
@@ -76,7 +75,10 @@ def markdown(table: pd.DataFrame, first: str = "method") -> str:
         if table[name].dtype.kind == "f":
             form = "{:.0f}%" if name in percent else "{:.2f}"
             table[name] = [form.format(x) for x in table[name]]
-    lines = [f"| {first} | {' | '.join(table)} |", "|---" * (len(table.columns) + 1) + "|"]
+    lines = [
+        f"| {first} | {' | '.join(table)} |",
+        "|---" * (len(table.columns) + 1) + "|",
+    ]
     for name, row in table.iterrows():
         cells = [str(name), *row]
         if str(name) in EV3S:
@@ -93,7 +95,10 @@ def by_task(figures: pd.DataFrame) -> str:
     means, errors = groups.mean().T, groups.sem().T
     shown = pd.DataFrame(
         {
-            task: [_cell(means[task][x], errors[task][x], means[task].min()) for x in figures]
+            task: [
+                _cell(means[task][x], errors[task][x], means[task].min())
+                for x in figures
+            ]
             for task in means
         },
         index=figures.columns,
@@ -151,8 +156,9 @@ def verdicts(results: pd.DataFrame, ours: str) -> list[str]:
     other = next(name for name in order.index if name != ours)
     gap = (repetitions[other] - repetitions[ours]).quantile([0.025, 0.975])
     lines = [
-        f"{ours}: mean rank {order[ours]:.2f}, next {other} {order[other]:.2f}; the gap "
-        f"is {order[other] - order[ours]:.2f} ({gap.iloc[0]:.2f} to {gap.iloc[1]:.2f}).",
+        f"{ours}: mean rank {order[ours]:.2f}, next {other} {order[other]:.2f}; the "
+        f"gap is {order[other] - order[ours]:.2f} ({gap.iloc[0]:.2f} to "
+        f"{gap.iloc[1]:.2f}).",
     ]
     course = comparisons.complete(rivals(comparisons.courses(results), ours))
     over = comparisons.times_over(comparisons.times(course, TARGET), TARGET)
@@ -186,6 +192,3 @@ def shown(results: pd.DataFrame, folder: pathlib.Path) -> None:
     path = folder / "report.md"
     path.write_text(page(results, folder))
     print(f"Page: {path}")
-
-
-__all__ = ["RIVALS", "TUNED", "page", "shown", "summary", "verdicts"]

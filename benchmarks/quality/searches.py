@@ -7,8 +7,8 @@ and step ``number`` of every trial gets the same batch.
 
 At each mark, a fraction of the budget, the results are those of the incumbent: of all
 parameters that the search has assessed on the whole held-out part up to then, the
-initial ones included, those with the best score, and of equal ones the first. Parameters
-whose score is not finite are never the incumbent.
+initial ones included, those with the best score, and of equal ones the first.
+Parameters whose score is not finite are never the incumbent.
 """
 
 import functools

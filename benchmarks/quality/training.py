@@ -2,8 +2,8 @@
 
 Every run is followed by its *incumbent*: of the parameters that are looked at, at
 :data:`MARKS` and before the first step, those with the best score of all held-out
-examples so far. So all methods stop early, by the same data, and none ends worse than it
-began by more than these data can tell. EV3 hands over what it calls its best itself.
+examples so far. So all methods stop early, by the same data, and none ends worse than
+it began by more than these data can tell. EV3 hands over what it calls its best itself.
 """
 
 import functools

@@ -28,8 +28,8 @@ def portfolio(
     """No optimizer and no learning rate to choose: eight of them compete.
 
     Adam at four learning rates, Muon at three, and SGD with momentum. Evaluate
-    :func:`optax_ev3.best_params`: the best of them and of their averages. Muon's updates
-    are scaled to be as large as Adam's; it treats matrices alone, and all other
+    :func:`optax_ev3.best_params`: the best of them and of their averages. Muon's
+    updates are scaled to be as large as Adam's; it treats matrices alone, and all other
     parameters as Adam does.
 
     - With a ``loss_fn`` they train side by side, each with gradients of its own

@@ -16,7 +16,9 @@ from benchmarks.results import Results
 
 def test_ratios_are_to_the_reference():
     rows = [("x", "EV3", 2.0), ("x", "EV3", 4.0), ("x", "a", 6.0), ("x", "a", 3.0)]
-    frame = pd.DataFrame(rows, columns=["task", "method", "value"]).assign(metric="test")
+    frame = pd.DataFrame(rows, columns=["task", "method", "value"]).assign(
+        metric="test"
+    )
     assert dict(ablation.ratios(frame, "test").loc["x"]) == {"EV3": 1, "a": 1.5}
 
 

@@ -17,11 +17,9 @@ from benchmarks.quality import (
     accountings,
     comparisons,
     methods,
-    report,
     tasks,
     training,
 )
-from benchmarks.results import tidy
 
 NAMES = [
     "digits MLP",
@@ -116,7 +114,10 @@ def test_figures_are_those_of_the_run_and_of_its_average():
     for part, step in ((0, 0), (0.25, 10), (1.0, 40)):
         mark = 1 + training.MARKS.index(part) if part else 0
         for kind, params in enumerate(kept[step]):
-            expected = task.test(params, parts.test), task.held_out(params, parts.held_out)
+            expected = (
+                task.test(params, parts.test),
+                task.held_out(params, parts.held_out),
+            )
             np.testing.assert_allclose(found[1, mark, kind], expected, 2e-3)
 
 
@@ -333,7 +334,12 @@ def test_the_suite_runs_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypat
     assert "wine, EV3 relay: " in err and err.count("\n") == 7
     assert "EV3 portfolio: mean rank " in out
     page = (tmp_path / "report.md").read_text()
-    for row in ("Tuning on the clock", "grid search", "AdamW + cosine, tuned", "hindsight"):
+    for row in (
+        "Tuning on the clock",
+        "grid search",
+        "AdamW + cosine, tuned",
+        "hindsight",
+    ):
         assert row in page
     for name in ("profile.png", "ranks.png", "course.png"):
         assert f"]({name})" in page and (tmp_path / name).stat().st_size > 10_000
