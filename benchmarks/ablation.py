@@ -8,7 +8,6 @@ gradients and at equal work.
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +19,7 @@ from benchmarks.quality.methods import (
     COUNT,
     EV3,
     GRID,
+    HARMFUL,
     LENGTH,
     assessed,
     explorer,
@@ -41,11 +41,6 @@ OPTIMIZERS = {
     "rmsprop 0.001": optax.rmsprop(1e-3),
 }
 SIGNIFICANT = explore.worse_than("adopted", inner_state="copy")
-HARMFUL = {
-    "ascent": optax.sgd(-0.1),
-    "sgd 1000": optax.sgd(1000.0),
-    "nan": optax.sgd(math.nan),
-}
 
 
 def branches(length=LENGTH, **kwargs):

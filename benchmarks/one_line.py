@@ -27,7 +27,7 @@ import pandas as pd
 
 import optax_ev3
 from benchmarks.data import stacked
-from benchmarks.quality.methods import HOSTILE, assessed
+from benchmarks.quality.methods import HARMFUL, assessed
 from benchmarks.quality.tasks import TASKS
 from benchmarks.report import show
 from benchmarks.results import tidy
@@ -46,7 +46,7 @@ class Settings(NamedTuple):
 
 ALONE = {f"{name} alone": tx for name, tx in TWO.items()}
 EVALUATED = ("best", "loop")
-HARMFUL = "relay, three harmful more"
+WITH_HARMFUL = "relay, three harmful more"
 
 
 def _ev3(inner: Any, **kwargs: Any) -> Callable[..., Any]:
@@ -65,7 +65,7 @@ def _constant(task: Any, held_out: Any, seed: Any) -> Any:
 METHODS = {
     "one step": _ev3(TWO),
     "relay": _ev3(TWO, explore=explore.relay()),
-    HARMFUL: _ev3({**TWO, **HOSTILE}, explore=explore.relay()),
+    WITH_HARMFUL: _ev3({**TWO, **HARMFUL}, explore=explore.relay()),
     "constant score": _constant,
 }
 
@@ -136,8 +136,8 @@ def report(results, settings, folder):
         show(
             pd.DataFrame([_summary(of_kind[name]) for name in of_kind], of_kind.columns)
         )
-    if HARMFUL in methods and "relay" in methods:
-        harm = means[HARMFUL, "best"] / means["relay", "best"]
+    if WITH_HARMFUL in methods and "relay" in methods:
+        harm = means[WITH_HARMFUL, "best"] / means["relay", "best"]
         show(harm.rename("ratio").to_frame(), "Three harmful ones more, over without")
     finite = results[results.metric == "finite"].groupby("method", sort=False).value
     show(finite.min().to_frame("all finite").astype(int), "Visible parameters", 0)

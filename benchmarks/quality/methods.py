@@ -1,5 +1,6 @@
 """The methods of the quality suite by name: EV3, and its rivals of one run."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,6 +29,11 @@ EIGHT = {
     **{f"adam {rate:g}": ("adam", rate) for rate in (3e-4, 1e-3, 3e-3, 1e-2)},
     **{f"muon {rate:g}": ("muon", rate) for rate in (1e-3, 3e-3, 1e-2)},
     "momentum 0.1": ("momentum", 0.1),
+}
+HARMFUL = {
+    "ascent": optax.sgd(-0.1),
+    "sgd 1000": optax.sgd(1000.0),
+    "nan": optax.sgd(math.nan),
 }
 COUNT = len(EIGHT)
 LENGTH = 25  # Of the rounds of EV3's preset.
