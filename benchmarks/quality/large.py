@@ -100,7 +100,7 @@ def decoder(context, width, depth, heads):
 def characters(size: str) -> Task:
     """The next character of English documentation."""
     context, width, depth, heads, steps, batch = chosen(
-        size, (64, 256, 3, 4, 400, 8), (256, 512, 4, 8, 2000, 32)
+        size, (64, 256, 3, 4, 350, 8), (256, 512, 4, 8, 2000, 32)
     )
     init, outputs = decoder(context, width, depth, heads)
 
@@ -126,7 +126,7 @@ def characters(size: str) -> Task:
 
 # Images.
 
-IMAGES = 12_000
+IMAGES = 15_000
 MOMENTUM, EPSILON = 0.9, 1e-5  # Of BatchNorm.
 
 
@@ -269,12 +269,12 @@ def gru(width, classes):
 
 def signals(size: str) -> Task:
     """MNIST-1D, read by a recurrent network."""
-    width, steps = chosen(size, (128, 600), (256, 2000))
+    width, steps = chosen(size, (128, 400), (256, 2000))
 
     def parts(seed):
         return cut(mnist1d(SIGNALS), seed, HELD_OUT, TEST)
 
-    return classification(gru(width, 10), parts, steps, 128)
+    return classification(gru(width, 10), parts, steps)
 
 
 # Flights.

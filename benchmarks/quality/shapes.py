@@ -10,7 +10,7 @@ import functools
 import numpy as np
 
 SIZE = 32
-TURN = np.pi / 2  # At most, to either side.
+TURN = np.pi / 5  # At most, to either side.
 # Few colours, of which two in a texture are close: by many, images are told apart and
 # learned by heart before any shape is.
 PALETTE = np.float32(
@@ -129,7 +129,7 @@ def drawn(count, seed):
             paint(images, draw, kinds, uniform(draw, 2, 3.5, count), x, y)
 
     clutter(3)
-    paint(images, draw, labels, uniform(draw, 7, 13, count), x, y)
+    paint(images, draw, labels, uniform(draw, 8, 13, count), x, y)
     clutter(1)
     images += draw.normal(0, 0.05, images.shape)
     return np.uint8(np.clip(255 * images, 0, 255)), np.int32(labels)
