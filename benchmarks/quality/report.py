@@ -9,6 +9,7 @@ from benchmarks.quality import comparisons, plots
 from benchmarks.quality.accountings import CLOCK, FREE, UNTUNED
 from benchmarks.quality.methods import EV3S, MAIN, PORTFOLIO
 
+COLUMNS = 6  # Of a table by task: as many as a page is wide.
 TARGET = "AdamW + cosine"  # At its documented default: what others are to reach.
 VARIANTS = tuple(name for name in EV3S if name not in MAIN)
 TITLES = {
@@ -82,7 +83,7 @@ def markdown(table: pd.DataFrame, first: str = "method") -> str:
     for name, row in table.iterrows():
         cells = [str(name), *row]
         if str(name) in EV3S:
-            cells = [f"**{cell}**" for cell in cells]
+            cells = [f"**{cell.strip('*')}**" if cell else "" for cell in cells]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -90,20 +91,20 @@ def markdown(table: pd.DataFrame, first: str = "method") -> str:
 def by_task(figures: pd.DataFrame) -> str:
     """Means and standard errors, a column for each task; best mean ranks first."""
     order = comparisons.ranks(figures).groupby("task").mean().mean().sort_values()
-    figures = figures[order.index]
-    groups = figures.groupby("task", sort=False)
+    groups = figures[order.index].groupby("task", sort=False)
     means, errors = groups.mean().T, groups.sem().T
     shown = pd.DataFrame(
         {
             task: [
                 _cell(means[task][x], errors[task][x], means[task].min())
-                for x in figures
+                for x in order.index
             ]
             for task in means
         },
-        index=figures.columns,
+        index=order.index,
     )
-    return markdown(shown)
+    parts = [shown.iloc[:, i : i + COLUMNS] for i in range(0, len(means.T), COLUMNS)]
+    return "\n\n".join(markdown(part) for part in parts)
 
 
 def _cell(mean, error, best):
