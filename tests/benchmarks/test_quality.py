@@ -17,9 +17,11 @@ from benchmarks.quality import (
     accountings,
     comparisons,
     methods,
+    report,
     tasks,
     training,
 )
+from benchmarks.results import Results
 
 NAMES = [
     "digits MLP",
@@ -322,6 +324,20 @@ def test_behind_by_a_standard_error():
 
 
 # The whole.
+
+
+@pytest.mark.skipif(
+    not (run.FOLDER / "quality" / "results.csv").exists(),
+    reason="a source distribution has no stored results",
+)
+def test_the_stored_page_is_made_of_stored_results(tmp_path):
+    results = Results(run.FOLDER / "quality").frame
+    measured = [name for group in accountings.GROUPS for name in group]
+    needed = set(measured) - set(report.VARIANTS) - {accountings.WALL_CLOCK}
+    for task in NAMES:
+        assert set(results.method[results.task == task]) >= needed
+    page = report.page(results, tmp_path)
+    assert page == (run.FOLDER / "quality" / "report.md").read_text()
 
 
 @pytest.mark.slow

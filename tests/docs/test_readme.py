@@ -72,7 +72,7 @@ def test_the_three_lines():
         "params": jnp.zeros([]),
     }
     exec(shown_in("README.md", 1), names)
-    explorers = names["tx"].init(names["params"]).explore.explorers
+    explorers = names["state"].explore.explorers
     assert sum(len(one.positions) for one in explorers.values()) == 8
     assert names["best"] == 0
 
