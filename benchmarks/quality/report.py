@@ -189,6 +189,9 @@ def verdicts(results: pd.DataFrame, ours: str) -> list[str]:
 
 def shown(results: pd.DataFrame, folder: pathlib.Path) -> None:
     """Prints the table on the clock and what was asked, and writes the page."""
+    if not {TARGET, PORTFOLIO} <= set(results.method):
+        print(f"There is no report without {PORTFOLIO} and {TARGET}.")
+        return
     for ours in MAIN:
         if ours in set(results.method):
             print(f"\n{summary(results, CLOCK, ours).to_string()}\n")
