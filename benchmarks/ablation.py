@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import optax
 import pandas as pd
+from scipy import stats
 
 import optax_ev3
 from benchmarks.quality.methods import (
@@ -147,7 +148,7 @@ def shown(results, settings, folder):
         show(
             pd.DataFrame(
                 {
-                    "geometric mean": np.exp(np.log(found).mean()),
+                    "geometric mean": stats.gmean(found),
                     "least": found.min(),
                     "greatest": found.max(),
                 }

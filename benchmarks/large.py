@@ -9,17 +9,11 @@ search of EV3's eight explorers. Tuning for free is left out: it takes five runs
 """
 
 import functools
-import itertools
 from typing import NamedTuple
 
-from benchmarks.quality import report
-from benchmarks.quality.accountings import GRID, cell
+from benchmarks.quality import FEW_METHODS, cells_of, report
 from benchmarks.quality.large import LARGE
-from benchmarks.quality.methods import MAIN
-from benchmarks.quality.training import forget_programs
-from benchmarks.run import Cell, Suite
-
-METHODS = (*MAIN, "AdamW + cosine", "schedule-free AdamW", GRID)
+from benchmarks.run import Suite
 
 
 class Settings(NamedTuple):
@@ -33,19 +27,9 @@ class Settings(NamedTuple):
 
 def cells(settings, tasks, results):
     del results
-    seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
-    tasks_by_name = {
-        name: functools.cache(functools.partial(made, name, settings.size))
-        for name in tasks
-    }
-    for method, name in itertools.product(METHODS, tasks):
-        forget_programs()
-
-        def measure(task=tasks_by_name[name], method=method):
-            steps = settings.steps or task().steps
-            return cell(task(), method, steps, seeds, is_free_measured=False)
-
-        yield Cell(name, method, measure)
+    makes = {name: functools.partial(made, name, settings.size) for name in tasks}
+    groups = [(name,) for name in FEW_METHODS]
+    yield from cells_of(groups, makes, settings, is_free_measured=False)
 
 
 def made(name, size):

@@ -144,7 +144,7 @@ def run(name: str, suite: Suite, args: argparse.Namespace) -> None:
             _use_all_cores()
         for cell in suite.cells(settings, args.task or suite.tasks, results):
             if cell.needed or re.search(args.only, cell.method):
-                _measure(cell, results)
+                _measure(cell, results, suite.spread)
     suite.report(results.frame, settings, folder)
 
 
@@ -156,9 +156,15 @@ def _use_all_cores() -> None:
         jax.config.update("jax_num_cpu_devices", os.cpu_count())
 
 
-def _measure(cell: Cell, results: Results) -> None:
+def _measure(cell: Cell, results: Results, is_spread: bool) -> None:
     if (cell.task, cell.method) in results:
         return
+    if is_spread:
+        import jax
+
+        # A cell compiles programs of its own, for each device: those of hundreds of
+        # cells take more memory maps than a process may have.
+        jax.clear_caches()
     begun = time.perf_counter()
     rows = cell.measure()
     seconds = time.perf_counter() - begun

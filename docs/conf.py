@@ -6,7 +6,6 @@ import sys
 import zlib
 from importlib import metadata, util
 
-from sphinx import addnodes
 from sphinx.ext import intersphinx
 
 HERE = pathlib.Path(__file__).parent
@@ -101,19 +100,6 @@ intersphinx_timeout = 5
 intersphinx_disabled_reftypes = ["std:*"]
 
 
-def link_included_files(app, doctree):
-    """Leads links from the README to files of the repository to pages of this site."""
-    del app
-    for node in doctree.findall(addnodes.pending_xref):
-        file = pathlib.PurePosixPath(node["reftarget"])
-        if str(file) == "CHANGELOG.md" or file.parent == pathlib.PurePosixPath("docs"):
-            node["refdomain"], node["reftarget"] = "doc", file.stem.lower()
-            node["reftargetid"] = None
-        elif file.suffix == ".py" and file.parent == pathlib.PurePosixPath("examples"):
-            node["refdomain"], node["reftarget"] = "doc", f"examples/{file.stem}"
-            node["reftargetid"] = None
-
-
 def link_public_names(app, env, node, contnode):
     """Leads types, which name the modules that define them, to the pages of others."""
     package, _, module = node["reftarget"].partition(".")
@@ -125,5 +111,4 @@ def link_public_names(app, env, node, contnode):
 
 def setup(app):
     app.connect("builder-inited", lambda app: thumbnails.draw(BUILT / "thumbnails"))
-    app.connect("doctree-read", link_included_files)
     app.connect("missing-reference", link_public_names)

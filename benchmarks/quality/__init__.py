@@ -25,9 +25,8 @@ from typing import NamedTuple
 
 from benchmarks.quality import report
 from benchmarks.quality.accountings import GRID, GROUPS, cell
-from benchmarks.quality.methods import MAIN
+from benchmarks.quality.methods import BASELINE, MAIN
 from benchmarks.quality.tasks import TASKS, made
-from benchmarks.quality.training import forget_programs
 from benchmarks.run import Cell, Suite
 
 
@@ -41,25 +40,36 @@ class Settings(NamedTuple):
 
 
 FEW_TASKS = ("digits MLP", "outliers", "distillation")
-FEW_METHODS = (*MAIN, "AdamW + cosine", "schedule-free AdamW", GRID)
+FEW_METHODS = (*MAIN, BASELINE, "schedule-free AdamW", GRID)
 
 
 def cells(settings, tasks, results):
     del results
-    seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
-    tasks_by_name = {
-        name: functools.cache(functools.partial(made, name)) for name in tasks
-    }
+    groups = GROUPS
     if settings.few:
         tasks = [name for name in tasks if name in FEW_TASKS]
-    for group, name in itertools.product(GROUPS, tasks):
-        forget_programs()
-        for method in group:
-            if settings.few and method not in FEW_METHODS:
-                continue
+        groups = [(name,) for name in FEW_METHODS]
+    makes = {name: functools.partial(made, name) for name in tasks}
+    yield from cells_of(groups, makes, settings)
 
-            def measure(task=tasks_by_name[name], method=method):
-                return cell(task(), method, settings.steps or task().steps, seeds)
+
+def cells_of(groups, makes, settings, **kwargs):
+    """Cells of methods, task by task within a group.
+
+    Args:
+      groups: Of names of methods.
+      makes: From names of tasks to functions that make them, each used once.
+      settings: With seeds, first_seed and steps.
+      **kwargs: Of `accountings.cell`.
+    """
+    seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
+    makes = {name: functools.cache(make) for name, make in makes.items()}
+    for group, name in itertools.product(groups, makes):
+        for method in group:
+
+            def measure(make=makes[name], method=method):
+                steps = settings.steps or make().steps
+                return cell(make(), method, steps, seeds, **kwargs)
 
             yield Cell(name, method, measure)
 

@@ -14,7 +14,15 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.quality import clock
-from benchmarks.quality.methods import COUNT, EIGHT, EV3S, KINDS, MAIN, RIVALS
+from benchmarks.quality.methods import (
+    COUNT,
+    EIGHT,
+    EV3S,
+    KINDS,
+    MAIN,
+    RIVALS,
+    visible,
+)
 from benchmarks.quality.searches import SEARCHES
 from benchmarks.quality.training import (
     FIGURES,
@@ -108,14 +116,9 @@ def _rival(task, rival, budget, seeds, is_free_measured):
     return pd.concat(rows)
 
 
-@functools.cache
 def constant(kind):
-    """The same function for the same kind, which then compiles once."""
+    """An optimizer of this kind whose rate does not fall."""
     return lambda rate, steps: KINDS[kind](rate)
-
-
-def visible(params, state):
-    return params
 
 
 @functools.lru_cache(maxsize=2)

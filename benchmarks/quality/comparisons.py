@@ -76,6 +76,12 @@ def ranks(figures: pd.DataFrame) -> pd.DataFrame:
     return figures.rank(axis=1)
 
 
+def mean_ranks(figures: pd.DataFrame) -> pd.Series:
+    """The mean over seeds and tasks, the best method first."""
+    means = ranks(figures).groupby("task").mean().mean()
+    return means.sort_values(kind="stable")
+
+
 def over_best(figures: pd.DataFrame) -> pd.DataFrame:
     """Figures over the mean figure of the best method on the task."""
     best = figures.groupby("task").mean().min(axis=1)
@@ -84,8 +90,8 @@ def over_best(figures: pd.DataFrame) -> pd.DataFrame:
 
 def typical_ratios(figures: pd.DataFrame) -> pd.Series:
     """Geometric mean over tasks of mean figures, over those of the best method."""
-    means = figures.groupby("task").mean()
-    return np.exp(np.log(means.div(means.min(axis=1), axis=0)).mean())
+    means = over_best(figures).groupby("task").mean()
+    return pd.Series(stats.gmean(means), means.columns)
 
 
 def failures(figures: pd.DataFrame) -> pd.DataFrame:

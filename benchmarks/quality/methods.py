@@ -77,8 +77,10 @@ def averaged(params, state):
     return contrib.schedule_free_eval_params(state, params)
 
 
+# What others are to reach: as its documentation says, without tuning.
+BASELINE = "AdamW + cosine"
 RIVALS = {
-    "AdamW + cosine": Rival(with_cosine(optax.adamw), 1e-3, GRID),
+    BASELINE: Rival(with_cosine(optax.adamw), 1e-3, GRID),
     "schedule-free AdamW": Rival(
         lambda rate, steps: contrib.schedule_free_adamw(rate), 2.5e-3, GRID, averaged
     ),
@@ -128,18 +130,22 @@ def explorer(task, tx, own=True):
 
 def assessed(task, held_out):
     """The scores of all held-out examples, or of some that are drawn in each round."""
-    total = len(jax.tree.leaves(held_out)[0])
-    count = looked_at(task, total)
+    count, total = looked_at(task, held_out), _count(held_out)
     drawn = {} if count == total else {"batch_size": count, "shuffle": True}
     return optax_ev3.held_out(task.score, held_out, **drawn)
 
 
-def looked_at(task, total):
+def _count(part):
+    """Examples of a part of the data."""
+    return len(jax.tree.leaves(part)[0])
+
+
+def looked_at(task, held_out):
     """Held-out examples of a round: at most a quarter of those that a branch trains on.
 
     So its three candidates, a pass each, take a quarter of its gradients' work at most.
     """
-    return min(total, LENGTH * task.batch // 4)
+    return min(_count(held_out), LENGTH * task.batch // 4)
 
 
 def total_steps(task, held_out, budget):
@@ -147,8 +153,7 @@ def total_steps(task, held_out, budget):
 
     A turn of 25 calls ends with five candidates; first turns are shorter: 3% for these.
     """
-    examples = looked_at(task, len(jax.tree.leaves(held_out)[0]))
-    turn = LENGTH + 5 * examples / (3 * task.batch)
+    turn = LENGTH + 5 * looked_at(task, held_out) / (3 * task.batch)
     return max(int(0.97 * budget * LENGTH / turn), 1)
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import scikit_posthocs
 from matplotlib.ticker import NullFormatter
 
-from benchmarks.quality.methods import MAIN
+from benchmarks.quality.comparisons import TUNED
+from benchmarks.quality.methods import BASELINE, MAIN
 from benchmarks.report import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, SKY, picture, save
 
 COLOURS = (ORANGE, SKY, GREEN, BLUE, PINK)
@@ -62,9 +63,7 @@ def critical_differences(ranks, path):
 def by_task(course, path):
     """Geometric means over seeds, of EV3 and of the others at their defaults."""
     tasks = course.index.unique("task")
-    names = [
-        x for x in (*MAIN, "AdamW + cosine", "AdamW + cosine, tuned") if x in course
-    ]
+    names = [x for x in (*MAIN, BASELINE, BASELINE + TUNED) if x in course]
     columns = min(4, len(tasks))
     lines = -(-len(tasks) // columns)
     figure = picture(2.8 * columns, 2.3 * lines + 0.5)

@@ -30,6 +30,7 @@ from sklearn.gaussian_process.kernels import RBF, Matern
 from threadpoolctl import threadpool_limits
 
 from benchmarks.quality.methods import COUNT, EIGHT, GRID, KINDS, with_cosine
+from benchmarks.quality.training import applied, value_and_grad
 from benchmarks.training import batch_of
 
 
@@ -84,21 +85,13 @@ def advance(task, make):
         def step(number, carry):
             params, state = carry
             batch = batch_of(data, seed, number, task.batch)
-            grads, merge = gradient(task, params, batch)
+            _, grads, aux = value_and_grad(task, params, batch)
             updates, state = tx.update(grads, state, params)
-            return merge(optax.apply_updates(params, updates)), state
+            return applied(task, params, updates, aux), state
 
         return jax.lax.fori_loop(start, stop, step, (params, state))
 
     return run
-
-
-def gradient(task, params, batch):
-    """The gradient, and a function to be applied to the updated parameters."""
-    if task.merge is None:
-        return jax.grad(task.loss)(params, batch), lambda params: params
-    grads, aux = jax.grad(task.loss, has_aux=True)(params, batch)
-    return grads, lambda params: task.merge(params, aux)
 
 
 class Trial(NamedTuple):

@@ -54,7 +54,6 @@ def applied(task, params, updates, aux):
     return params if task.merge is None else task.merge(params, aux)
 
 
-@functools.cache
 def trainer(task, make, evaluated, steps, seeds):
     """A function of a learning rate to figures ``[seeds, 1 + marks, 2 kinds, 2]``.
 
@@ -90,13 +89,6 @@ def trainer(task, make, evaluated, steps, seeds):
     return over_seeds(one, seeds, stacked(task.parts, seeds))
 
 
-def forget_programs():
-    """Drops what was compiled: hundreds of programs take more memory than there is."""
-    trainer.cache_clear()
-    ev3_trainer.cache_clear()
-    jax.clear_caches()
-
-
 def _both(task, parts, shown, average):
     return jnp.stack([figures_of(task, parts, params) for params in (shown, average)])
 
@@ -111,7 +103,6 @@ def _put(found, here, figures):
     return jax.lax.cond(here.any(), put, lambda: found)
 
 
-@functools.cache
 def ev3_trainer(task, method, budget, seeds):
     """A function without arguments to figures of EV3 and to what they took.
 
@@ -127,7 +118,7 @@ def ev3_trainer(task, method, budget, seeds):
     def one(seed, parts, _):
         tx = method.make(task, parts.held_out, seed, budget)
         params = task.init(jax.random.key(seed))
-        examples = looked_at(task, len(jax.tree.leaves(parts.held_out)[0]))
+        examples = looked_at(task, parts.held_out)
         figures = functools.partial(figures_of, task, parts)
 
         def call(carry):

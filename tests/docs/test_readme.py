@@ -34,9 +34,10 @@ def shown_in(file, number=0):
     return compile(code, str(path), "exec")
 
 
-def test_first_example():
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_first_example(page):
     names = {}
-    exec(shown_in("README.md"), names)
+    exec(shown_in(page), names)
     reached = float(names["score"](names["params"], names["held_out"]).mean())
     assert reached > -0.2  # -0.69 knows nothing.
 
