@@ -7,6 +7,7 @@ draws the same for all methods. (rliable, which has it, does not go with pandas 
 
 import numpy as np
 import pandas as pd
+import scikit_posthocs
 from scipy import stats
 
 from benchmarks.quality.accountings import CLOCK, HINDSIGHT, UNTUNED
@@ -80,6 +81,13 @@ def mean_ranks(figures: pd.DataFrame) -> pd.Series:
     """The mean over seeds and tasks, the best method first."""
     means = ranks(figures).groupby("task").mean().mean()
     return means.sort_values(kind="stable")
+
+
+def different(ranks: pd.DataFrame, ours: str) -> int:
+    """How many methods differ from this one by Nemenyi's test over tasks, at 5%."""
+    blocks = ranks.groupby("task").mean().reset_index(drop=True)
+    p_values = scikit_posthocs.posthoc_nemenyi_friedman(blocks)[ours]
+    return int((p_values.drop(ours) < 0.05).sum())
 
 
 def over_best(figures: pd.DataFrame) -> pd.DataFrame:

@@ -3,7 +3,6 @@
 import itertools
 
 import numpy as np
-import scikit_posthocs
 from matplotlib.ticker import NullFormatter
 
 from benchmarks.quality.comparisons import TUNED
@@ -46,17 +45,20 @@ def times_to_target(times, path):
     save(figure, path)
 
 
-def critical_differences(ranks, path):
-    """Mean ranks over tasks, and which do not differ (Nemenyi's test, 5%)."""
-    blocks = ranks.groupby("task").mean()
-    p_values = scikit_posthocs.posthoc_nemenyi_friedman(blocks.reset_index(drop=True))
-    figure = picture(9, 0.22 * len(blocks.columns) + 1)
+def mean_ranks(means, limits, path):
+    """Of each method, the best on top, with an interval (`comparisons.interval`)."""
+    figure = picture(7, 0.24 * len(means) + 0.8)
     axes = figure.subplots()
-    means = blocks.mean()
-    palette = {name: BLACK if name in MAIN else GREY for name in means.index}
-    scikit_posthocs.critical_difference_diagram(
-        means, p_values, ax=axes, color_palette=palette
-    )
+    for place, (name, mean) in enumerate(means.items()):
+        is_ours = name in MAIN
+        colour = BLACK if is_ours else GREY
+        axes.plot(limits.loc[name], [place, place], color=colour, lw=2 if is_ours else 1)
+        axes.plot(mean, place, "o", color=colour, ms=6 if is_ours else 4)
+    axes.set_yticks(range(len(means)), means.index, fontsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.grid(axis="x", color=GREY, alpha=0.25, lw=0.6)
+    axes.set_xlabel("Mean rank, with 95% intervals; 1 is the best")
     save(figure, path)
 
 

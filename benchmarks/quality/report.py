@@ -129,14 +129,19 @@ def page(results: pd.DataFrame, folder: pathlib.Path) -> str:
     clock = rivals(comparisons.ends(results, CLOCK), PORTFOLIO)
     found = times(results, PORTFOLIO)
     plots.times_to_target(found, folder / "profile.png")
-    plots.critical_differences(comparisons.ranks(clock), folder / "ranks.png")
+    ranks = comparisons.ranks(clock)
+    limits = comparisons.interval(comparisons.bootstrap(ranks, comparisons.means))
+    plots.mean_ranks(comparisons.mean_ranks(clock), limits, folder / "ranks.png")
+    differ, others = comparisons.different(ranks, PORTFOLIO), len(ranks.columns) - 1
     plots.by_task(comparisons.courses(results), folder / "course.png")
     parts = [
         "![How much work each method takes to the figure of AdamW with cosine decay at "
         "its documented rate.](profile.png)",
         f"## {TITLES[CLOCK]}\n\n{ABOUT[CLOCK]}",
         markdown(with_times(summary(results, CLOCK, PORTFOLIO), found)),
-        "![Mean ranks; methods under one bar do not differ significantly.](ranks.png)",
+        "![Mean ranks and their intervals.](ranks.png)",
+        f"By Nemenyi's test over the means of tasks (5%, corrected for all pairs), "
+        f"{PORTFOLIO} differs from {differ} of {others} methods.",
     ]
     measured = [x for x in TITLES if x in set(results.accounting)]
     for accounting in measured[1:]:
