@@ -132,7 +132,6 @@ def page(results: pd.DataFrame, folder: pathlib.Path) -> str:
     ranks = comparisons.ranks(clock)
     limits = comparisons.interval(comparisons.bootstrap(ranks, comparisons.means))
     plots.mean_ranks(comparisons.mean_ranks(clock), limits, folder / "ranks.png")
-    differ, others = comparisons.different(ranks, PORTFOLIO), len(ranks.columns) - 1
     plots.by_task(comparisons.courses(results), folder / "course.png")
     parts = [
         "![How much work each method takes to the figure of AdamW with cosine decay at "
@@ -140,9 +139,13 @@ def page(results: pd.DataFrame, folder: pathlib.Path) -> str:
         f"## {TITLES[CLOCK]}\n\n{ABOUT[CLOCK]}",
         markdown(with_times(summary(results, CLOCK, PORTFOLIO), found)),
         "![Mean ranks and their intervals.](ranks.png)",
-        f"By Nemenyi's test over the means of tasks (5%, corrected for all pairs), "
-        f"{PORTFOLIO} differs from {differ} of {others} methods.",
     ]
+    if clock.index.unique("task").size > 1:
+        differ, others = comparisons.different(ranks, PORTFOLIO), len(clock.columns) - 1
+        parts.append(
+            f"By Nemenyi's test over the means of tasks (5%, corrected for all pairs), "
+            f"{PORTFOLIO} differs from {differ} of {others} methods."
+        )
     measured = [x for x in TITLES if x in set(results.accounting)]
     for accounting in measured[1:]:
         parts.append(f"## {TITLES[accounting]}\n\n{ABOUT[accounting]}")
@@ -176,12 +179,13 @@ def verdicts(results: pd.DataFrame, ours: str) -> list[str]:
     over = comparisons.times_over(times(results, ours), BASELINE)
     lines.append(f"Work to the figure of {BASELINE}: {over[ours]:.2f} times its own.")
     best = comparisons.best_single(results)
-    worse = comparisons.behind(clock[ours].reindex(best.index), best)
-    lines.append(
-        f"Behind the best single in hindsight by more than a standard error on "
-        f"{len(worse)} of {best.index.unique('task').size} tasks: "
-        f"{', '.join(worse) or 'none'}."
-    )
+    if len(best):
+        worse = comparisons.behind(clock[ours].reindex(best.index), best)
+        lines.append(
+            f"Behind the best single in hindsight by more than a standard error on "
+            f"{len(worse)} of {best.index.unique('task').size} tasks: "
+            f"{', '.join(worse) or 'none'}."
+        )
     means = everything.groupby("task").mean()
     for name in VARIANTS:
         if name in means:
@@ -196,8 +200,12 @@ def verdicts(results: pd.DataFrame, ours: str) -> list[str]:
 
 def shown(results: pd.DataFrame, folder: pathlib.Path) -> None:
     """Prints the table on the clock and what was asked, and writes the page."""
-    if not {BASELINE, PORTFOLIO} <= set(results.method):
-        print(f"There is no report without {PORTFOLIO} and {BASELINE}.")
+    # A run that was interrupted may have tasks with some methods alone.
+    needed = {BASELINE, PORTFOLIO}
+    has_both = results.groupby("task").method.transform(lambda x: needed <= set(x))
+    results = results[has_both]
+    if results.empty:
+        print(f"There is no report without {PORTFOLIO} and {BASELINE} on a task.")
         return
     for ours in MAIN:
         if ours in set(results.method):

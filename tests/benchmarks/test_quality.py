@@ -340,6 +340,19 @@ def test_the_stored_page_is_made_of_stored_results(tmp_path):
     assert page == (run.FOLDER / "quality" / "report.md").read_text()
 
 
+def test_tasks_of_an_interrupted_run_are_left_out(tmp_path, capsys):
+    """Those that lack EV3 or the baseline, with which all are compared."""
+    results = pd.read_csv(run.FOLDER / "quality" / "results.csv")
+    kept = results[results.method.isin([methods.PORTFOLIO, methods.BASELINE])]
+    without = kept[(kept.task != "wine") | (kept.method == methods.PORTFOLIO)]
+    report.shown(without[without.task.isin(["wine", "outliers"])], tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    assert "outliers" in page and "wine" not in page and "Nemenyi" not in page
+    capsys.readouterr()
+    report.shown(without[without.task == "wine"], tmp_path)
+    assert "no report without EV3 portfolio" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_suite_runs_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     pattern = r"^(EV3 relay|EV3 portfolio|AdamW.*|grid.*|succ.*|explorers.*|COCOB)$"
