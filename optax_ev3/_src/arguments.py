@@ -1,6 +1,6 @@
 """Arguments of the transformation: checked, and brought to the form we use."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from optax_ev3._src.adapt.confident import confident
@@ -70,6 +70,29 @@ def check_callbacks(
     if loss_fn is not None:
         callbacks.check_callback(loss_fn, "loss_fn")
     explore.check_spaces(explorers)
+
+
+def check_aux(
+    aux: Any,
+    explorers: Mapping[str, Explorer],
+    callback_fns: Iterable[Callable[..., Any] | None],
+) -> None:
+    """Raises where ``aux`` is given to ``update``, and nobody takes it.
+
+    Statistics that are lost would stay at their start, unnoticed.
+    """
+    if aux is None or any(one.merge_fn is not None for one in explorers.values()):
+        return
+    of_explorers = [(one.loss_fn, 1) for one in explorers.values()]
+    of_explorers += [(one.tx.update, 3) for one in explorers.values()]
+    for fn, count in [*((fn, 1) for fn in callback_fns), *of_explorers]:
+        if fn is not None and "aux" in callbacks.free(fn, count).names:
+            return
+    raise TypeError(
+        "update was given aux=, what a loss computed on the side, and no explorer has a "
+        "merge_fn that puts it into the parameters: make each of them "
+        "optax_ev3.explorer(tx, merge_fn=...), or leave aux out."
+    )
 
 
 def check_axis(axis: Any, explorers: Mapping[str, Explorer]) -> None:

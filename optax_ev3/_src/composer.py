@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ev3._src import inputs, keys
+from optax_ev3._src import arguments, inputs, keys
 from optax_ev3._src.adapt.decide import decide
 from optax_ev3._src.assess import stage as assess
 from optax_ev3._src.base import control, select, trees
@@ -69,6 +69,8 @@ class Composer(NamedTuple):
     ) -> tuple[optax.Updates, EV3State]:
         params = inputs.checked_params(params)
         state = inputs.checked_state(state, params, self.layout, self.init)
+        functions = assess.innermost(self.assess_fn), self.loss_fn
+        arguments.check_aux(extra_args.get("aux"), self.explorers, functions)
         now = keys.split(state, self.key_impl, self.axis_name)
         grads = calls.gradients_for(params, updates)
         numbers = hyperparams(state.explore.explorers)

@@ -22,6 +22,7 @@ def portfolio(
     loss_fn: Callable[..., Any] | None = None,
     *,
     inner: Sequence[Any] | Mapping[str, Any] | None = None,
+    wrap: Callable[[Any], Any] | None = None,
     total_steps: int | None = None,
     **kwargs: Any,
 ) -> optax.GradientTransformationExtraArgs:
@@ -45,6 +46,9 @@ def portfolio(
       assess_fn: See :func:`optax_ev3.ev3`.
       loss_fn: See :func:`optax_ev3.ev3`.
       inner: Other explorers, see :func:`optax_ev3.ev3`.
+      wrap: What to put around every optimizer, such as ``lambda tx:
+        optax.chain(optax.clip_by_global_norm(1.0), tx)``; or, for a model with
+        BatchNorm, ``lambda tx: optax_ev3.explorer(tx, merge_fn=merge)``.
       total_steps: Calls of ``update`` in the whole training; updates after them are
         zero.
       **kwargs: What else :func:`optax_ev3.ev3` takes, ``explore`` and ``adapt``
@@ -54,7 +58,7 @@ def portfolio(
       A transformation; see :func:`optax_ev3.ev3`.
 
     Raises:
-      TypeError: If ``total_steps`` is no integer.
+      TypeError: If ``total_steps`` is no integer, or ``wrap`` is not callable.
       ValueError: If it is below 1, or given together with ``explore``.
 
     Examples:
@@ -81,6 +85,8 @@ def portfolio(
     """
     if inner is None:
         inner = _eight()
+    if wrap is not None:
+        inner = _wrapped(inner, wrap)
     schedule = None
     if total_steps is not None:
         if "explore" in kwargs:
@@ -103,6 +109,17 @@ def _eight() -> dict[str, optax.GradientTransformation]:
         **{f"muon_{rate:g}": contrib.muon(rate, consistent_rms=0.2) for rate in muons},
         "momentum_0.1": optax.sgd(0.1, momentum=0.9),
     }
+
+
+def _wrapped(
+    inner: Sequence[Any] | Mapping[str, Any], wrap: Callable[[Any], Any]
+) -> Sequence[Any] | Mapping[str, Any]:
+    """The explorers with something around each of them."""
+    if not callable(wrap):
+        raise TypeError(f"wrap must be a function of an optimizer, got {wrap!r}.")
+    if isinstance(inner, Mapping):
+        return {name: wrap(tx) for name, tx in inner.items()}
+    return [wrap(tx) for tx in inner]
 
 
 def _competition(has_loss: bool, schedule: optax.Schedule | None) -> Strategy:

@@ -79,6 +79,44 @@ def test_arguments_replace_what_is_chosen():
     assert_identical(ours, run(optax_ev3.ev3(TWO, score, **chosen), 4))
 
 
+def test_something_around_every_optimizer():
+    def wrap(tx):
+        return optax.chain(optax.clip(0.1), tx)
+
+    by_hand = {name: wrap(tx) for name, tx in TWO.items()}
+    ours = run(optax_ev3.portfolio(score, loss, inner=TWO, wrap=wrap), 9)
+    assert_identical(ours, run(optax_ev3.portfolio(score, loss, inner=by_hand), 9))
+    by_place = optax_ev3.portfolio(score, inner=list(TWO.values()), wrap=wrap)
+    assert set(by_place.init(jnp.zeros(2)).explore.explorers) == {
+        "explorer_0",
+        "explorer_1",
+    }
+
+
+def test_statistics_of_all_eight():
+    """A model with BatchNorm: the loss returns what a merge puts in place."""
+
+    def with_mean(params):
+        return loss(params["w"]), params["mean"] + 1
+
+    def merge(params, mean):
+        return {**params, "mean": mean}
+
+    tx = optax_ev3.portfolio(
+        lambda params: score(params["w"]),
+        with_mean,
+        wrap=lambda tx: optax_ev3.explorer(tx, merge_fn=merge),
+    )
+    params = {"w": jnp.zeros([2, 2]), "mean": jnp.zeros([])}
+    state = tx.init(params)
+    assert any("and 3 more" in name for name in state.explore.explorers)  # A stack.
+    for _ in range(3):  # The first round of the portfolio.
+        updates, state = jax.jit(tx.update)(None, state, params)
+        params = optax.apply_updates(params, updates)
+    assert int(state.ev3_round) == 1
+    assert float(optax_ev3.best_params(state)["mean"]) == 3
+
+
 def test_the_papers_rounds_and_rule():
     def scores(w):
         return score(w) * jnp.ones(4)
@@ -97,5 +135,7 @@ def test_errors():
         optax_ev3.portfolio(score, total_steps=9, explore=explore.relay())
     with pytest.raises(ValueError, match="total_steps"):
         optax_ev3.portfolio(score, total_steps=0)
+    with pytest.raises(TypeError, match="wrap must be a function"):
+        optax_ev3.portfolio(score, wrap=optax.clip(1.0))
     with pytest.raises(TypeError, match="total_steps"):
         optax_ev3.portfolio(score, total_steps=2.5)

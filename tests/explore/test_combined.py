@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import always, assert_close, assert_identical
+from helpers import always, assert_close, assert_identical, says
 from helpers.trajectories import alone, data, loss, run, score, start
 
 import optax_ev3
@@ -176,6 +176,34 @@ def test_merge_needs_what_the_callers_loss_computed():
     tx = optax_ev3.ev3([one], score_only)
     with pytest.raises(TypeError, match=r"aux=\.\.\."):
         jax.eval_shape(tx.update, w, tx.init(w), w, held=data(1))
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_what_a_loss_computed_on_the_side_is_not_lost(held):
+    """Without a merge_fn statistics would stay at their start."""
+    w = with_mean()
+
+    def update(assess_fn, one, **extra):
+        tx = optax_ev3.ev3([one], assess_fn)
+        return jax.eval_shape(tx.update, w, tx.init(w), w, **extra)
+
+    def assessed(metric_fn):
+        return optax_ev3.held_out(metric_fn, data(1)) if held else metric_fn
+
+    def names_it(params, held, aux=0.0):
+        return score_only(params, held) + aux
+
+    given = {"aux": jnp.float32(1.0), **({} if held else {"held": data(1)})}
+    sgd = optax.sgd(0.1)
+    with says(TypeError, "aux=", "merge_fn", "optax_ev3.explorer(tx, merge_fn=...)"):
+        update(assessed(score_only), sgd, **given)
+    update(assessed(score_only), sgd, **given | {"aux": None})
+    update(assessed(names_it), sgd, **given)
+    adds = optax.GradientTransformationExtraArgs(
+        sgd.init, lambda u, state, params=None, *, aux=0.0: (u, state)
+    )
+    update(assessed(score_only), adds, **given)
+    update(assessed(score_only), optax_ev3.explorer(sgd, merge_fn=merge), **given)
 
 
 def test_losses_get_a_key_of_the_call_the_same_for_all():

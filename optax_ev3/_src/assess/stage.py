@@ -17,15 +17,20 @@ AssessFn = Callable[..., Any] | chunks.InChunks
 
 def check(assess_fn: AssessFn, loss_fns: Iterable[Callable[..., Any] | None]) -> None:
     """Raises unless ``assess_fn`` can assess, and is none of the losses."""
-    if isinstance(assess_fn, chunks.InChunks):
-        assess_fn = assess_fn.assess_fn
-    callbacks.check_callback(assess_fn, "assess_fn")
-    metric_fn = getattr(assess_fn, "ev3_metric_fn", assess_fn)  # Of held_out.
+    metric_fn = innermost(assess_fn)
+    callbacks.check_callback(metric_fn, "assess_fn")
     if any(loss is not None and callbacks.same(metric_fn, loss) for loss in loss_fns):
         raise ValueError(
             "the same function assesses and is a loss. Of scores higher is better: "
             "pass optax_ev3.minimize(loss) as assess_fn, or to held_out."
         )
+
+
+def innermost(assess_fn: AssessFn) -> Callable[..., Any]:
+    """What assesses, without the chunks and the draws around it."""
+    if isinstance(assess_fn, chunks.InChunks):
+        assess_fn = assess_fn.assess_fn
+    return getattr(assess_fn, "ev3_metric_fn", assess_fn)  # Of held_out.
 
 
 def score(
