@@ -104,8 +104,9 @@ def main(_):
     print(f"Adam at {start:g} alone: test accuracy {accuracy(alone, data.test):.4f}")
     tx = evolving(data, start, seed)
     stalled = jax.jit(lambda state: optax_ev3.stalled(state, rounds=16))
-    params, state = train(tx, data, STEPS.value, seed, stalled)
-    print(f"Evolved from there: test accuracy {accuracy(params, data.test):.4f}")
+    _, state = train(tx, data, STEPS.value, seed, stalled)
+    best = optax_ev3.best_params(state)
+    print(f"Evolved from there: test accuracy {accuracy(best, data.test):.4f}")
     schedule = optax_ev3.found_schedule(state, "learning_rate")
     calls = int(optax_ev3.summary(state)["ev3/calls"])
     for count in range(0, calls, max(1, calls // 8)):

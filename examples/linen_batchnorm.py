@@ -110,7 +110,7 @@ def train(steps: int, seed: int) -> float:
     print(f"Before training: test accuracy {accuracy(variables, data.test):.4f}")
     for i in range(steps):
         variables, state = step(variables, state, jax.random.fold_in(data_key, i))
-    after = float(accuracy(variables, data.test))
+    after = float(accuracy(optax_ev3.best_params(state), data.test))
     print(f"After {steps} steps: test accuracy {after:.4f}")
     for name, value in jax.jit(optax_ev3.summary)(state).items():
         print(f"  {name:32} {value:8.3f}")

@@ -75,7 +75,8 @@ def train(steps: int, seed: int) -> float:
     held_out_batches = batches(data.held_out, [seed, 1])
     for _ in range(steps):
         state = step(state, next(train_batches), next(held_out_batches))
-    after = float(accuracy(state, data.test))
+    best = optax_ev3.best_params(state)
+    after = float(accuracy(state.replace(params=best), data.test))
     print(f"After {steps} steps: test accuracy {after:.4f}")
     for name, value in jax.jit(optax_ev3.summary)(state.opt_state).items():
         print(f"  {name:18} {value:8.3f}")

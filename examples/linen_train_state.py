@@ -63,7 +63,8 @@ def train(steps: int, seed: int) -> float:
     print(f"Before training: test accuracy {accuracy(state, data.test):.4f}")
     for i in range(steps):
         state = step(state, _data.sample(jax.random.fold_in(data_key, i), data.train))
-    after = float(accuracy(state, data.test))
+    best = optax_ev3.best_params(state)
+    after = float(accuracy(state.replace(params=best), data.test))
     print(f"After {steps} steps: test accuracy {after:.4f}")
     for name, value in jax.jit(optax_ev3.summary)(state.opt_state).items():
         print(f"  {name:18} {value:8.3f}")

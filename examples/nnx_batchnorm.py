@@ -85,8 +85,8 @@ def train(steps: int, seed: int) -> float:
 
     @nnx.jit
     def step(model, optimizer, batch, held_out):
-        # All explorers have losses of their own: the gradients, which Flax wants as a
-        # state of the model, are not used.
+        # All explorers have losses of their own. Flax wants a state of the model where
+        # the gradients would be.
         unused = nnx.state(model, TRAINED)
         optimizer.update(model, unused, batch=batch, held_out=held_out)
 
@@ -96,6 +96,7 @@ def train(steps: int, seed: int) -> float:
         batch = _data.sample(train_key, data.train)
         held_out = _data.sample(held_out_key, data.held_out)
         step(model, optimizer, batch, held_out)
+    nnx.update(model, optax_ev3.best_params(optimizer.opt_state))
     after = float(accuracy(model, data.test))
     print(f"After {steps} steps: test accuracy {after:.4f}")
     for name, value in optax_ev3.summary(optimizer.opt_state).items():

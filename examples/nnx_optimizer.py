@@ -81,6 +81,7 @@ def train(steps: int, seed: int) -> float:
         held_out_batch = _data.sample(held_out_key, data.held_out)
         step(model, optimizer, train_batch, held_out_batch)
     model.eval()
+    nnx.update(model, optax_ev3.best_params(optimizer.opt_state))
     after = float(accuracy(model, data.test))
     print(f"After {steps} steps: test accuracy {after:.4f}")
     for name, value in optax_ev3.summary(optimizer.opt_state).items():

@@ -75,7 +75,7 @@ def train(steps: int, seed: int) -> float:
     print(f"Before training: test accuracy {accuracy(params, data.test):.4f}")
     for i in range(steps):
         params, state = step(params, state, jax.random.fold_in(data_key, i))
-    after = accuracy(params, data.test)
+    after = accuracy(optax_ev3.best_params(state), data.test)
     print(f"After {steps} steps: test accuracy {after:.4f}")
     for name, value in jax.jit(optax_ev3.summary)(state).items():
         print(f"  {name:18} {value:8.3f}")

@@ -118,7 +118,8 @@ def train(steps: int, seed: int) -> None:
     for _ in range(steps):
         index = draw.integers(len(x), size=BATCH)
         params, state = step(params, state, share((x[index], y[index])), held_out)
-    tell(f"After {steps} steps: test accuracy {accuracy(params, *data.test):.4f}")
+    best = optax_ev3.best_params(state)
+    tell(f"After {steps} steps: test accuracy {accuracy(best, *data.test):.4f}")
     summary = jax.jit(optax_ev3.summary, out_shardings=everywhere)(state)
     for name, value in summary.items():
         tell(f"  {name:18} {float(value):8.3f}")

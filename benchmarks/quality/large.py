@@ -202,7 +202,7 @@ def resnet(width, stages, blocks, classes):
 
 def images(size: str) -> Task:
     """Which shape is the largest one of an image."""
-    width, blocks, steps, batch = chosen(size, (16, 1, 700, 64), (64, 2, 1500, 128))
+    width, blocks, steps, batch = chosen(size, (16, 1, 250, 64), (64, 2, 1500, 128))
     init, outputs = resnet(width, 3, blocks, len(SHAPES))
 
     def parts(seed):

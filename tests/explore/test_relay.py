@@ -354,3 +354,20 @@ def test_a_leader_without_gradients_loses_the_lead():
     # At a standstill it is challenged after each turn, of which this one wastes a call.
     assert (np.asarray(lead)[60:] == 1).mean() >= 0.75
     assert float(optax_ev3.best_params(state)) == pytest.approx(-1, abs=0.02)
+
+
+@pytest.mark.parametrize(("count", "calls"), [(2, 62), (3, 143), (8, 448)])
+def test_how_long_first_turns_take(count, calls):
+    """What the documentation says of them."""
+    inner = {f"sgd {i}": optax.sgd(0.01 * (i + 1)) for i in range(count)}
+    tx = optax_ev3.ev3(inner, lambda w: -jnp.square(w), explore=explore.relay())
+
+    def step(carry, _):
+        w, state = carry
+        updates, state = tx.update(w / 10, state, w)
+        return (w + updates, state), state.explore.racing.cycle
+
+    start = jnp.ones([]), tx.init(jnp.ones([]))
+    cycle = jax.jit(lambda c: jax.lax.scan(step, c, length=500))(start)[1]
+    # The cycles of first turns are all over from this call on.
+    assert int(jnp.argmax(cycle == cycle[-1])) + 1 == calls
