@@ -2,8 +2,6 @@
 
 import functools
 import importlib
-import subprocess
-import sys
 import warnings
 
 import jax
@@ -344,20 +342,3 @@ def test_wrong_states():
 def test_wrong_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         plot.history(two_objectives(), **arguments)
-
-
-def test_without_matplotlib():
-    code = """
-import sys
-import optax_ev3
-assert not any(name.split(".")[0] == "matplotlib" for name in sys.modules)
-sys.modules["matplotlib"] = None
-try:
-    import optax_ev3.plot
-except ImportError as error:
-    print(error)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert 'pip install "optax_ev3[plot]"' in done.stdout
