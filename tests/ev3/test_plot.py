@@ -172,7 +172,7 @@ def test_x_counts_rounds_or_calls(length, first):
     else:
         assert found == [sum(lengths[: i + 1]) for i in rounds]
         since = ", since round 7" if first else ""
-        assert label == "Calls of update in each branch" + since
+        assert label == "Calls of update" + since
     assert figure.axes[0].get_xlabel() == ""
 
 
