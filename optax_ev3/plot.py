@@ -1,7 +1,7 @@
 """For matplotlib: pictures of a run.
 
 Dimensions: ``R`` rounds, ``C`` candidates, ``M`` objectives, ``K`` members of a group
-whose hyperparameters evolve.
+whose hyperparameters evolve, ``E`` explorers.
 """
 
 import functools
@@ -10,30 +10,34 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from optax_ev3._src.applications import plot_data
-from optax_ev3._src.history import schedule
-
 try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 except ImportError as _error:
     raise ImportError(
         'optax_ev3.plot needs matplotlib: pip install "optax_ev3[plot]"'
     ) from _error
 
-__all__ = ["history"]
+from optax_ev3._src.applications import plot_data, plot_style, plot_work
+from optax_ev3._src.applications.plot_style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PALE,
+    RED,
+    short,
+)
+from optax_ev3._src.history import schedule
 
-# Okabe and Ito's colours, told apart by the colour-blind, too; the first ones are of
-# what was adopted and of stable, and the rest, with them, of the objectives.
-_BLUE, _ORANGE, _GREEN, _RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-_GREY, _PALE = "#666666", "#DDDDDD"
-_CYCLE = [_BLUE, _ORANGE, _GREEN, _RED, "#CC79A7", "#56B4E9"]
+__all__ = ["history", "work"]
+
+_CYCLE = [BLUE, ORANGE, GREEN, RED, "#CC79A7", "#56B4E9"]
 _DASHES = ["-", "--", ":", "-."]
 
 _DECADE = 10.0  # What spans more is drawn on a logarithmic scale.
 _MANY = 30  # With more candidates, rows of those never adopted are left out.
-_WIDTH = 32  # Characters of a name.
 
 
 class _Panel(NamedTuple):
@@ -67,7 +71,7 @@ def history(
       positive and span more than a decade.
 
     The x axis counts rounds, from 0, if each had one step, else the calls of ``update``
-    in each branch up to the round's end, from the first of the rounds drawn.
+    up to the round's end, from the first of the rounds drawn.
 
     Args:
       state_or_history: A state as for :func:`optax_ev3.history`, or the dictionary that
@@ -99,18 +103,63 @@ def history(
     past = plot_data.read(state_or_history, objective)
     panels = _panels(past)
     own = axes is None
-    chosen = _new_axes(panels) if own else _checked_axes(axes, panels)
+    chosen = _new_axes(panels) if own else plot_style.checked_axes(axes, panels)
     explained = set()
     for name, place in chosen.items():
         panels[name].draw(place)
-        _tidy(place)
+        plot_style.tidy(place)
         labels = set(place.get_legend_handles_labels()[1])
         if not labels <= explained:
-            _explain(place)
+            plot_style.explain(place)
         explained |= labels if own else set()
     for place in list(chosen.values())[-1:] if own else chosen.values():
         place.set_xlabel(past.unit, fontsize=9)
     return next(iter(chosen.values())).figure.figure
+
+
+def work(state_or_history: Any, *, axes: Mapping[str, Axes] | None = None) -> Figure:
+    """Draws who took part in the last rounds, who was adopted, and what was paid.
+
+    The panels, for R rounds and E explorers:
+
+    - ``work``: one row for each explorer, and one for ``current`` and ``stable``, which
+      stand for what was there before: the rounds in which it took part, and those in
+      which it, or an average of it, was adopted. A round is as wide as it has calls of
+      ``update``; in a relay it is a turn, and belongs to the explorer at work;
+    - ``share``: what each explorer used of all gradients, and how often it, or an
+      average of it, was adopted, as shares of the R rounds;
+    - ``active``: how many explorers took part in each round.
+
+    In each call of ``update`` an explorer that takes part uses one gradient, and one
+    that is paused none. It is a gradient of its own, or the caller's: in a relay that
+    is one a call; in one-step rounds, and with ``gradients="shared"``, all explorers
+    use the same one. Rounds in which nothing was valid are not in the history.
+
+    Args:
+      state_or_history: As for :func:`history`.
+      axes: As for :func:`history`, by the names of the panels above.
+
+    Returns:
+      The figure, see :func:`history`.
+
+    Raises:
+      TypeError: If an argument is of the wrong kind, or the state is traced.
+      ValueError: If no round has ended, if a name is unknown, if the history lacks
+        something or its shapes don't fit; for states, as :func:`optax_ev3.history`.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_ev3, optax_ev3.plot
+      >>> tx = optax_ev3.ev3([optax.sgd(0.1), optax.sgd(0.3)], lambda w: -(w**2))
+      >>> w = jnp.array(2.0)
+      >>> _, state = tx.update(2 * w, tx.init(w), w)
+      >>> figure = optax_ev3.plot.work(state)
+      >>> print(*(axes.get_title("left") for axes in figure.axes), sep="; ")
+      Explorers; Share of; Explorers at work;
+    """
+    done = plot_data.read_work(state_or_history)
+    if axes is None:
+        return plot_work.in_new_figure(done)
+    return plot_work.in_axes(done, plot_style.checked_axes(axes, plot_work.PANELS))
 
 
 # Where the panels are.
@@ -119,7 +168,7 @@ def history(
 def _panels(past: plot_data.Past) -> dict[str, _Panel]:
     """All panels by their names, from top to bottom."""
     main, *others = past.scores
-    title = "Score" if main == "score" else f"Score: {_short(main)}"
+    title = "Score" if main == "score" else f"Score: {short(main)}"
     rows = _rows(past)
     panels = {
         "score": _Panel(2.3, functools.partial(_draw_scores, past, main, title)),
@@ -128,7 +177,7 @@ def _panels(past: plot_data.Past) -> dict[str, _Panel]:
     if past.priorities:
         panels["priorities"] = _Panel(1.6, functools.partial(_draw_priorities, past))
     for name in others:
-        draw = functools.partial(_draw_scores, past, name, f"Score: {_short(name)}")
+        draw = functools.partial(_draw_scores, past, name, f"Score: {short(name)}")
         panels[f"score/{name}"] = _Panel(1.6, draw)
     for name in past.hyperparams:
         draw = functools.partial(_draw_hyperparam, past, name)
@@ -146,43 +195,6 @@ def _new_axes(panels: Mapping[str, _Panel]) -> dict[str, Axes]:
     return dict(zip(panels, places[:, 0], strict=True))
 
 
-def _checked_axes(axes: Any, panels: Mapping[str, _Panel]) -> dict[str, Axes]:
-    """The axes given, if they are what was asked for."""
-    if not isinstance(axes, Mapping):
-        raise TypeError(
-            "axes must be a mapping from names of panels to matplotlib's Axes, got "
-            f"{type(axes).__name__}."
-        )
-    unknown = [name for name in axes if name not in panels]
-    if unknown or not axes:
-        raise ValueError(f"axes may be for {list(panels)}, got {list(axes)}.")
-    for name, place in axes.items():
-        if not isinstance(place, Axes):
-            raise TypeError(
-                f"axes[{name!r}] must be matplotlib's Axes, got {type(place).__name__}."
-            )
-    return dict(axes)
-
-
-def _tidy(axes: Axes) -> None:
-    """What all panels have in common."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    axes.set_axisbelow(True)
-
-
-def _explain(axes: Axes) -> None:
-    """A legend beside the panel, where it hides nothing."""
-    axes.legend(
-        loc="upper left",
-        bbox_to_anchor=(1.01, 1),
-        borderaxespad=0,
-        fontsize=8,
-        frameon=False,
-    )
-
-
 # What they show.
 
 
@@ -193,18 +205,18 @@ def _draw_scores(past: plot_data.Past, name: str, title: str, axes: Axes) -> Non
     mean, lower, upper = (values[row, past.adopted] for values in scores[:3])
     stable = scores.mean[:, -1]
     line = functools.partial(axes.plot, lw=_line_width(past), ms=size - 1)
-    line(x, mean, "o-", color=_BLUE, zorder=3, label="adopted")
+    line(x, mean, "o-", color=BLUE, zorder=3, label="adopted")
     if (upper > lower).any():
         label = "its bounds" if scores.bounded else f"± {plot_data.Z} standard errors"
-        axes.fill_between(x, lower, upper, color=_BLUE, alpha=0.2, lw=0, label=label)
-    line(x, stable, "s--", color=_ORANGE, zorder=2, label="stable")
+        axes.fill_between(x, lower, upper, color=BLUE, alpha=0.2, lw=0, label=label)
+    line(x, stable, "s--", color=ORANGE, zorder=2, label="stable")
     if past.replaced.any():
         # At the bottom, where any number of them hides nothing.
         axes.plot(
             x[past.replaced],
             np.full(past.replaced.sum(), 0.03),
             "|",
-            color=_RED,
+            color=RED,
             ms=8,
             transform=axes.get_xaxis_transform(),
             label="stable replaced",
@@ -213,7 +225,7 @@ def _draw_scores(past: plot_data.Past, name: str, title: str, axes: Axes) -> Non
     sizes = -np.concatenate([mean, stable])
     if _spans_decades(sizes):
         _scale_negative(axes, np.nanmin(sizes), np.nanmax(sizes))
-    axes.grid(axis="y", color=_PALE, lw=0.6)
+    axes.grid(axis="y", color=PALE, lw=0.6)
     axes.set_title(title, loc="left", fontsize=10)
 
 
@@ -241,7 +253,7 @@ def _rows(past: plot_data.Past) -> list[int]:
 def _draw_rows(past: plot_data.Past, axes: Axes) -> None:
     """Which candidate was adopted, one row each, and how often."""
     rows, count = _rows(past), len(past.names)
-    colours = [_BLUE] * (count - 2) + [_GREY, _ORANGE]
+    colours = [BLUE] * (count - 2) + [GREY, ORANGE]
     shares = []
     for row, index in enumerate(rows):
         chosen = past.adopted == index
@@ -250,12 +262,12 @@ def _draw_rows(past: plot_data.Past, axes: Axes) -> None:
         axes.plot(x, y, "o", color=colours[index], ms=_marker_size(past))
         shares.append(f"{chosen.mean():.0%}")
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_yticks(range(len(rows)), _labels([past.names[i] for i in rows]))
+    axes.set_yticks(range(len(rows)), plot_style.labels([past.names[i] for i in rows]))
     right = axes.secondary_yaxis("right")
     right.set_yticks(range(len(rows)), shares)
     right.tick_params(length=0, labelsize=8)
     right.spines["right"].set_visible(False)
-    axes.grid(axis="y", color=_PALE, lw=0.6)
+    axes.grid(axis="y", color=PALE, lw=0.6)
     left_out = count - len(rows)
     more = f" ({left_out} others never)" if left_out else ""
     axes.set_title(f"Adopted{more}", loc="left", fontsize=10)
@@ -273,9 +285,9 @@ def _draw_priorities(past: plot_data.Past, axes: Axes) -> None:
             lw=_line_width(past),
             marker="o",
             ms=_marker_size(past) - 1,
-            label=_short(name, 24),
+            label=short(name, 24),
         )
-    axes.grid(axis="y", color=_PALE, lw=0.6)
+    axes.grid(axis="y", color=PALE, lw=0.6)
     axes.set_title("Priorities of the objectives", loc="left", fontsize=10)
 
 
@@ -290,7 +302,7 @@ def _draw_hyperparam(past: plot_data.Past, name: str, axes: Axes) -> None:
         np.repeat(past.x, values.shape[1]),
         values.ravel(),
         "o",
-        color=_GREY,
+        color=GREY,
         alpha=0.35,
         markeredgewidth=0,
         ms=size - 1,
@@ -300,11 +312,11 @@ def _draw_hyperparam(past: plot_data.Past, name: str, axes: Axes) -> None:
     at = np.flatnonzero((member >= 0) & (member < values.shape[1]))
     chosen = values[at, member[at]]
     width = _line_width(past)
-    axes.plot(past.x[at], chosen, "o-", color=_BLUE, lw=width, ms=size, label="adopted")
+    axes.plot(past.x[at], chosen, "o-", color=BLUE, lw=width, ms=size, label="adopted")
     if _spans_decades(values):
         axes.set_yscale("log")
-    axes.grid(axis="y", color=_PALE, lw=0.6)
-    axes.set_title(_short(name, 60), loc="left", fontsize=10)
+    axes.grid(axis="y", color=PALE, lw=0.6)
+    axes.set_title(short(name, 60), loc="left", fontsize=10)
 
 
 def _marker_size(past: plot_data.Past) -> float:
@@ -321,23 +333,3 @@ def _spans_decades(values: np.ndarray) -> bool:
     """Whether what is finite is positive, and spans more than a decade."""
     finite = values[np.isfinite(values)]
     return finite.size > 0 and 0 < _DECADE * finite.min() < finite.max()
-
-
-def _short(name: str, width: int = _WIDTH) -> str:
-    """The name, without its middle where it is long, and taken literally.
-
-    More is left of the end, where the numbers of members stand.
-    """
-    if len(name) > width:
-        head = (width - 1) // 3
-        name = f"{name[:head]}…{name[head + 1 - width :]}"
-    return name.replace("$", r"\$")
-
-
-def _labels(names: list[str]) -> list[str]:
-    """The names, shortened; numbered where that makes them equal."""
-    short = [_short(name) for name in names]
-    return [
-        f"{label} #{i}" if short.count(label) > 1 else label
-        for i, label in enumerate(short)
-    ]

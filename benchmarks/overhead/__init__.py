@@ -21,6 +21,8 @@ relays: CPU time of a call in a relay of Adams, averaged over whole turns of 25 
 convolutions: CPU time of a step of two Adams on three convolutions, averaged over a
   round, over that of a step of one Adam: every strategy, without a race, in a race in
   which no explorer is paused, and with one of the two paused ("paused": how many were).
+imports: CPU time of a process that imports the package, over that of one that imports
+  optax.
 
 Programs that are compared run in turn within every repeat, in changing order, and each
 ratio is taken within a repeat: load from outside hits both sides of it alike. Tables
@@ -38,7 +40,7 @@ import optax
 import pandas as pd
 
 import optax_ev3
-from benchmarks.overhead import convolutions, relays, rounds, steps
+from benchmarks.overhead import convolutions, imports, relays, rounds, steps
 from benchmarks.overhead.programs import BY_HAND, TUNED, conv_problem, mlp_problem
 from benchmarks.report import show
 from benchmarks.run import Cell, Suite
@@ -53,6 +55,7 @@ TITLES = {
     "bookkeeping": "Evidence, rule and history alone, over a step that needs them",
     "relays": "CPU time of a call in a relay of Adams, over a step of one",
     "convolutions": "CPU time of a step with convolutions, two Adams, over one Adam's",
+    "imports": "CPU time of `import optax_ev3`, over that of `import optax`",
 }
 LABELS = ["model", "explorers", "program", "loop", "trajectory"]
 
@@ -122,6 +125,7 @@ def cells(settings, tasks, results):
         yield from _cell(tasks, "relays", name, fn, name, problem, settings)
     fn = convolutions.measure_convolutions
     yield from _cell(tasks, "convolutions", "two Adams", fn, settings)
+    yield from _cell(tasks, "imports", "processes", imports.measure_imports, settings)
 
 
 def _cell(tasks, task, method, fn, *args):

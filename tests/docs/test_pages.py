@@ -1,9 +1,13 @@
 """The code that the pages of the documentation show runs, and does what they say."""
 
 import ast
+import collections
+import contextlib
 import importlib.util
+import io
 import pathlib
 import re
+import struct
 
 import jax
 import jax.numpy as jnp
@@ -122,16 +126,88 @@ def test_checkpoints_go_on(capsys):
     assert optax_ev3.summary(names["state"])["ev3/calls"] == 100
 
 
-def test_logging(capsys):
-    names = run("how_to/logging.md")
-    assert [line["step"] for line in names["lines"]] == [0, 10, 20]
-    assert "3 lines" in capsys.readouterr().out
-    names = set(names["logged"][0])
+@pytest.fixture(scope="module")
+def logging():
+    """What the page on logging leaves behind, with what it printed."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        names = run("how_to/logging.md")
+    return names | {"out": out.getvalue(), "err": err.getvalue()}
+
+
+def test_logging(logging):
+    assert [line["step"] for line in logging["lines"]] == [0, 10, 20]
+    assert "3 lines" in logging["out"]
+    names = set(logging["logged"][0])
     page = (DOCS / "how_to/logging.md").read_text()
     shown = set(re.findall(r"`(ev3/[^`]*?)(?:NAME)?`", page)) - {
         "ev3/hyperparams/GROUP/"
     }
     assert all(any(name.startswith(one) for name in names) for one in shown)
+
+
+def test_a_progress_bar_says_who_leads(logging):
+    pytest.importorskip("tqdm")
+    found = re.findall(r"best=(\S+), leads=(\w+), round=(\d+)", logging["err"])
+    best, leads, rounds = zip(*found, strict=True)
+    assert set(leads) <= {"adam", "sgd", "current", "stable"}
+    assert int(rounds[-1]) == 130  # After 30 rounds of before.
+    assert sorted(map(float, best)) == [*map(float, best)]
+
+
+def written(folder):
+    """Scalars in the files of TensorBoard, by step and name."""
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+    found = collections.defaultdict(dict)
+    for path in sorted(pathlib.Path(folder).iterdir()):
+        data = path.read_bytes()
+        while data:
+            (size,) = struct.unpack("<Q", data[:8])  # And sums of these, and of these.
+            event = event_pb2.Event.FromString(data[12 : 12 + size])
+            data = data[16 + size :]
+            for value in event.summary.value:
+                assert value.tag not in found[event.step]
+                found[event.step][value.tag] = value.simple_value
+    return {step: scalars for step, scalars in found.items() if scalars}
+
+
+def test_tensorboard_gets_what_is_in_the_history(logging):
+    pytest.importorskip("tensorboardX")
+    events = written(logging["folder"])
+    past = optax_ev3.history(logging["relay_state"])
+    assert len(events) == len(past["round"]) > 10
+    names = past["candidates"].tolist()
+    missing = 0
+    for row, scalars in enumerate(events.values()):
+        assert scalars["ev3/round"] == row + 1
+        assert np.isfinite([*scalars.values()]).all()
+        scores = [scalars.get(f"ev3/score/{name}", np.nan) for name in names]
+        np.testing.assert_array_equal(np.float32(scores), past["mean"][row])
+        missing += int(np.isnan(scores).sum())
+        [adopted] = [name for name in names if scalars[f"ev3/adopted/{name}"]]
+        assert adopted == names[past["adopted"][row]]
+    # One of two explorers waits in each turn, with its two averages.
+    assert missing == 3 * len(events)
+    # Written by the loop: every call of one-step rounds is one.
+    assert list(written(logging["writer"].logdir)) == list(range(1, 11))
+
+
+@pytest.mark.slow
+def test_studies_and_sweeps_find_what_is_better(capsys):
+    pytest.importorskip("optuna")
+    names = run("how_to/tuning.md")
+    out = capsys.readouterr().out
+    study, swept = numbers(out, r"(?:width|best rate) \S+ log-likelihood")
+    # One rate after the other, which the page says is the same.
+    alone = [names["trained"](rate) for rate in names["rates"]]
+    scores = [names["score"](one, names["held_out"]).mean() for one in alone]
+    assert swept == pytest.approx(float(max(scores)), rel=1e-3)
+    assert study == pytest.approx(names["study"].best_value, rel=1e-3) and study > -0.4
+    # Two hidden units do not learn what a product is.
+    assert names["study"].best_params["width"] > 2
+    grads = jax.tree.map(jnp.zeros_like, alone[0])
+    state = names["tx"].init(alone[0])
+    names["tx"].update(grads, state, alone[0], batch=names["train"])
 
 
 def test_a_run_that_gets_nowhere_is_stopped(capsys):

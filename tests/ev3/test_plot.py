@@ -2,8 +2,6 @@
 
 import functools
 import importlib
-import subprocess
-import sys
 import warnings
 
 import jax
@@ -174,7 +172,7 @@ def test_x_counts_rounds_or_calls(length, first):
     else:
         assert found == [sum(lengths[: i + 1]) for i in rounds]
         since = ", since round 7" if first else ""
-        assert label == "Calls of update in each branch" + since
+        assert label == "Calls of update" + since
     assert figure.axes[0].get_xlabel() == ""
 
 
@@ -344,20 +342,3 @@ def test_wrong_states():
 def test_wrong_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         plot.history(two_objectives(), **arguments)
-
-
-def test_without_matplotlib():
-    code = """
-import sys
-import optax_ev3
-assert not any(name.split(".")[0] == "matplotlib" for name in sys.modules)
-sys.modules["matplotlib"] = None
-try:
-    import optax_ev3.plot
-except ImportError as error:
-    print(error)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert 'pip install "optax_ev3[plot]"' in done.stdout

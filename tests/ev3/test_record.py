@@ -125,9 +125,11 @@ def test_history_before_the_first_round():
     assert past["candidates"].tolist() == NAMES
     assert {name: past[name].shape for name in past if name != "candidates"} == {
         "round": (0,),
+        "explorer": (len(NAMES),),
         "adopted": (0,),
         "significant": (0,),
         "length": (0,),
+        "paused": (0, len(NAMES)),
         "examples": (0,),
         "mean": (0, len(NAMES)),
         "stderr": (0, len(NAMES)),

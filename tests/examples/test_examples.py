@@ -80,6 +80,29 @@ def test_example_of_a_learning_rate_finds_one(call, tmp_path):
     assert (tmp_path / "history.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_example_of_a_study_spends_no_more_than_the_budget(call, tmp_path):
+    pytest.importorskip("optuna")
+    args = ["--gradients=800", "--seeds=2", "--plot=work.png"]
+    out = call("optuna_study.py", *args)
+    single = re.findall(r"^(\w+), .*seed \d: test accuracy ([\d.]+); (.*)$", out, re.M)
+    assert [name for name, _, _ in single] == ["Optuna"] * 2 + ["EV3"] * 2
+    row = r"^(\w+), .*?([\d.]+) ± [\d.]+ +([\d.]+) ± [\d.]+ +(\d+) +(\d+)$"
+    table = re.findall(row, out, re.M)
+    assert [name for name, *_ in table] == ["Optuna", "EV3"]
+    for name, accuracy, _, gradients, assessed in table:
+        reached = [float(x) for other, x, _ in single if other == name]
+        assert float(accuracy) == pytest.approx(statistics.mean(reached), abs=1e-4)
+        assert float(accuracy) > LEARNED
+        # Steps of 25, of up to eight explorers, which are assessed with their averages.
+        assert 800 - 8 * 25 - 26 < int(gradients) + int(assessed) <= 800
+    trials, pruned = re.search(
+        r"of (\d+) trials \((\d+) pruned\)", single[0][2]
+    ).groups()
+    assert int(trials) >= 8 > 0 <= int(pruned)
+    assert (tmp_path / "work.png").stat().st_size > 10_000
+
+
 @pytest.mark.parametrize(
     ("name", "candidate"),
     [("linen_batchnorm.py", "average/adam/noisy"), ("nnx_batchnorm.py", "sgd")],

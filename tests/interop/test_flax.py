@@ -1,8 +1,6 @@
 """Flax's own loops: Linen's TrainState, with and without extras, and nnx.Optimizer."""
 
 import functools
-import subprocess
-import sys
 
 import flax
 import jax
@@ -338,26 +336,3 @@ def test_stable_params_are_variables_where_params_are(strategy, wrt):
     nnx.update(net, stable)
     assert_close(nnx.state(net, wrt), stable, rtol=0, atol=0)
     assert_close(nnx.state(net, nnx.Not(wrt)), rest, rtol=0, atol=0)
-
-
-def test_without_flax():
-    code = """
-import importlib, sys
-import optax_ev3
-assert not any(name.split(".")[0] == "flax" for name in sys.modules)
-sys.modules["flax"] = None
-for module in ("flax", "models", "models.linen", "models.nnx"):
-    try:
-        importlib.import_module("optax_ev3." + module)
-    except ImportError as error:
-        print(error)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    said = done.stdout.splitlines()
-    assert [line.split(":")[0] for line in said] == [
-        "optax_ev3.flax needs Flax",
-        *["optax_ev3.models needs Flax"] * 3,
-    ]
-    assert all('pip install "optax_ev3[flax]"' in line for line in said)

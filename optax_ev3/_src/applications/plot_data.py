@@ -1,7 +1,7 @@
 """A history, checked and taken apart for a picture.
 
 Dimensions: ``R`` rounds, ``C`` candidates, ``K`` members of a group whose
-hyperparameters evolve.
+hyperparameters evolve, ``E`` explorers.
 """
 
 import functools
@@ -64,10 +64,55 @@ def _as_mapping(given: Any) -> Mapping[str, Any]:
         ) from error
 
 
-def read(state_or_history: Any, objective: str | None) -> Past:
-    """Checks a history, and takes it apart."""
-    past = _as_mapping(state_or_history)
-    needed = ("round", "adopted", "significant", "length", "mean", "stderr")
+class Work(NamedTuple):
+    """Who took part in which rounds, and who was adopted.
+
+    Attributes:
+      edges: ``[R + 1]``, where rounds begin and end on the x axis.
+      unit: What the x axis counts.
+      names: ``[E + 2]``, the explorers, ``current`` and ``stable``: rows.
+      took: ``[R, E]`` bool, whether an explorer took part.
+      finite: ``[R, E]`` bool, whether one that took part had a finite score, or one of
+        its averages had.
+      adopted: ``[R]`` int, the row of the explorer that was adopted, or of which an
+        average was.
+      averaged: ``[R]`` bool, whether it was an average.
+      gradients: ``[E]`` int, how many each explorer used: in a round as many as it has
+        calls of ``update``, and where it took no part none.
+    """
+
+    edges: np.ndarray
+    unit: str
+    names: list[str]
+    took: np.ndarray
+    finite: np.ndarray
+    adopted: np.ndarray
+    averaged: np.ndarray
+    gradients: np.ndarray
+
+
+class _Rounds(NamedTuple):
+    """What every picture shows of the rounds, checked.
+
+    Attributes:
+      names: ``[C]`` names of the candidates.
+      adopted: ``[R]`` int.
+      length: ``[R]``, and ``x``, where the rounds end on the x axis.
+      unit: What that counts.
+      single: Whether every round has one call.
+    """
+
+    names: list[str]
+    adopted: np.ndarray
+    length: np.ndarray
+    x: np.ndarray
+    unit: str
+    single: bool
+
+
+def _rounds(past: Mapping[str, Any], needed: tuple[str, ...]) -> _Rounds:
+    """What pictures have in common; raises where something is missing or misfits."""
+    needed = ("round", "adopted", "length", *needed)
     missing = [name for name in needed if name not in past]
     if missing:
         raise ValueError(f"the history lacks {', '.join(missing)}.")
@@ -81,17 +126,32 @@ def read(state_or_history: Any, objective: str | None) -> Past:
         raise ValueError(f"adopted must be from 0 to {count - 1}, got {adopted}.")
     number, length = one("round"), one("length")
     first = int(number[0])
-    steps = "Calls of update in each branch"
+    since = f", since round {first}" * (first > 0)
     single = bool((length == 1).all())
+    return _Rounds(
+        names=names,
+        adopted=adopted,
+        length=length,
+        x=number if single else np.cumsum(length),
+        unit="Round" if single else "Calls of update" + since,
+        single=single,
+    )
+
+
+def read(state_or_history: Any, objective: str | None) -> Past:
+    """Checks a history, and takes it apart."""
+    past = _as_mapping(state_or_history)
+    known = _rounds(past, ("significant", "mean", "stderr"))
+    rounds, count = len(known.x), len(known.names)
     objectives = _objectives(past)
     shown = _first(list(objectives), objective)
     table = functools.partial(_scores, past, shape=(rounds, count))
     return Past(
-        x=number if single else np.cumsum(length),
-        unit="Round" if single else steps + f", since round {first}" * (first > 0),
-        names=names,
-        adopted=adopted,
-        replaced=one("significant") > 0,
+        x=known.x,
+        unit=known.unit,
+        names=known.names,
+        adopted=known.adopted,
+        replaced=_array(past, "significant", (rounds,)) > 0,
         scores={name: table(objectives[name]) for name in shown},
         priorities=_priorities(past, list(objectives), rounds),
         hyperparams={
@@ -99,6 +159,37 @@ def read(state_or_history: Any, objective: str | None) -> Past:
             for key in past
             if key.startswith("hyperparams/")
         },
+    )
+
+
+def read_work(state_or_history: Any) -> Work:
+    """Checks a history, and counts what each explorer did."""
+    past = _as_mapping(state_or_history)
+    known = _rounds(past, ("explorer", "paused", "mean"))
+    rounds, count = len(known.x), len(known.names)
+    explorer = _array(past, "explorer", (count,)).astype(int)
+    shape = (rounds, count)
+    took = ~(_array(past, "paused", shape) > 0)
+    finite = took & np.isfinite(_array(past, "mean", shape))
+    # Averages take part with their explorers, whose places are before those of all.
+    explorers = int(explorer.max()) + 1
+    of = [explorer == i for i in range(explorers)]
+    took = np.stack([took[:, own].any(1) for own in of], 1)
+    others = np.arange(count) - (count - 2)
+    rows = np.where(explorer >= 0, explorer, explorers + others)
+    adopted = rows[known.adopted]
+    start = known.x[0] - known.length[0]
+    # Where each round has one call, its number stands in the middle.
+    edges = np.append(start, known.x) + known.single / 2
+    return Work(
+        edges=edges,
+        unit=known.unit,
+        names=[*known.names[:explorers], *known.names[-2:]],
+        took=took,
+        finite=np.stack([finite[:, own].any(1) for own in of], 1),
+        adopted=adopted,
+        averaged=(adopted < explorers) & (known.adopted >= explorers),
+        gradients=(took.T @ known.length).astype(int),
     )
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import core, lax
-from jax.extend import backend
 
 # Whether what is traced is done for all members of a sweep at once, each with
 # conditions of its own: then both sides of a conditional are computed in any case.
@@ -100,6 +99,8 @@ def stacked(fn: Callable[..., Any], *rows: Any) -> Any:
 @functools.cache
 def _has_cpus_alone() -> bool:
     """Whether there is no accelerator for which programs could be meant."""
+    from jax.extend import backend  # Brings much that nothing else needs.
+
     return set(backend.backends()) == {"cpu"}
 
 

@@ -1,4 +1,8 @@
-"""Workarounds for XLA, each with what it waits for."""
+"""Workarounds for XLA, each with what it waits for.
+
+``jax.extend`` is imported where it is used: it brings Pallas, and takes about as long
+as all of this package.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import layout
-from jax.extend import core
 
 from optax_ev3._src.base import control, sharding
 
@@ -39,6 +42,8 @@ def quick_convolutions(fn: Callable[..., Any]) -> Callable[..., Any]:
     def quick(*args: Any):
         if not control.is_traced(args):
             return fn(*args)  # Outside of any conditional.
+        from jax.extend import core
+
         traced, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
         leaves, structure = jax.tree.leaves(args), jax.tree.structure(shapes)
         plain, changed = core.jaxpr_as_fun(traced), _changed(traced)
@@ -57,6 +62,8 @@ def _changed(found: Any) -> Any:
 
     That are programs, alone or in a sequence, such as the bodies of loops.
     """
+    from jax.extend import core
+
     if isinstance(found, core.ClosedJaxpr):
         inner = _changed(found.jaxpr)
         return None if inner is None else found.replace(jaxpr=inner)
@@ -104,6 +111,8 @@ def _transposed(equation: Any) -> list[Any]:
 
 def _convolve(lhs: Any, rhs: Any, dimension_numbers: Any, **params: Any):
     """A convolution in the form that has a quick kernel, between transpositions."""
+    from jax.extend import core
+
     given, last = dimension_numbers, lhs.ndim - 1
     spatial = tuple(range(1, last))
     quick = lax.ConvDimensionNumbers(

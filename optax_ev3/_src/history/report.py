@@ -228,13 +228,18 @@ def history(state: Any, confidence: float = 0.95) -> dict[str, np.ndarray]:
 
       - ``round`` ``[R]``: the number of the round among the recorded ones, from 0;
       - ``candidates`` ``[C]``: the names of the candidates, in their order;
+      - ``explorer`` ``[C]``: index of the explorer that each of them is, or is an
+        average of; -1 for ``current`` and ``stable``;
       - ``adopted`` ``[R]``: index of the adopted candidate;
       - ``significant`` ``[R]`` bool: whether stable was replaced;
       - ``length`` ``[R]``: calls of ``update`` in each branch of the round;
+      - ``paused`` ``[R, C]`` bool: which candidates took no part, and cost nothing:
+        those of explorers that :class:`optax_ev3.explore.Racing` paused, or that were
+        not at work in the turn of a relay;
       - ``examples`` ``[R]``: how many were looked at, 0 for single figures;
       - ``mean``, ``stderr`` ``[R, C]``: scores and their errors, by the main objective
         where the rule takes several; NaN where they are not finite, or the candidate
-        was paused (:class:`optax_ev3.explore.Racing`);
+        was paused;
       - ``lower``, ``upper`` ``[R, C]``: normal bounds of these means, each alone;
       - ``z`` ``[R, C]``: the evidence that a candidate is better than ``current``,
         paired, in standard normal units; NaN like the means;
@@ -280,16 +285,23 @@ def history(state: Any, confidence: float = 0.95) -> dict[str, np.ndarray]:
         np.where(valid, values[rows], np.nan)
         for values in (past.mean, past.stderr, past.z)
     )
+    names = candidates(state)
+    explorers = sum(len(one.positions) for one in state.explore.explorers.values())
+    # First the explorers, then their averages, as many of each kind.
+    owner = np.arange(len(names)) % explorers
+    owner[-2:] = -1
     named = past.objectives
     objectives = sorted(named, key=lambda name: named[name])
     weights = np.stack([past.priorities[k][rows] for k in objectives] or [rows * 0.0])
     weighed = weights.any(axis=0)
     return {
         "round": number,
-        "candidates": np.array(candidates(state)),
+        "candidates": np.array(names),
+        "explorer": owner,
         "adopted": past.adopted[rows],
         "significant": past.significant[rows] > 0,
         "length": past.length[rows],
+        "paused": past.valid[rows] < 0,
         "examples": past.examples[rows],
         "mean": mean,
         "stderr": stderr,
