@@ -128,7 +128,6 @@ def _competition(has_loss: bool, schedule: optax.Schedule | None) -> Strategy:
         return relay.relay(25, schedule=schedule)
     return branches.branches(
         25,
-        first_length=3,
         restart=restarts.never(inner_state="copy"),
         averages=[averages.trajectory_average(), averages.branch_average()],
         racing=racing.Racing(patience=2, window=8),

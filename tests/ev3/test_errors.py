@@ -160,14 +160,6 @@ BAD_ARGUMENTS = {
         lambda: explore.rounds(5, max_length=4),
         (ValueError, "max_length", "at least length, 5", "4"),
     ),
-    "a first round longer than others": (
-        lambda: explore.branches(5, first_length=6),
-        (ValueError, "first_length", "at most length, 5", "6"),
-    ),
-    "a first round without steps": (
-        lambda: explore.branches(5, first_length=0),
-        (ValueError, "first_length", "at least 1", "0"),
-    ),
     "averages no sequence": (
         lambda: explore.rounds(2, averages=explore.trajectory_average()),
         (TypeError, "averages must be a sequence"),

@@ -173,21 +173,6 @@ def test_length_grows_without_improvement_and_goes_back():
         assert int(state.ev3_round) == sum(end <= call for end in ends)
 
 
-@pytest.mark.parametrize(
-    ("growth", "lengths"),
-    [
-        (1.0, [3, 6, 12, 20, 20, 20]),
-        # From 20, 30 and 45 after rounds 0 to 2, but at most twice the last one's.
-        (1.5, [3, 6, 12, 24, 48, 50, 50]),
-    ],
-)
-def test_first_rounds_are_short(growth, lengths):
-    strategy = explore.branches(20, first_length=3, growth=growth, max_length=50)
-    tx = optax_ev3.ev3(inner(), score, explore=strategy, adapt=significant_in([]))
-    seen = run(tx, sum(lengths))
-    assert optax_ev3.history(seen[-1][1])["length"].tolist() == lengths
-
-
 def test_a_long_round_needs_no_bound_on_its_growth():
     for strategy in (explore.rounds(2**25), explore.branches(2**25)):
         tx = optax_ev3.ev3(inner(), score, loss_fn=loss, explore=strategy)

@@ -40,7 +40,7 @@ _LONGEST = 2**24
 class Branches(strategy.Strategy):
     """Trajectories: see :func:`rounds` and :func:`branches`."""
 
-    usual_length: int
+    first_length: int
     growth: float
     max_length: int
     gradients: str | None
@@ -48,7 +48,6 @@ class Branches(strategy.Strategy):
     averages: tuple[Average, ...]
     racing: Racing | None
     schedule: optax.Schedule | None = None
-    first_length: int | None = None
 
     @property
     def restarts(self) -> bool:
@@ -77,8 +76,9 @@ class Branches(strategy.Strategy):
         race: Any = ()
         if self.racing is not None:
             race = races.init(self.racing.window, layout.candidates)
-        length = self.first_length or self.usual_length
-        state = first_branches(explorers, layout, params, self.averages, length)
+        state = first_branches(
+            explorers, layout, params, self.averages, self.first_length
+        )
         return state._replace(racing=race)
 
     def _paused(self, ctx: Context, state: ExploreState) -> dict[str, jax.Array]:
@@ -218,10 +218,8 @@ class Branches(strategy.Strategy):
             )
             for name, mask in layout.split(anew).items()
         }
-        grown = self.usual_length * self.growth ** info.since.astype(jnp.float32)
+        grown = self.first_length * self.growth ** info.since.astype(jnp.float32)
         length = jnp.minimum(jnp.round(grown), float(self.max_length))
-        if self.first_length is not None:
-            length = jnp.minimum(length, 2.0 * walked.length)
         branches = walked._replace(
             step=jnp.zeros([], jnp.int32),
             length=length.astype(jnp.int32),
@@ -298,7 +296,6 @@ def rounds(
 def branches(
     length: int = 25,
     *,
-    first_length: int | None = None,
     growth: float = 1.0,
     max_length: int | None = None,
     gradients: str | None = None,
@@ -315,9 +312,6 @@ def branches(
 
     Args:
       length: Calls of ``update`` between two assessments.
-      first_length: Calls of the first round. Each later one is at most twice as long as
-        the one before, until they have ``length``: so the first assessment comes early,
-        and explorers that lose are found with few gradients. Default: ``length``.
       growth: See :func:`rounds`.
       max_length: See :func:`rounds`.
       gradients: See :func:`rounds`.
@@ -369,14 +363,7 @@ def branches(
             f"{racing!r} of type {type(racing).__name__}."
         )
     made = _made(length, growth, max_length, gradients, restart, averages, racing)
-    if first_length is not None:
-        first_length = checks.static_int(first_length, "first_length")
-        if first_length > made.usual_length:
-            raise ValueError(
-                f"first_length must be at most length, {length}, got {first_length}."
-            )
-    schedule = calls.checked_schedule(schedule)
-    return dataclasses.replace(made, schedule=schedule, first_length=first_length)
+    return dataclasses.replace(made, schedule=calls.checked_schedule(schedule))
 
 
 def _made(
@@ -403,7 +390,7 @@ def _made(
             f"gradients must be one of {_GRADIENTS}, or None, got {gradients!r}."
         )
     return Branches(
-        usual_length=length,
+        first_length=length,
         growth=growth,
         max_length=max_length,
         gradients=gradients,

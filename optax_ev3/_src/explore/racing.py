@@ -27,9 +27,6 @@ class Racing:
     The inner state of a paused explorer waits: its step count, and a schedule that
     follows it, do not advance. Exceptions:
 
-    - Where none of the last ``window`` rounds adopted a candidate of an explorer, all
-      take part. So a score that says nothing at first, such as an F1 of 0, pauses
-      nobody for good.
     - Explorers that catch up go on: those that lost, from their first to their last
       round in the window, at least half of what they were behind the best.
     - Before the window is full, all have twice as many rounds.
@@ -137,8 +134,8 @@ def paused(
 ) -> dict[str, jax.Array]:
     """Which explorers are paused in the round to come: by name ``[]`` or ``[G]`` bool.
 
-    See :class:`Racing`. Where that leaves nobody, all take part, as where nobody has
-    won, and after a round in which nothing was valid.
+    See :class:`Racing`. Where that leaves nobody, all take part, as after a round in
+    which nothing was valid.
 
     Args:
       past: What the race knows.
@@ -160,9 +157,7 @@ def paused(
         else:
             flags[name] = loses(own)
     all_lose = jnp.stack([flag.all() for flag in flags.values()]).all()
-    known = jnp.arange(past.adopted.shape[0]) < past.rounds
-    somebody_won = ((past.adopted < layout.proposals) & known).any()
-    races = ~all_lose & somebody_won & (past.lost == 0)
+    races = ~all_lose & (past.lost == 0)
     return {name: flag & races for name, flag in flags.items()}
 
 
