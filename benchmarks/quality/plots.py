@@ -52,7 +52,9 @@ def mean_ranks(means, limits, path):
     for place, (name, mean) in enumerate(means.items()):
         is_ours = name in MAIN
         colour = BLACK if is_ours else GREY
-        axes.plot(limits.loc[name], [place, place], color=colour, lw=2 if is_ours else 1)
+        axes.plot(
+            limits.loc[name], [place, place], color=colour, lw=2 if is_ours else 1
+        )
         axes.plot(mean, place, "o", color=colour, ms=6 if is_ours else 4)
     axes.set_yticks(range(len(means)), means.index, fontsize=8)
     axes.tick_params(axis="y", length=0)

@@ -89,8 +89,8 @@ def check_aux(
         if fn is not None and "aux" in callbacks.free(fn, count).names:
             return
     raise TypeError(
-        "update was given aux=, what a loss computed on the side, and no explorer has a "
-        "merge_fn that puts it into the parameters: make each of them "
+        "update was given aux=, what a loss computed on the side, and no explorer has "
+        "a merge_fn that puts it into the parameters: make each of them "
         "optax_ev3.explorer(tx, merge_fn=...), or leave aux out."
     )
 

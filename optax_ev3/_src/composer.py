@@ -40,7 +40,7 @@ class Composer(NamedTuple):
     key_impl: Any
 
     def init(self, params: optax.Params) -> EV3State:
-        params = jax.tree.map(trees.as_array, params)
+        params = inputs.as_arrays(params)
         explore = self.strategy.init(self.explorers, self.layout, params)
         return EV3State(
             ev3_round=jnp.zeros([], jnp.int32),

@@ -22,6 +22,22 @@ _RESTORE = (
 _OLD_FIELDS = {"record", "memory", "trajectory"}
 
 
+def as_arrays(params: optax.Params) -> optax.Params:
+    """The parameters as arrays; raises where something among them is none."""
+
+    def one(path: Any, leaf: Any) -> jax.Array:
+        try:
+            return trees.as_array(leaf)
+        except TypeError as error:
+            raise TypeError(
+                f"the parameters must be arrays, got {leaf!r} at params{keystr(path)}. "
+                f"Leave it out, as eqx.filter(model, eqx.is_inexact_array) does for a "
+                f"module of Equinox, and let assess_fn and loss_fn combine both parts."
+            ) from error
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
 def checked_params(params: optax.Params | None) -> optax.Params:
     """The parameters as arrays; raises unless ``update`` was given all of them."""
     if params is None:
@@ -35,7 +51,7 @@ def checked_params(params: optax.Params | None) -> optax.Params:
             "assess_fn would see params with holes: optax.masked and optax.partition "
             "must stand inside ev3, around its inner optimizers, and not around it."
         )
-    arrays = jax.tree.map(trees.as_array, params)
+    arrays = as_arrays(params)
     _check_same_on_devices(arrays)
     return arrays
 

@@ -609,6 +609,17 @@ def test_update_without_params_says_what_to_pass():
         tx.update(w, tx.init(w))
 
 
+@pytest.mark.parametrize("leaf", [jax.nn.relu, "relu", object()])
+def test_parameters_that_are_no_arrays(leaf):
+    """As in a module of Equinox with an activation."""
+    tx, w = ev3([SGD], metric), {"w": jnp.ones([3])}
+    parts = "arrays", repr(leaf), "['act']", "eqx.filter(model, eqx.is_inexact_array)"
+    with says(TypeError, *parts):
+        tx.init({**w, "act": leaf})
+    with says(TypeError, *parts):
+        tx.update(w, tx.init(w), {**w, "act": leaf})
+
+
 def test_readers_need_one_state():
     tx, w = ev3([SGD], metric), jnp.ones([3])
     for read in (optax_ev3.stable_params, optax_ev3.summary, optax_ev3.history):
