@@ -71,7 +71,8 @@ def ev3(
       loss_fn: ``loss_fn(params, **named)`` -> real scalar: what explorers differentiate
         that take gradients of their own, and what feeds inner optimizers that need more
         than a gradient, such as line searches. A parameter ``key`` gets a PRNG key of
-        the call, the same for all explorers.
+        the call, the same for all explorers. Where explorers have a ``merge_fn``
+        (:func:`optax_ev3.explorer`), it returns ``(scalar, aux)``.
       explore: How explorers are tried, see :mod:`optax_ev3.explore`. Default:
         ``explore.one_step()``, every call is a round.
       adapt: The rule, see :mod:`optax_ev3.adapt`. Default:

@@ -166,7 +166,8 @@ def explorer(
         there is a ``merge_fn``. The explorer then takes the gradient of this loss, and
         not the caller's; its named arguments come from the extra arguments of
         ``update``, and ``key`` is a PRNG key of the call, the same for all explorers.
-        Default: the caller's gradients.
+        Default: the ``loss_fn`` of :func:`optax_ev3.ev3` where explorers take gradients
+        of their own, else the caller's gradients.
       name: How the explorer is called in :func:`optax_ev3.summary`: letters, digits,
         ``_``, ``-``, ``.``, spaces, and ``/`` between parts, which all loggers take.
       merge_fn: ``merge_fn(params, aux)`` -> params that contain what the loss computed
