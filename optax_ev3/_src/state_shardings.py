@@ -38,8 +38,9 @@ def state_shardings(
       explorer_axis: The axis of the mesh over which stacked explorers are spread, as
         in :func:`optax_ev3.ev3`; None for none.
       offload: Whether what is needed only at the ends of rounds is kept in the memory
-        of the host: the stable parameters, those with which a round begins, and the
-        stacked explorers of a relay that wait for their turn.
+        of the host: the stable parameters, those with which a round begins, and in a
+        relay with stacked explorers the branches and averages that wait for their
+        turn, and the inner states of the stacks.
 
     Returns:
       A tree like ``tx.init(params)`` of ``NamedSharding``: what mirrors a parameter is
@@ -128,9 +129,12 @@ def _offloaded(found: Any) -> Any:
 
     walked = found.explore.branches
     if walked != ():
-        for name in walked.at_work or ():
-            found = _with_stack(found, name, to_host)
-        walked = found.explore.branches
+        if walked.at_work != ():
+            for name in walked.at_work.opt_states:
+                found = _with_stack(found, name, to_host)
+            walked = found.explore.branches
+            waiting = to_host((walked.ends, walked.means))
+            walked = walked._replace(ends=waiting[0], means=waiting[1])
         walked = walked._replace(start=to_host(walked.start))
         found = found._replace(explore=found.explore._replace(branches=walked))
     return found._replace(stable=to_host(found.stable))

@@ -21,6 +21,11 @@ INNER = {
     "adam": optax_ev3.sweep(optax.adam, **RATES),
     "sgd": optax.sgd(0.3, momentum=0.9),
 }
+KINDS = {
+    **INNER,
+    **{f"momentum_{rate}": optax.sgd(rate, momentum=0.9) for rate in (0.1, 0.01)},
+    "rmsprop": optax.rmsprop(0.01),
+}
 AVERAGES = [explore.trajectory_average(), explore.branch_average()]
 STRATEGIES = {
     "one step": explore.one_step(),
@@ -30,10 +35,17 @@ STRATEGIES = {
 MATRIX = {"w1": (None, "data"), "b": ("data",), "w2": ("data", None)}
 
 
+def transformation(strategy, assess_fn=likelihoods):
+    inner = KINDS if strategy == "relay" else INNER
+    return optax_ev3.ev3(
+        inner, assess_fn, loss_fn=loss_fn, explore=STRATEGIES[strategy]
+    )
+
+
 def trained(strategy, mesh, offload, calls=40):
     """Parameters, state and sharding after some calls."""
     assess_fn = optax_ev3.held_out(likelihoods, spread(data(99), mesh, []))
-    tx = optax_ev3.ev3(INNER, assess_fn, loss_fn=loss_fn, explore=STRATEGIES[strategy])
+    tx = transformation(strategy, assess_fn)
     params = spread(start(), mesh, MATRIX if mesh.size > 1 else [])
     shardings = optax_ev3.state_shardings(tx, params, offload=offload)
     state = jax.jit(tx.init, out_shardings=shardings)(params)
@@ -78,11 +90,26 @@ def test_a_relay_has_one_explorer_on_the_device():
     on = {"device": 0, "pinned_host": 0}
     for leaf in jax.tree.leaves(state):
         on[leaf.sharding.memory_kind] += leaf.nbytes
-    # Adam at work: two moments, its branch, two averages. SGD has four in all.
+    # A branch and two averages; of inner states Adam's, and one moment of each other.
     records = sum(leaf.nbytes for leaf in jax.tree.leaves(state.history)) + 1000
-    assert 9 * copy <= on["device"] <= 9 * copy + records
-    # Four Adams that wait, the best parameters, and the stable ones.
-    assert on["pinned_host"] - 4 * 4 == (4 * 5 + 2) * copy
+    assert 7 * copy <= on["device"] <= 7 * copy + records
+    # Four Adams and three momenta that wait, branch and averages of RMSProp, the best
+    # parameters, and the stable ones.
+    assert on["pinned_host"] - 4 * 4 == (4 * 5 + 3 * 4 + 3 + 2) * copy
+
+
+def test_the_preset_for_a_billion_parameters():
+    """In bfloat16, with averages in float32."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shape = jax.ShapeDtypeStruct([1000, 10**6], jax.numpy.bfloat16, sharding=everywhere)
+    tx = optax_ev3.portfolio(lambda w: -(w**2).sum())
+    told = optax_ev3.memory(tx, shape, offload=True)
+    # Parameters and branch; two averages; moments: two of Adam, one of two others.
+    expected = 2 + 2 + 2 * 4 + 2 * (2 + 1 + 1)
+    assert expected * 10**9 <= told["device"] <= expected * 10**9 + 10**6
+    # Of all eight branch, averages; of stacks moments; the best, and the stable ones.
+    assert told["host"] >= (8 * (2 + 2 * 4) + 2 * (4 * 2 + 3) + 2 + 2) * 10**9
 
 
 def test_no_memory_of_the_host(monkeypatch):
@@ -101,12 +128,7 @@ def test_memory_is_told_before():
             if mesh is None:
                 mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
             params, state, _ = trained(strategy, mesh, offload, calls=1)
-            tx = optax_ev3.ev3(
-                INNER,
-                likelihoods,
-                loss_fn=loss_fn,
-                explore=STRATEGIES[strategy],
-            )
+            tx = transformation(strategy)
             told = optax_ev3.memory(tx, params, offload=offload)
             taken = {"device": 0, "pinned_host": 0}
             for leaf in jax.tree.leaves((params, state)):
@@ -121,7 +143,8 @@ def test_memory_is_told_before():
             )
             assert told["params"] == own
             if strategy == "relay":
-                assert told["at work"] == 5 * own + 4  # And a count.
+                # Branch and averages, Adam and a momentum; and a count.
+                assert told["at work"] == (3 + 2 + 1) * own + 4
                 assert (told["stable"], told["start"]) == (0, 0)
     with pytest.raises(TypeError, match="need parameters with a"):
         optax_ev3.memory(tx, start(), offload=True)

@@ -74,7 +74,8 @@ class ByHand:
         self.branches = [self.begun(tx, w) for tx in self.inner]
         self.best, self.who, self.step, self.calls = w, 0, 0, 0
         self.length = [*self.plain.stages, length][0]
-        self.lengths, self.means, self.owners, self.joined = [], [], [], 0
+        self.lengths, self.means, self.owners = [], [], []
+        self.joined = self.begun_anew = 0
 
     def begun(self, tx, w):
         return SimpleNamespace(w=w, state=tx.init(w), turn=w, branch=w, age=0)
@@ -126,6 +127,7 @@ class ByHand:
         )
         # In a turn without any step the branch is where gradients are not finite.
         if is_poisoned and self.step == 1 and adopted == 3:
+            self.begun_anew += 1
             self.branches[self.who] = self.begun(self.inner[self.who], self.best)
         if joins:
             self.joined += 1

@@ -83,13 +83,22 @@ def alone(tx, calls, w, first=0, state=None):
 
 def end_of(state, name):
     """Where the branch of an explorer is, whether it is stacked or alone."""
+    return parts_of(state, name)[1]
+
+
+def parts_of(state, name):
+    """The inner state of an explorer, where its branch is, and its averages."""
     walked = state.explore.branches
     for key, one in state.explore.explorers.items():
         places = {k: place_index(place) for k, place in one.positions.items()}
-        if name in places:
+        if name not in places:
+            continue
+        parts = one.opt_state, walked.ends[key], walked.means[key]
+        if key != name:
             row = places[name] - min(places.values())
-            if key in walked.at_work and int(walked.lead) == places[name]:
-                return walked.at_work[key][1]
-            ends = walked.ends[key]
-            return ends if key == name else jax.tree.map(operator.itemgetter(row), ends)
+            parts = jax.tree.map(operator.itemgetter(row), parts)
+        room = walked.at_work
+        if room != () and int(walked.lead) == places[name]:
+            parts = room.opt_states.get(key, parts[0]), room.end, room.means
+        return parts
     raise KeyError(name)

@@ -1,11 +1,12 @@
 """The branch of a relay that is at work, apart from those that wait.
 
 Branches of alike explorers wait in one stack. The one at work is taken out of it for
-its turn: to step in a row of a stack, it would be copied out and in at each call.
+its turn: to step in a row of a stack, it would be copied out and in at each call. All
+explorers of a relay with stacks take turns in one room, the single ones, too.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,11 +17,16 @@ from optax_ev3._src.base import select, sharding, trees
 from optax_ev3._src.base.layout import Layout
 from optax_ev3._src.base.select import Stacked
 from optax_ev3._src.base.states import ExploreState
-from optax_ev3._src.explore import inner
+from optax_ev3._src.explore import inner, strategy
 from optax_ev3._src.explore.averages import Average
-from optax_ev3._src.explore.branch import Branch, first_means, parts, with_parts
+from optax_ev3._src.explore.branch import (
+    AtWork,
+    Branch,
+    first_means,
+    parts,
+    with_parts,
+)
 from optax_ev3._src.explore.explorers import Explorer
-from optax_ev3._src.explore.strategy import Context
 
 
 def with_room(
@@ -29,104 +35,130 @@ def with_room(
     params: optax.Params,
     kinds: Sequence[Average],
 ) -> ExploreState:
-    """The state with room for a branch of each stack, all of them at their start."""
-    room = {}
-    for name, explorer in explorers.items():
-        if explorer.size is not None:
-            opt_state = inner.first_state(explorer.first, name, params)
-            own = opt_state, params, first_means(kinds, params)
-            room[name] = jax.tree.map(trees.owned_copy, own)
+    """The state with room for the branch at work, which is at its start."""
+    opt_states = {
+        name: inner.first_state(one.first, name, params)
+        for name, one in explorers.items()
+        if one.size is not None
+    }
+    if not opt_states:
+        return state  # Nothing is to be taken out of a stack.
+    room = AtWork(opt_states, params, first_means(kinds, params))
+    room = jax.tree.map(trees.owned_copy, room)
     return state._replace(branches=state.branches._replace(at_work=room))
 
 
-def taken_out(layout: Layout, state: ExploreState, lead: jax.Array) -> ExploreState:
-    """The state with the branch of this explorer taken out of its stack."""
-
-    def take(name: str, row: jax.Array, state: ExploreState) -> ExploreState:
-        own = jax.tree.map(lambda x: x[row], parts(state, name))
-        own = sharding.on_device(own)
-        return _with_own(state, {name: own})
-
-    return _where_it_is(layout, state.branches.at_work, lead, take, state)
-
-
-def put_back(layout: Layout, state: ExploreState, lead: jax.Array) -> ExploreState:
-    """The state with the branch of this explorer, at work so far, in its stack."""
+def handed_over(layout: Layout, state: ExploreState, new: jax.Array) -> ExploreState:
+    """The state with the branch of this explorer at work; the one that was waits."""
+    if state.branches.at_work == ():
+        return _with_lead(state, new)
+    nobody = layout.explorers
 
     def put(name: str, row: jax.Array, state: ExploreState) -> ExploreState:
-        waiting, own = parts(state, name), state.branches.at_work[name]
-        own = sharding.as_kept(own, waiting)
-        waiting = jax.tree.map(lambda x, n: x.at[row].set(n), waiting, own)
-        return with_parts(state, {name: waiting})
+        waiting = parts(state, name)
+        own = sharding.as_kept(_own(state, name), waiting)
+        if not layout.single[name]:
+            own = jax.tree.map(lambda x, n: x.at[row].set(n), waiting, own)
+        return _with_lead(with_parts(state, {name: own}), nobody)
 
-    return _where_it_is(layout, state.branches.at_work, lead, put, state)
+    def take(name: str, row: jax.Array, state: ExploreState) -> ExploreState:
+        own = parts(state, name)
+        if not layout.single[name]:
+            own = jax.tree.map(lambda x: x[row], own)
+        return _with_own(state, name, sharding.on_device(own))
+
+    state = _where_it_is(layout, state.branches.lead, put, state)
+    # Nobody is at work where the old one is back. That the room is filled after it was
+    # read has to follow from data: else XLA would keep a copy of it.
+    is_free = state.branches.lead == nobody
+    state = _where_it_is(layout, jnp.where(is_free, new, nobody), take, state)
+    return _with_lead(state, new)
 
 
 def changed(
     layout: Layout,
     state: ExploreState,
-    lead: jax.Array,
     change: Callable[[str, jax.Array, Any, ExploreState], Any],
 ) -> ExploreState:
     """The state with ``change(name, row, parts, state)`` of the branch at work."""
 
     def there(name: str, row: jax.Array, state: ExploreState) -> ExploreState:
-        old = state.branches.at_work.get(name, parts(state, name))
+        old = _own(state, name)
         new = change(name, row, old, state)
         new = jax.tree.map(lambda n, o: jnp.asarray(n, o.dtype), new, old)
-        return _with_own(state, {name: new})
+        return _with_own(state, name, new)
 
-    return _where_it_is(layout, layout.members, lead, there, state)
+    return _where_it_is(layout, state.branches.lead, there, state)
 
 
 def _where_it_is(
     layout: Layout,
-    names: Iterable[str],
     lead: jax.Array,
     change: Callable[[str, jax.Array, ExploreState], ExploreState],
     state: ExploreState,
 ) -> ExploreState:
     """The state with what is changed for the name, and the row, of an explorer."""
-    for name in names:
+    for name in layout.members:
         # The whole state is carried: what is read of it need not be copied before.
         there = functools.partial(change, name, lead - layout.rows(name)[0])
         state = select.apply_if(layout.stands_for(name, lead), there, state)
     return state
 
 
-def _with_own(state: ExploreState, own: Mapping[str, Any]) -> ExploreState:
-    """The state with other :func:`parts` of what is at work, by name."""
-    own, walked = dict(own), state.branches
-    room = {name: own.pop(name, old) for name, old in walked.at_work.items()}
-    state = with_parts(state, own)
+def _own(state: ExploreState, name: str) -> tuple[Any, Any, Any]:
+    """The :func:`parts` of an explorer, or of one member, if it is at work."""
+    own, room = parts(state, name), state.branches.at_work
+    if room == ():
+        return own
+    return room.opt_states.get(name, own[0]), room.end, room.means
+
+
+def _with_own(state: ExploreState, name: str, own: Any) -> ExploreState:
+    """The state with other parts of the explorer at work."""
+    room = state.branches.at_work
+    if room == ():
+        return with_parts(state, {name: own})
+    opt_state, end, means = own
+    opt_states = room.opt_states
+    if name in opt_states:
+        opt_states = {**opt_states, name: opt_state}
+    else:
+        state = strategy.with_opt_states(state, {name: opt_state})
+    room = AtWork(opt_states, end, means)
     return state._replace(branches=state.branches._replace(at_work=room))
 
 
-def branches(layout: Layout, state: ExploreState) -> dict[str, Branch]:
-    """By name, the branch that is at work if one of this kind is."""
+def _with_lead(state: ExploreState, lead: Any) -> ExploreState:
+    lead = jnp.full_like(state.branches.lead, lead)
+    return state._replace(branches=state.branches._replace(lead=lead))
+
+
+def branch(state: ExploreState, name: str) -> Branch:
+    """The branch that is at work if an explorer of this name is."""
     walked, lead = state.branches, state.branches.lead
     nothing = jnp.zeros([], jnp.int32)
-    own: dict[str, Any] = {name: parts(state, name) for name in layout.members}
-    return {
-        name: Branch(opt_state, end, means, nothing, walked.age[lead], lead, nothing)
-        for name, (opt_state, end, means) in (own | walked.at_work).items()
-    }
+    age = walked.age[lead]
+    return Branch(*_own(state, name), nothing, age, lead, nothing)
 
 
-def with_branches(state: ExploreState, moved: Mapping[str, Branch]) -> ExploreState:
-    """The state with branches at work that went on."""
-    own = {name: (one.opt_state, one.end, one.means) for name, one in moved.items()}
-    return _with_own(state, own)
+def with_branch(state: ExploreState, name: str, moved: Branch) -> ExploreState:
+    """The state with a branch at work that went on."""
+    return _with_own(state, name, (moved.opt_state, moved.end, moved.means))
 
 
 def pick(
-    ctx: Context,
+    layout: Layout,
     state: ExploreState,
-    lead: jax.Array,
     get: Callable[[Branch], Any],
     then: Callable[[Any], Any] = lambda x: x,
 ) -> Any:
-    """What the branch at work has; see :func:`optax_ev3._src.base.select.pick`."""
-    kinds = [i for i, names in enumerate(ctx.layout.members.values()) for _ in names]
-    stacks = [Stacked(get(one)) for one in branches(ctx.layout, state).values()]
-    return select.pick(jnp.asarray(kinds)[lead], stacks, then)
+    """The end or an average of the branch at work; see :func:`select.pick`."""
+
+    def of(name: str) -> Any:
+        return get(branch(state, name))
+
+    first, *_ = layout.members
+    if state.branches.at_work != ():
+        return then(of(first))  # Whichever it is, it is the one in the room.
+    stacks = [Stacked(of(name)) for name in layout.members]
+    return select.pick(state.branches.lead, stacks, then)

@@ -19,6 +19,21 @@ from optax_ev3._src.explore.averages import Average
 from optax_ev3._src.explore.explorers import Explorer
 
 
+class AtWork(NamedTuple):
+    """Of a relay, the room for the branch that is at work: one for all explorers.
+
+    Attributes:
+      opt_states: By the name of each stack, the inner state of one member. It is of use
+        where that member is at work.
+      end: The parameters of the branch.
+      means: Its averages.
+    """
+
+    opt_states: dict[str, Any]
+    end: optax.Params
+    means: tuple[optax.Params, ...]
+
+
 class BranchesState(NamedTuple):
     """Where the branches are.
 
@@ -34,8 +49,8 @@ class BranchesState(NamedTuple):
         to first order at a branch's last step.
       age: ``[K]`` int32, steps of a branch since it last began elsewhere.
       means: By name, the averages of the branches.
-      at_work: In a relay, by the name of each stack, the :func:`parts` of the member
-        that is at work; what the stack has of it is older.
+      at_work: An :class:`AtWork` in a relay with stacks; what ``ends``, ``means`` and
+        the stack have of that branch is older. Else nothing.
     """
 
     step: jax.Array

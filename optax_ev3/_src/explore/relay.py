@@ -97,12 +97,12 @@ class Relay(strategy.Strategy):
     def step(self, ctx: Context, state: ExploreState) -> Explored:
         """One step of the explorer whose turn it is."""
         walked: BranchesState = state.branches
-        lead, layout, moved = walked.lead, ctx.layout, {}
+        lead, layout, moved = walked.lead, ctx.layout, []
         walk = Walk(
             self.averages, "shared", walked, lead, ctx.params, _EVERY, climbs=False
         )
         call, is_finite = calls.scaled(ctx.call, self.schedule), jnp.asarray(True)
-        for name, branch in at_work.branches(layout, state).items():
+        for name in layout.members:
             row = lead - layout.rows(name)[0]
             member = steps.member(ctx.explorers[name], name, call, row)
 
@@ -111,9 +111,14 @@ class Relay(strategy.Strategy):
                 return new, finite.finite(new.end)
 
             takes = layout.stands_for(name, lead) & (walked.step >= 0)
-            moved[name], is_finite = select.apply_if(takes, go, (branch, is_finite))
-        is_skipped = jnp.stack([one.skipped > 0 for one in moved.values()]).any()
-        state = _after_step(layout, state, moved, is_finite, is_skipped)
+            branch = at_work.branch(state, name)
+            branch, is_finite = select.apply_if(takes, go, (branch, is_finite))
+            state = at_work.with_branch(state, name, branch)
+            moved.append(branch)
+        is_skipped = jnp.stack([one.skipped > 0 for one in moved]).any()
+        # All begin with the age of the one at work, and that one goes on.
+        age = jnp.stack([one.age for one in moved]).max()
+        state = _after_step(layout, state, age, is_finite, is_skipped)
         is_last = state.branches.step >= state.branches.length
         is_first = state.branches.step == 1
         return Explored(
@@ -139,7 +144,7 @@ class Relay(strategy.Strategy):
             new = inner.member_state(ctx.explorers[name], row, best)
             return new, best, first_means(self.averages, best)
 
-        state = at_work.changed(ctx.layout, state, lead, anew)
+        state = at_work.changed(ctx.layout, state, anew)
         age = state.branches.age.at[lead].set(0)
         return state._replace(branches=state.branches._replace(age=age))
 
@@ -155,7 +160,7 @@ class Relay(strategy.Strategy):
         is_lead = jnp.arange(layout.explorers) == lead
         kinds = range(layout.kinds - 1)
         gets = [_end, *(functools.partial(_mean, kind) for kind in kinds)]
-        branch = [at_work.pick(ctx, state, lead, get) for get in gets]
+        branch = [at_work.pick(layout, state, get) for get in gets]
         params = [_averages.like(one, ctx.params) for one in branch]
         return Candidates(
             [*map(Stacked, params), Stacked(walked.start), Stacked(stable)],
@@ -196,24 +201,22 @@ class Relay(strategy.Strategy):
             return self._begun_anew(ctx, state)
 
         def change(state: ExploreState) -> ExploreState:
-            state = at_work.put_back(layout, state, lead)
-            return at_work.taken_out(layout, state, coming.lead)
+            return at_work.handed_over(layout, state, coming.lead)
 
         def join(state: ExploreState) -> ExploreState:
-            return _joined(ctx, state, coming.lead, coming.turns.leader)
+            return _joined(ctx, state, coming.turns.leader)
 
         state = state._replace(branches=walked, racing=coming.turns)
         state = select.apply_if(leaves, leave, state)
         state = select.apply_if(coming.lead != lead, change, state)
         state = select.apply_if(coming.joins, join, state)
         is_missed = at_work.pick(
-            ctx, state, coming.lead, _end, lambda end: _is_missed(end, ctx.params)
+            layout, state, _end, lambda end: _is_missed(end, ctx.params)
         )
         walked = state.branches._replace(
             # Where one update does not lead to the branch, the next one does.
             step=-is_missed.astype(jnp.int32),
             length=coming.length,
-            lead=coming.lead,
             alive=jnp.ones_like(walked.alive),
         )
         return Finished(state._replace(branches=walked), stable, None)
@@ -221,24 +224,20 @@ class Relay(strategy.Strategy):
     def update(self, ctx: Context, state: ExploreState, move: Any) -> optax.Updates:
         """The way to the branch at work."""
         del move
-        lead = state.branches.lead
         return at_work.pick(
-            ctx, state, lead, _end, lambda end: finite.towards(end, ctx.params)
+            ctx.layout, state, _end, lambda end: finite.towards(end, ctx.params)
         )
 
 
 def _after_step(
     layout: Layout,
     state: ExploreState,
-    moved: Mapping[str, Branch],
+    age: jax.Array,
     is_finite: jax.Array,
     is_skipped: jax.Array,
 ) -> ExploreState:
     """The state after a step of the branch at work."""
     is_lead = jnp.arange(layout.explorers) == state.branches.lead
-    # All begin with the age of the one at work, and that one goes on.
-    age = jnp.stack([one.age for one in moved.values()]).max()
-    state = at_work.with_branches(state, moved)
     skipped = layout.split(is_lead & (is_skipped | ~is_finite))
     state = strategy.with_opt_states(state, {}, skipped)
     walked: BranchesState = state.branches
@@ -258,9 +257,7 @@ def _mean(kind: int, branch: Branch) -> optax.Params:
     return branch.means[kind]
 
 
-def _joined(
-    ctx: Context, state: ExploreState, who: jax.Array, leader: jax.Array
-) -> ExploreState:
+def _joined(ctx: Context, state: ExploreState, leader: jax.Array) -> ExploreState:
     """The branch at work goes on from where the leader is, and with its averages."""
 
     def join(name: str, row: jax.Array, old: Any, state: ExploreState) -> Any:
@@ -275,9 +272,9 @@ def _joined(
         ]
         return select.where(fits, made, old[0]), end, tuple(means)
 
-    state = at_work.changed(ctx.layout, state, who, join)
+    state = at_work.changed(ctx.layout, state, join)
     age = state.branches.age
-    age = age.at[who].set(age[leader])
+    age = age.at[state.branches.lead].set(age[leader])
     return state._replace(branches=state.branches._replace(age=age))
 
 
