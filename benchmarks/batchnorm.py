@@ -185,7 +185,7 @@ def train(statistics, momentum, strategy, steps, seeds):
                 batch=batch,
                 held_out=held_out,
                 running=new,
-                aux=new,
+                aux=new if statistics == "own" else None,
             )
             return (optax.apply_updates(params, updates), new, state), None
 
