@@ -84,6 +84,6 @@ def by_task(course, path):
         axes.set_title(task, loc="left", fontsize=10)
         axes.tick_params(labelsize=7, which="both")
     figure.axes[0].legend(frameon=False, fontsize=7)
-    figure.supxlabel("Work, of the budget")
-    figure.supylabel("Test figure")
+    figure.supxlabel("Work, of the budget", fontsize=10)
+    figure.supylabel("Test figure", fontsize=10)
     save(figure, path)

@@ -74,6 +74,9 @@ def trainer(task, make, evaluated, steps, seeds):
             updates, state = tx.update(grads, state, params, value=value)
             params = applied(task, params, updates, aux)
             shown = evaluated(params, state)
+            if task.merge is not None:
+                # Of averages that an optimizer keeps, statistics are none of its parts.
+                shown = task.merge(shown, aux)
             decay = jnp.minimum(DECAY, (1 + number) / (10 + number))
             average = optax.incremental_update(shown, average, 1 - decay)
             here = number + 1 == marks

@@ -123,7 +123,13 @@ def test_figures_are_those_of_the_run_and_of_its_average():
             np.testing.assert_allclose(found[1, mark, kind], expected, 2e-3)
 
 
-def test_running_statistics_are_merged():
+def without_statistics(params, state):
+    """What an optimizer that averages weights would have of statistics: nothing."""
+    return {**params, "calls": jnp.zeros([])}
+
+
+@pytest.mark.parametrize("evaluated", [methods.visible, without_statistics])
+def test_running_statistics_are_merged(evaluated):
     """A loss that counts its calls on the side."""
 
     def loss(params, batch):
@@ -141,7 +147,7 @@ def test_running_statistics_are_merged():
         merge=lambda params, calls: {**params, "calls": calls},
     )
     make = lambda rate, steps: optax.sgd(rate)
-    found = training.trainer(task, make, methods.visible, 20, range(1))(0.1)
+    found = training.trainer(task, make, evaluated, 20, range(1))(0.1)
     expected = [0, *(max(1, round(20 * mark)) for mark in training.MARKS)]
     np.testing.assert_array_equal(found[0, :, 0, 0], expected)
 
@@ -326,10 +332,13 @@ def test_behind_by_a_standard_error():
 # The whole.
 
 
-@pytest.mark.skipif(
+needs_stored = pytest.mark.skipif(
     not (run.FOLDER / "quality" / "results.csv").exists(),
     reason="a source distribution has no stored results",
 )
+
+
+@needs_stored
 def test_the_stored_page_is_made_of_stored_results(tmp_path):
     results = Results(run.FOLDER / "quality").frame
     measured = [name for group in accountings.GROUPS for name in group]
@@ -340,6 +349,14 @@ def test_the_stored_page_is_made_of_stored_results(tmp_path):
     assert page == (run.FOLDER / "quality" / "report.md").read_text()
 
 
+@needs_stored
+def test_the_stored_page_of_tasks_of_real_size(tmp_path, capsys):
+    report.shown(Results(run.FOLDER / "large").frame, tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    assert page == (run.FOLDER / "large" / "report.md").read_text()
+
+
+@needs_stored
 def test_tasks_of_an_interrupted_run_are_left_out(tmp_path, capsys):
     """Those that lack EV3 or the baseline, with which all are compared."""
     results = pd.read_csv(run.FOLDER / "quality" / "results.csv")
