@@ -83,9 +83,9 @@ def mean_ranks(figures: pd.DataFrame) -> pd.Series:
     return means.sort_values(kind="stable")
 
 
-def different(ranks: pd.DataFrame, ours: str) -> int:
+def different(figures: pd.DataFrame, ours: str) -> int:
     """How many methods differ from this one by Nemenyi's test over tasks, at 5%."""
-    blocks = ranks.groupby("task").mean().reset_index(drop=True)
+    blocks = ranks(figures).groupby("task").mean().reset_index(drop=True)
     p_values = scikit_posthocs.posthoc_nemenyi_friedman(blocks)[ours]
     return int((p_values.drop(ours) < 0.05).sum())
 
@@ -140,6 +140,11 @@ def interval(repetitions: pd.DataFrame) -> pd.DataFrame:
     """Of 95%, by percentiles: the columns "low" and "high", a row for each method."""
     found = repetitions.quantile([0.025, 0.975]).T
     return found.set_axis(["low", "high"], axis=1)
+
+
+def rank_intervals(figures: pd.DataFrame) -> pd.DataFrame:
+    """Of the mean ranks, for each method: see :func:`interval`."""
+    return interval(bootstrap(ranks(figures), means))
 
 
 # Time to target.

@@ -45,8 +45,7 @@ def times(results: pd.DataFrame, ours: str) -> pd.DataFrame:
 def summary(results: pd.DataFrame, accounting: str, ours: str) -> pd.DataFrame:
     """A row for each method, the best mean rank first."""
     figures = rivals(comparisons.ends(results, accounting), ours)
-    ranks = comparisons.ranks(figures)
-    limits = comparisons.interval(comparisons.bootstrap(ranks, comparisons.means))
+    limits = comparisons.rank_intervals(figures)
     failed = comparisons.failures(figures)
     rank = comparisons.mean_ranks(figures)
     table = pd.DataFrame(
@@ -129,8 +128,7 @@ def page(results: pd.DataFrame, folder: pathlib.Path) -> str:
     clock = rivals(comparisons.ends(results, CLOCK), PORTFOLIO)
     found = times(results, PORTFOLIO)
     plots.times_to_target(found, folder / "profile.png")
-    ranks = comparisons.ranks(clock)
-    limits = comparisons.interval(comparisons.bootstrap(ranks, comparisons.means))
+    limits = comparisons.rank_intervals(clock)
     plots.mean_ranks(comparisons.mean_ranks(clock), limits, folder / "ranks.png")
     plots.by_task(comparisons.courses(results), folder / "course.png")
     parts = [
@@ -141,7 +139,7 @@ def page(results: pd.DataFrame, folder: pathlib.Path) -> str:
         "![Mean ranks and their intervals.](ranks.png)",
     ]
     if clock.index.unique("task").size > 1:
-        differ, others = comparisons.different(ranks, PORTFOLIO), len(clock.columns) - 1
+        differ, others = comparisons.different(clock, PORTFOLIO), len(clock.columns) - 1
         parts.append(
             f"By Nemenyi's test over the means of tasks (5%, corrected for all pairs), "
             f"{PORTFOLIO} differs from {differ} of {others} methods."

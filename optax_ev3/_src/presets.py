@@ -11,6 +11,7 @@ from optax_ev3._src.assess.stage import AssessFn
 from optax_ev3._src.base import checks
 from optax_ev3._src.ev3 import ev3
 from optax_ev3._src.explore import averages, branches, racing, relay, restarts
+from optax_ev3._src.explore.explorers import Explorer
 from optax_ev3._src.explore.strategy import Strategy
 
 # Of all calls, those of the last part in which rates fall (Haegele et al.: a fifth).
@@ -119,6 +120,9 @@ def _wrapped(
         raise TypeError(f"wrap must be a function of an optimizer, got {wrap!r}.")
     if isinstance(inner, Mapping):
         return {name: wrap(tx) for name, tx in inner.items()}
+    single = optax.GradientTransformation | Explorer  # Which are tuples.
+    if isinstance(inner, single) or not isinstance(inner, Sequence):
+        return inner  # No explorers by place: ev3 says so.
     return [wrap(tx) for tx in inner]
 
 

@@ -136,6 +136,9 @@ def test_errors():
         optax_ev3.portfolio(score, total_steps=9, explore=explore.relay())
     with pytest.raises(ValueError, match="total_steps"):
         optax_ev3.portfolio(score, total_steps=0)
+    for inner in (optax.sgd(0.1), optax_ev3.explorer(optax.sgd(0.1)), 3):
+        with pytest.raises(TypeError, match="inner must be a sequence or a mapping"):
+            optax_ev3.portfolio(score, inner=inner, wrap=lambda tx: tx)
     with pytest.raises(TypeError, match="wrap must be a function"):
         optax_ev3.portfolio(score, wrap=optax.clip(1.0))
     with pytest.raises(TypeError, match="total_steps"):
