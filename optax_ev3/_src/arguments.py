@@ -95,19 +95,28 @@ def check_aux(
     )
 
 
-def check_axis(axis: Any, explorers: Mapping[str, Explorer]) -> None:
-    """Raises unless it is the name of an axis, and there is something to spread."""
+def check_axis(axis: Any, strategy: Strategy) -> None:
+    """Raises unless it is the name of an axis, and explorers work at the same time."""
     if axis is None:
         return
     if not isinstance(axis, str):
         raise TypeError(
             f"explorer_axis must be the name of a mesh axis, a string, got {axis!r}."
         )
-    if all(one.size is None for one in explorers.values()):
+    if strategy.takes_turns:
         raise ValueError(
-            f"explorer_axis={axis!r} spreads explorers that differ in numbers alone, "
-            f"sweeps, and groups that evolve; there is none among "
-            f"{', '.join(explorers)}."
+            f"explorer_axis={axis!r} spreads explorers that work at the same time, and "
+            f"those of explore.relay take turns: take explore.branches."
+        )
+
+
+def check_spread(axis: str | None, explorers: Mapping[str, Explorer]) -> None:
+    """Raises unless there is something to spread over the axis, if there is one."""
+    if axis is not None and all(one.size is None for one in explorers.values()):
+        raise ValueError(
+            f"explorer_axis={axis!r} spreads explorers that have the same loss, and "
+            f"whose optimizers need no more than a gradient; there are no two of them "
+            f"among {', '.join(explorers)}."
         )
 
 

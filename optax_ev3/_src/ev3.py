@@ -140,11 +140,13 @@ def ev3(
       Ding et al., `EV3: Ever Evolving Evaluator
       <https://arxiv.org/abs/2310.18893>`_, 2023.
     """
-    explorers = alike.stacked(members.collect(inner), explorer_axis)
+    explorers = members.collect(inner)
     arguments.check_callbacks(assess_fn, loss_fn, explorers)
     strategy = arguments.checked_strategy(explore, explorers, loss_fn is not None)
     assess_mode = arguments.checked_mode(assess_mode, strategy)
-    arguments.check_axis(explorer_axis, explorers)
+    arguments.check_axis(explorer_axis, strategy)
+    explorers = alike.stacked(explorers, explorer_axis, strategy.own_gradients)
+    arguments.check_spread(explorer_axis, explorers)
     composer = Composer(
         explorers=explorers,
         layout=members.layout_of(explorers, [x.prefix for x in strategy.averages]),

@@ -56,6 +56,13 @@ def cond(
 
 def switch(index: Any, branches: Sequence[Callable[[], Any]]) -> Any:
     """``lax.switch`` of an index that is in range."""
+    if is_traced(index) and is_at_once():
+        found, *others = [branch() for branch in branches]
+        for number, other in enumerate(others, 1):
+            found = jax.tree.map(
+                lambda x, y, n=number: jnp.where(index == n, y, x), found, other
+            )
+        return found
     return lax.switch(index, branches) if is_traced(index) else branches[int(index)]()
 
 

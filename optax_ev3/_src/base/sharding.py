@@ -52,6 +52,17 @@ def replicated(tree: Any) -> Any:
     return jax.tree.map(gather, tree)
 
 
+def alike(tree: Any, like: Any) -> Any:
+    """The tree spread as another one is."""
+
+    def spread(leaf: Any, other: Any) -> Any:
+        if spec(leaf) == spec(other):
+            return leaf
+        return jax.sharding.reshard(leaf, jax.typeof(other).sharding)
+
+    return jax.tree.map(spread, tree, like)
+
+
 def _memory(leaf: Any) -> Any:
     """The memory that an array is known to be in when it is traced, or None."""
     if not hasattr(jax, "memory"):

@@ -147,11 +147,16 @@ def unite(leaf: jax.Array, axis_name: Any, axis: int = 0) -> jax.Array:
 
 
 @functools.cache
-def _placeholder() -> type:
+def placeholder() -> Any:
     """What ``optax.tree.map_params`` initializes with, in the place of parameters."""
     given: list[Any] = []
     optax.tree.map_params(lambda params: given.append(params) or (), lambda x: x, ())
-    return type(given[0])
+    return given[0]
+
+
+def is_placeholder(node: Any) -> bool:
+    """Whether it stands for all that is like the parameters."""
+    return isinstance(node, type(placeholder()))
 
 
 def unlike_params(tree: Any) -> Any:
@@ -160,9 +165,6 @@ def unlike_params(tree: Any) -> Any:
     So it is where copies are stacked: a sharding of one parameter does not fit them.
     ``optax.tree.map_params`` takes a leaf for something else, with all below it.
     """
-
-    def is_placeholder(node: Any):
-        return isinstance(node, _placeholder())
 
     def one(node: Any):
         return jnp.zeros([]) if is_placeholder(node) else node

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from optax_ev3._src.base import callbacks, trees
+from optax_ev3._src.explore import unlike
 from optax_ev3._src.explore.explorers import Explorer
 
 # Two in a stack make no smaller program than two apart, and are copied in and out.
@@ -48,15 +49,19 @@ class _Template(NamedTuple):
 
 
 def stacked(
-    explorers: Mapping[str, Explorer], axis: str | None = None
+    explorers: Mapping[str, Explorer], axis: str | None = None, by_loss: bool = False
 ) -> dict[str, Explorer]:
     """The explorers, those that are alike as one, where the first of them was.
 
     Args:
       explorers: By name.
       axis: The mesh axis over which all that is stacked is spread, or None.
+      by_loss: Whether unlike ones are one, too, if they have the same loss: where that
+        is worth it, or where there is an axis.
     """
     found = _stacked(explorers, _LEAST if axis is None else 2)
+    if by_loss or axis is not None:
+        found = _stacked_by_loss(found, axis is not None)
     if axis is None:
         return found
     return {
@@ -67,30 +72,75 @@ def stacked(
 
 def _stacked(explorers: Mapping[str, Explorer], least: int) -> dict[str, Explorer]:
     """The same for groups of at least so many, all on the same devices."""
+
+    def join(group: Mapping[str, Explorer]) -> Explorer | None:
+        return _joined(group) if len(group) >= least else None
+
+    return _grouped(explorers, _are_alike, join)
+
+
+def _stacked_by_loss(
+    explorers: Mapping[str, Explorer], in_any_case: bool
+) -> dict[str, Explorer]:
+    """Unlike explorers with the same loss as one, where that is worth it."""
+    can = [one for one in explorers.values() if unlike.can_be_joined(one)]
+
+    def fit(first: Explorer, other: Explorer) -> bool:
+        both = all(any(x is one for x in can) for one in (first, other))
+        return both and _have_same_functions(first, other)
+
+    def join(group: Mapping[str, Explorer]) -> Explorer | None:
+        count = sum(one.size or 1 for one in group.values())
+        if len(group) < 2 or (count < _LEAST and not in_any_case):
+            return None
+        if in_any_case or unlike.are_worth_it(group):
+            return unlike.joined(group)
+        return None
+
+    return _grouped(explorers, fit, join)
+
+
+def _grouped(
+    explorers: Mapping[str, Explorer],
+    fit: Callable[[Explorer, Explorer], bool],
+    join: Callable[[Mapping[str, Explorer]], Explorer | None],
+) -> dict[str, Explorer]:
+    """The explorers, with those that fit to each other as one, if they can be joined.
+
+    Args:
+      explorers: By name.
+      fit: Whether the second one belongs to the group of the first.
+      join: Makes one of a group; None if that cannot be.
+    """
     left, found = dict(explorers), {}
     while left:
         name, first = next(iter(left.items()))
-        group = {n: one for n, one in left.items() if _are_alike(first, one)}
-        made = _joined(group) if len(group) >= least else None
+        group = {n: one for n, one in left.items() if one is first or fit(first, one)}
+        made = join(group)
         if made is None:
             found[name] = left.pop(name)
         else:
-            found[f"{name} and {len(group) - 1} more"] = made
+            members = made.members(name)
+            found[f"{members[0]} and {len(members) - 1} more"] = made
             left = {n: one for n, one in left.items() if n not in group}
     return found
 
 
 def _are_alike(first: Explorer, other: Explorer) -> bool:
     """Whether two explorers differ in the numbers of their optimizers alone."""
-    if first is other:
-        return True
     if first.size is not None or other.size is not None:
         return False
+    same = _have_same_functions(first, other)
+    return same and bool(_template([first.tx, other.tx]))
+
+
+def _have_same_functions(first: Explorer, other: Explorer) -> bool:
+    """Whether two explorers have the same loss, and merge what it returns alike."""
     pairs = [(first.loss_fn, other.loss_fn), (first.merge_fn, other.merge_fn)]
     return all(
-        ours is theirs or (ours and theirs and callbacks.same(ours, theirs))
+        ours is theirs or bool(ours and theirs and callbacks.same(ours, theirs))
         for ours, theirs in pairs
-    ) and bool(_template([first.tx, other.tx]))
+    )
 
 
 def _joined(explorers: Mapping[str, Explorer]) -> Explorer | None:

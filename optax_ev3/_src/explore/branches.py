@@ -54,6 +54,11 @@ class Branches(strategy.Strategy):
         """Whether branches start from what is adopted."""
         return not isinstance(self.restart, Never)
 
+    @property
+    def own_gradients(self) -> bool:
+        """Whether they are asked for, or there is a loss."""
+        return self.gradients == "own"
+
     def checked(
         self, explorers: Mapping[str, Explorer], has_loss: bool
     ) -> "strategy.Strategy":

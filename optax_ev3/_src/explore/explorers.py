@@ -32,6 +32,7 @@ class Explorer(NamedTuple):
       space: For a group that evolves, the range of each number; the grid is then where
         they begin.
       labels: Where several explorers are stacked, their names.
+      kinds: Where unlike ones are, the structure of the inner state of each.
       axis: The mesh axis over which the members of a sweep are spread, or None.
 
     Examples:
@@ -49,6 +50,7 @@ class Explorer(NamedTuple):
     factory: Callable[..., optax.GradientTransformation] | None = None
     space: Mapping[str, Any] | None = None
     labels: tuple[str, ...] | None = None
+    kinds: tuple[Any, ...] | None = None
     axis: str | None = None
 
     @property

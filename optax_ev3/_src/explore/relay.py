@@ -55,6 +55,7 @@ class Relay(strategy.Strategy):
     averages: tuple[Average, ...]
     racing: Racing | None
     schedule: optax.Schedule | None = None
+    takes_turns = True
 
     @property
     def restarts(self) -> bool:
@@ -66,12 +67,6 @@ class Relay(strategy.Strategy):
     ) -> "strategy.Strategy":
         """Raises if a group evolves, whose members are compared in every round."""
         del has_loss
-        spread = [one.axis for one in explorers.values() if one.axis is not None]
-        if spread:
-            raise ValueError(
-                f"explorer_axis={spread[0]!r} spreads explorers that work at the same "
-                f"time, and those of explore.relay take turns: take explore.branches."
-            )
         evolving = [name for name, one in explorers.items() if one.space is not None]
         if evolving:
             raise ValueError(
@@ -261,9 +256,9 @@ def _joined(ctx: Context, state: ExploreState, leader: jax.Array) -> ExploreStat
     """The branch at work goes on from where the leader is, and with its averages."""
 
     def join(name: str, row: jax.Array, old: Any, state: ExploreState) -> Any:
-        del row
         opt_states = strategy.opt_states(state)
         made, fits = restarts.copied(ctx, opt_states, name, leader)
+        fits = fits[row] if fits.ndim else fits
         walked = state.branches
         kinds = range(ctx.layout.kinds - 1)
         means = [{k: own[kind] for k, own in walked.means.items()} for kind in kinds]

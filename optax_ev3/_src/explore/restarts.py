@@ -184,17 +184,26 @@ def inner_states(
 def copied(
     ctx: Context, opt_states: dict[str, Any], name: str, owner: jax.Array
 ) -> tuple[Any, jax.Array]:
-    """The owner's state for this explorer, and ``[]`` bool whether it fits."""
+    """The owner's state for this explorer, and whether it fits.
+
+    Returns:
+      The state, and ``[]`` bool; ``[G]`` for the members of a sweep.
+    """
     stacks = {k: one.stack(opt_states[k]) for k, one in ctx.explorers.items()}
     types = {other: _member_types(stack) for other, stack in stacks.items()}
+    kinds = {
+        k: one.kinds or [None] * select.count(stacks[k])
+        for k, one in ctx.explorers.items()
+    }
     nobody = Stacked(select.Lazy(lambda: select.row(stacks[name], 0)))
     sources, fits = [], []
     for other, source in stacks.items():
         fit = types[other] == types[name]
         sources += [source] if fit else [nobody] * select.count(source)
-        fits += [fit] * select.count(source)
+        fits += [[fit and kind == own for own in kinds[name]] for kind in kinds[other]]
     copied = select.pick(owner, [*sources, nobody])
-    return copied, jnp.asarray([*fits, False])[owner]
+    fits = jnp.asarray([*fits, [False] * len(kinds[name])])[owner]
+    return copied, fits[0] if ctx.layout.single[name] else fits
 
 
 def _member_types(states: Stacked) -> Any:

@@ -103,11 +103,18 @@ class Strategy(abc.ABC):
     averages: tuple[Average, ...]
     # Whether every round is one step, which says little.
     one_step: bool = False
+    # Whether one explorer works at a time.
+    takes_turns: bool = False
 
     @property
     def restarts(self) -> bool:
         """Whether explorers start from what is adopted: then a harmful choice lasts."""
         return True
+
+    @property
+    def own_gradients(self) -> bool:
+        """Whether each explorer takes the gradient of a loss, at its own parameters."""
+        return False
 
     def checked(self, explorers: Mapping[str, Explorer], has_loss: bool) -> "Strategy":
         """The strategy with its defaults for these explorers; raises if they misfit."""

@@ -1,0 +1,133 @@
+"""Unlike optimizers in one stack, each member with one of them.
+
+The loss is then in the program once, and not once for each kind of optimizer, and the
+members can be spread over devices.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_ev3._src.base import callbacks, control, trees
+from optax_ev3._src.explore import packing
+from optax_ev3._src.explore.explorers import Explorer
+
+# Room for the states of all members, over what they use: more is not worth it.
+_MOST_ROOM = 1.5
+# Parameters to try optimizers with; some treat matrices, or large ones, their own way.
+_PROBE = {
+    name: jax.ShapeDtypeStruct(shape, jnp.float32)
+    for name, shape in {"large": (256, 256), "small": (3, 4), "vector": (4,)}.items()
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Unlike:
+    """The factory of a stack of unlike optimizers.
+
+    Attributes:
+      explorers: By name, of each kind one, or alike ones stacked.
+      forms: What their states consist of, by the types of parameters: it takes time to
+        find out, and is asked for at each step.
+    """
+
+    explorers: Mapping[str, Explorer]
+    forms: dict[Any, dict[str, packing.Form]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """Of which kind each member is."""
+        sizes = [one.size or 1 for one in self.explorers.values()]
+        return tuple(np.repeat(np.arange(len(sizes)), sizes).tolist())
+
+    def __call__(self, row: Any) -> optax.GradientTransformationExtraArgs:
+        """The optimizer in this row; its states are :class:`packing.Packed`."""
+        kind, optimizers, first = jnp.asarray(self.kinds)[row], {}, 0
+        for name, one in self.explorers.items():
+            # The row may be that of another kind, where all of them are computed.
+            own = jnp.clip(row - first, 0, (one.size or 1) - 1)
+            optimizers[name] = one.tx if one.size is None else one.member(own)[0]
+            first += one.size or 1
+
+        def init(params: optax.Params) -> packing.Packed:
+            made = packing.Packing(optimizers, self._forms(params), params)
+            return control.switch(kind, [made.first(name) for name in optimizers])
+
+        def update(
+            grads: optax.Updates, state: Any, params: Any = None, **extra_args: Any
+        ) -> tuple[optax.Updates, packing.Packed]:
+            made = packing.Packing(optimizers, self._forms(params), params)
+            steps = [made.step(k, grads, state, extra_args) for k in optimizers]
+            return control.switch(kind, steps)
+
+        return optax.GradientTransformationExtraArgs(init, update)
+
+    def _forms(self, params: optax.Params) -> dict[str, packing.Form]:
+        leaves, structure = jax.tree.flatten(params)
+        key = structure, tuple(map(jax.typeof, leaves))
+        if key not in self.forms:
+            self.forms[key] = {
+                name: packing.form(one.tx, params)
+                for name, one in self.explorers.items()
+            }
+        return self.forms[key]
+
+
+def joined(explorers: Mapping[str, Explorer]) -> Explorer:
+    """Explorers with the same loss as one stack.
+
+    Args:
+      explorers: By name, of each kind one, or alike ones stacked.
+    """
+    factory = Unlike(explorers)
+    members = [label for name, one in explorers.items() for label in one.members(name)]
+    types = [trees.types(_state(one)) for one in explorers.values()]
+    return next(iter(explorers.values()))._replace(
+        tx=factory(0),
+        name=None,
+        grid={"row": tuple(range(len(members)))},
+        factory=factory,
+        labels=tuple(members),
+        kinds=tuple(types[kind] for kind in factory.kinds),
+    )
+
+
+def are_worth_it(explorers: Mapping[str, Explorer]) -> bool:
+    """Whether their states have about the same size: each gets the room of all."""
+    used = [(one.size or 1) * _bytes(_state(one)) for one in explorers.values()]
+    whole = joined(explorers)
+    return (whole.size or 0) * _bytes(_state(whole)) <= _MOST_ROOM * sum(used)
+
+
+def can_be_joined(explorer: Explorer) -> bool:
+    """Whether an optimizer takes gradients alone, and its state keeps its types.
+
+    One that cannot be tried here, such as one for parameters of a certain structure, is
+    left alone; so is one that needs the value of the loss.
+    """
+    is_by_hand = explorer.size is not None and explorer.labels is None
+    if is_by_hand or callbacks.free(explorer.tx.update, 3).names:
+        return False
+
+    def first_step(params: Any) -> Any:
+        state = explorer.tx.init(params)
+        return state, explorer.tx.update(params, state, params)[1]
+
+    try:
+        before, after = jax.eval_shape(first_step, _PROBE)
+    except Exception:  # Whatever it is: apart, it raises where it is used.
+        return False
+    return trees.types(before) == trees.types(after)
+
+
+def _state(explorer: Explorer) -> Any:
+    return jax.eval_shape(explorer.tx.init, _PROBE)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
