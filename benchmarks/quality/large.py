@@ -100,13 +100,13 @@ def decoder(context, width, depth, heads):
 def characters(size: str) -> Task:
     """The next character of English documentation."""
     context, width, depth, heads, steps, batch = chosen(
-        size, (64, 256, 3, 4, 350, 8), (256, 512, 4, 8, 2000, 32)
+        size, (64, 192, 2, 4, 200, 4), (256, 512, 4, 8, 2000, 32)
     )
     init, outputs = decoder(context, width, depth, heads)
 
     def parts(seed):
         windows = prose(CHARACTERS // (context + 1), context + 1)
-        return cut(windows, seed, HELD_OUT, TEST)
+        return cut(windows, seed, HELD_OUT // 4, TEST // 8)  # Of 64 characters each.
 
     def of_each(params, part):
         part = part.astype(jnp.int32)

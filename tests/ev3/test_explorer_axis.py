@@ -8,6 +8,7 @@ import optax
 import pytest
 from helpers import assert_close
 from helpers.meshes import data, likelihoods, loss_fn, mesh_of, spread, start
+from optax import contrib
 
 import optax_ev3
 from optax_ev3 import explore
@@ -17,6 +18,18 @@ pytestmark = pytest.mark.skipif(
 )
 
 ADAMS = {f"adam_{rate:g}": optax.adam(rate) for rate in (0.3, 0.1, 0.03, 0.001)}
+UNLIKE = {
+    "adam": optax.adam(0.03),
+    "yogi": optax.yogi(0.03),
+    "sgd": optax.sgd(0.3),
+    "momentum": optax.sgd(0.1, momentum=0.9),
+}
+
+
+def l1(params):
+    return sum(abs(leaf).sum() for leaf in jax.tree.leaves(params))
+
+
 OWN = optax_ev3.sweep(optax.sgd, learning_rate=[0.01, 0.1, 0.3, float("inf")])
 EVOLVING = optax_ev3.evolve(
     optax.adam, {"learning_rate": optax_ev3.log_uniform(0.001, 0.3)}, 4
@@ -25,7 +38,18 @@ AVERAGES = [explore.trajectory_average(), explore.branch_average()]
 RACE = explore.Racing(1, 2)
 CASES = {
     "one step": (ADAMS, explore.one_step()),
-    "own": ({"unlike": optax.sgd(0.1), **ADAMS}, explore.branches(2)),
+    "own": (ADAMS, explore.branches(2)),
+    "unlike": (UNLIKE, explore.branches(2, averages=AVERAGES, racing=RACE)),
+    # Its matrices cannot be multiplied where explicit types spread them.
+    "muon": (
+        {**UNLIKE, "adam": contrib.muon(0.03, consistent_rms=0.2)},
+        explore.branches(2),
+    ),
+    "unlike one step": (UNLIKE, explore.one_step()),
+    "others": (
+        {**ADAMS, "other": optax_ev3.explorer(optax.sgd(0.1), l1)},
+        explore.branches(2),
+    ),
     "shared": (ADAMS, explore.rounds(2, gradients="shared", restart_state="new")),
     "race": (
         ADAMS,
@@ -96,8 +120,8 @@ def spread_out(case, setting, kind):
 
 # With types that say how arrays are spread, and without.
 TESTED = [(case, "4", "Explicit") for case in CASES]
-TESTED += [(case, "2x4", "Auto") for case in ("one step", "race", "sweep")]
-TESTED += [("race", "2x4", "Explicit")]
+TESTED += [(case, "2x4", "Auto") for case in ("one step", "race", "sweep", "unlike")]
+TESTED += [("race", "2x4", "Explicit"), ("unlike", "2x4", "Explicit")]
 
 
 @pytest.mark.parametrize(("case", "setting", "kind"), TESTED)
@@ -141,9 +165,9 @@ def test_each_device_has_the_work_of_its_own():
 def test_errors():
     with pytest.raises(TypeError, match="explorer_axis must be the name"):
         optax_ev3.ev3(ADAMS, likelihoods, explorer_axis=0)
-    unlike = {"adam": optax.adam(0.1), "sgd": optax.sgd(0.1)}
-    with pytest.raises(ValueError, match="there is none among adam, sgd"):
-        optax_ev3.ev3(unlike, likelihoods, explorer_axis="pop")
+    own = {"adam": optax.adam(0.1), "sgd": optax_ev3.explorer(optax.sgd(0.1), l1)}
+    with pytest.raises(ValueError, match="there are no two of them among adam, sgd"):
+        optax_ev3.ev3(own, likelihoods, explorer_axis="pop")
     with pytest.raises(ValueError, match=r"take turns: take explore\.branches"):
         optax_ev3.ev3(ADAMS, likelihoods, explore=explore.relay(), explorer_axis="pop")
     tx = made("own", "pop")

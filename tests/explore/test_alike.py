@@ -165,7 +165,7 @@ def test_the_same_as_apart(strategy, request):
         return trajectories.run(tx, 60)[-1]
 
     params, state = run()
-    assert "adam_0.01 and 3 more" in state.explore.explorers
+    assert any(one.startswith("adam_0.01 and") for one in state.explore.explorers)
     request.getfixturevalue("apart")
     apart, other = run()
     assert set(other.explore.explorers) == set(inner)

@@ -214,6 +214,7 @@ def test_which_branches_restart(restart):
 
 
 @pytest.mark.parametrize("policy", ["keep", "new", "copy"])
+@pytest.mark.usefixtures("apart")
 def test_inner_states_of_branches_that_restart(policy):
     inner = {
         "winner": optax.adam(0.03),

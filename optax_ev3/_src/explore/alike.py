@@ -60,7 +60,9 @@ def stacked(
         is worth it, or where there is an axis.
     """
     found = _stacked(explorers, _LEAST if axis is None else 2)
-    if by_loss or axis is not None:
+    # Groups that evolve may copy inner states of others, which stay as they are.
+    evolves = any(one.space is not None for one in explorers.values())
+    if axis is not None or (by_loss and not evolves):
         found = _stacked_by_loss(found, axis is not None)
     if axis is None:
         return found

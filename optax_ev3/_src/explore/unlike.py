@@ -47,8 +47,9 @@ class Unlike:
 
     def __call__(self, row: Any) -> optax.GradientTransformationExtraArgs:
         """The optimizer in this row; its states are :class:`packing.Packed`."""
-        kind, optimizers, first = jnp.asarray(self.kinds)[row], {}, 0
+        kind, optimizers, first = -1, {}, 0
         for name, one in self.explorers.items():
+            kind += row >= first
             # The row may be that of another kind, where all of them are computed.
             own = jnp.clip(row - first, 0, (one.size or 1) - 1)
             optimizers[name] = one.tx if one.size is None else one.member(own)[0]
@@ -108,10 +109,9 @@ def can_be_joined(explorer: Explorer) -> bool:
     """Whether an optimizer takes gradients alone, and its state keeps its types.
 
     One that cannot be tried here, such as one for parameters of a certain structure, is
-    left alone; so is one that needs the value of the loss.
+    left alone; so is one that needs the value of the loss, and a group that evolves.
     """
-    is_by_hand = explorer.size is not None and explorer.labels is None
-    if is_by_hand or callbacks.free(explorer.tx.update, 3).names:
+    if explorer.space is not None or callbacks.free(explorer.tx.update, 3).names:
         return False
 
     def first_step(params: Any) -> Any:

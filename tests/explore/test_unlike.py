@@ -1,0 +1,215 @@
+"""Unlike explorers of one loss in one stack: the same as apart."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import STRATEGIES, assert_close, assert_identical, trajectories
+from helpers.trajectories import loss, score, start
+from optax import contrib
+
+import optax_ev3
+from optax_ev3 import explore
+from optax_ev3._src.explore import alike, unlike
+from optax_ev3._src.explore import explorers as members
+
+KINDS = {
+    "adam": optax.adam(0.03),
+    "adam_slow": optax.adam(0.003),
+    "broken": optax.adam(float("inf")),
+    "muon": contrib.muon(0.03, consistent_rms=0.2),
+    "momentum": optax.sgd(0.1, momentum=0.9),
+    "decay": optax.adamw(optax.cosine_decay_schedule(0.03, 40)),
+    "lion": optax.chain(optax.clip_by_global_norm(1.0), optax.lion(0.003)),
+}
+# All that have gradients of their own.
+OWN = ("own", "new", "never", "behind")
+
+
+def stacks(inner, axis=None):
+    """The names of those that are one."""
+    found = alike.stacked(members.collect(inner), axis, by_loss=True)
+    return [one.members(name) for name, one in found.items() if one.size]
+
+
+@pytest.mark.parametrize("strategy", [*OWN, "copy"])
+def test_the_same_as_apart(strategy, request):
+    copy = {"explore": explore.rounds(2, restart_state="copy")}
+    settings = {**STRATEGIES, "copy": copy}[strategy]
+
+    def run():
+        tx = optax_ev3.ev3(KINDS, score, loss_fn=loss, **settings)
+        return trajectories.run(tx, 60)[-1]
+
+    params, state = run()
+    assert list(state.explore.explorers) == ["adam and 6 more"]
+    request.getfixturevalue("apart")
+    apart, other = run()
+    assert set(other.explore.explorers) == set(KINDS)
+    assert_close(params, apart, 1e-4, 1e-5)
+    found, expected = (optax_ev3.history(one)["adopted"] for one in (state, other))
+    assert len(set(found)) > 2
+    assert_identical(found, expected)
+
+
+def test_states_are_those_of_the_optimizers_alone():
+    tx = optax_ev3.ev3(KINDS, score, loss_fn=loss, explore=explore.branches(5))
+    _, state = trajectories.run(tx, 20)[-1]
+    (one,) = state.explore.explorers.values()
+    ends = state.explore.branches.ends["adam and 6 more"]
+    for row, (name, inner) in enumerate(KINDS.items()):
+        if name == "broken":
+            continue
+        end, expected = trajectories.alone(inner, 20, start())
+        assert_close(jax.tree.map(lambda x, i=row: x[i], ends), end, 1e-4, 1e-5)
+        # Every number of its state is somewhere in the packed one.
+        packed = jax.tree.map(lambda x, i=row: x[i], one.opt_state)
+        found = np.sort(np.concatenate([x.ravel() for x in jax.tree.leaves(packed)]))
+        for leaf in jax.tree.leaves(expected):
+            places = np.abs(found[:, None] - np.ravel(leaf)).min(axis=0)
+            assert (places <= 1e-5 + 1e-4 * np.abs(np.ravel(leaf))).all(), name
+
+
+def test_what_is_joined():
+    def other(params, batch):
+        return loss(params, batch)
+
+    own = {f"own_{k}": optax_ev3.explorer(tx, other) for k, tx in KINDS.items()}
+    # One loss, one stack.
+    assert stacks({**KINDS, **own}) == [list(KINDS), list(own)]
+    # States of unlike size would take much more room than they need.
+    few = {"adam": optax.adam(0.1), "sgd": optax.sgd(0.1), "sign": optax.sign_sgd(0.1)}
+    assert stacks(few) == []
+    assert stacks(few, "pop") == [list(few)]
+    # Two make no smaller program.
+    two = {"adam": optax.adam(0.1), "yogi": optax.yogi(0.1)}
+    assert stacks(two) == []
+    assert stacks(two, "pop") == [list(two)]
+    sweep = optax_ev3.sweep(optax.yogi, learning_rate=[0.1, 0.2])
+    swept = {"adam": optax.adam(0.1), "sweep": sweep}
+    assert stacks(swept) == [["adam", *sweep.members("sweep")]]
+
+
+def _needs_a_structure():
+    def update(updates, state, params=None):
+        del params
+        return {"w": -updates["w"], "v": -updates["v"]}, state
+
+    return optax.GradientTransformation(lambda params: params, update)
+
+
+def _named_extra_argument():
+    def update(updates, state, params=None, *, batch):
+        del params, batch
+        return updates, state
+
+    init = lambda params: jax.tree.map(jnp.zeros_like, params)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _grows():
+    def update(updates, state, params=None):
+        del params
+        return updates, jax.tree.map(lambda x: x + 0.5, state)
+
+    init = lambda params: jax.tree.map(lambda p: jnp.zeros(p.shape, int), params)
+    return optax.GradientTransformation(init, update)
+
+
+SPACE = {"learning_rate": optax_ev3.log_uniform(0.01, 1.0)}
+LEFT_ALONE = {
+    "line search": optax.lbfgs(),
+    "structure": _needs_a_structure(),
+    "named": _named_extra_argument(),
+    "grows": _grows(),
+    "evolves": optax_ev3.evolve(optax.adam, SPACE, population=4),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_what_is_left_alone(name):
+    one = members.explorer(LEFT_ALONE[name])
+    assert not unlike.can_be_joined(one)
+    joined = [[*KINDS] if name != "evolves" else ["adam", "adam_slow", "broken"]]
+    by_hand = [group for group in stacks({**KINDS, "x": one}) if "x/0" not in group]
+    assert by_hand == joined
+
+
+def test_low_precision_keeps_its_types():
+    """Moments of one optimizer in float32 share room with those of others."""
+    inner = {
+        "wide": optax.adam(0.03, mu_dtype=jnp.float32),
+        "adam": optax.adam(0.03),
+        "muon": contrib.muon(0.03, consistent_rms=0.2),
+    }
+    tx = optax_ev3.ev3(inner, score, loss_fn=loss, explore=explore.branches(4))
+    _, state = trajectories.run(tx, 8, start(jnp.bfloat16))[-1]
+    ends = state.explore.branches.ends["wide and 2 more"]
+    for row, one in enumerate(inner.values()):
+        alone = trajectories.alone(one, 8, start(jnp.bfloat16))[0]
+        end = jax.tree.map(lambda x, i=row: x[i], ends)
+        assert {str(x.dtype) for x in jax.tree.leaves(end)} == {"bfloat16"}
+        assert_close(*jax.tree.map(lambda x: x.astype(float), (end, alone)), 0.05, 0.01)
+    packed = state.explore.explorers["wide and 2 more"].opt_state.like_params
+    found = [{str(x.dtype) for x in jax.tree.leaves(tree)} for tree in packed]
+    assert found[:2] == [{"float32"}, {"bfloat16"}]
+
+
+def test_parameters_that_are_not_all_numbers():
+    params = {
+        "w": jnp.ones([3, 4]),
+        "n": jnp.arange(3),
+        "flag": jnp.asarray(True),
+        "none": None,
+    }
+
+    def of_w(params):
+        return (params["w"] ** 2).sum()
+
+    tx = optax_ev3.ev3(
+        {k: KINDS[k] for k in ("adam", "adam_slow", "momentum")},
+        lambda params: -of_w(params),
+        loss_fn=of_w,
+        explore=explore.branches(2),
+    )
+    state = tx.init(params)
+    step = jax.jit(lambda p, s: tx.update(None, s, p))
+    for _ in range(6):
+        updates, state = step(params, state)
+        params = {**params, "w": params["w"] + updates["w"]}
+    assert float(of_w(params)) < 12
+    assert_identical(optax_ev3.best_params(state)["n"], jnp.arange(3))
+
+
+def test_the_loss_is_traced_once_for_all():
+    def count(inner):
+        traces = []
+
+        def seen(params, batch):
+            traces.append(params)
+            return loss(params, batch)
+
+        tx = optax_ev3.ev3(inner, score, loss_fn=seen, explore=explore.branches(2))
+        data = trajectories.data(0)
+        state = tx.init(start())
+        step = lambda s: tx.update(None, s, start(), batch=data, held=data)
+        jax.eval_shape(step, state)
+        return len(traces)
+
+    adams = {f"adam_{rate}": optax.adam(rate) for rate in (0.1, 0.2, 0.3)}
+    assert count(KINDS) == count(adams)
+
+
+def test_errors_name_the_explorer():
+    def update(updates, state, params=None):
+        del params
+        return jax.tree.map(lambda u: u[:1], updates), state
+
+    wrong = optax.GradientTransformation(optax.sgd(0.1, momentum=0.9).init, update)
+    tx = optax_ev3.ev3(
+        {**KINDS, "wrong": wrong}, score, loss_fn=loss, explore=explore.branches(2)
+    )
+    data = trajectories.data(0)
+    with pytest.raises(ValueError, match="'wrong' returned updates of shapes"):
+        tx.update(None, tx.init(start()), start(), batch=data, held=data)
