@@ -85,10 +85,11 @@ def ev3(
       axis_name: Name of a mapped axis (``shard_map``, ``pmap``, ``vmap``) over which
         the assessment examples are spread; gradients must be averaged by the caller
         as for any other optimizer.
-      explorer_axis: Name of a mesh axis over which explorers are spread: sweeps, groups
-        that evolve, and optimizers that differ in numbers alone. Each device steps and
-        assesses its own; others are on all devices. The state must be spread alike, see
-        :func:`optax_ev3.state_shardings`, and is best stepped under ``jax.set_mesh``.
+      explorer_axis: Name of a mesh axis over which explorers are spread that have the
+        same loss, and whose optimizers need no more than a gradient. Each device steps
+        and assesses its own; others are on all devices. The state must be spread alike,
+        see :func:`optax_ev3.state_shardings`, and is best stepped under
+        ``jax.set_mesh``.
         Default: all explorers are on all devices.
       history_length: Rounds that :func:`optax_ev3.history` remembers, for people.
       key: Seed or PRNG key of the transformation's own randomness.

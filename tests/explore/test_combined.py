@@ -264,6 +264,7 @@ def branch_mean(path, decay):
 
 
 @pytest.mark.parametrize("gradients", ["own", "shared"])
+@pytest.mark.usefixtures("apart")
 def test_branch_average_goes_on_over_rounds(gradients):
     tx = optax_ev3.ev3(
         {

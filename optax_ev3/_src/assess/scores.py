@@ -74,6 +74,7 @@ def score(
     ]
     try:
         single = next(x.make(x.tree) for x in candidates if x.size is None)
+        single = sharding.on_device(single)
         kinds = _kinds(lambda params: _objectives(assess(params)), single)
         _check_scores(kinds)
         values = _score(assess, candidates, mode, axis_name)

@@ -60,10 +60,10 @@ class Unlike:
             return control.switch(kind, [made.first(name) for name in optimizers])
 
         def update(
-            grads: optax.Updates, state: Any, params: Any = None, **extra_args: Any
+            updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
         ) -> tuple[optax.Updates, packing.Packed]:
             made = packing.Packing(optimizers, self._forms(params), params)
-            steps = [made.step(k, grads, state, extra_args) for k in optimizers]
+            steps = [made.step(k, updates, state, extra_args) for k in optimizers]
             return control.switch(kind, steps)
 
         return optax.GradientTransformationExtraArgs(init, update)
