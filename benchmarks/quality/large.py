@@ -56,6 +56,7 @@ def in_blocks(score):
 
 LETTERS = 128  # ASCII.
 CHARACTERS = 10_000_000
+WINDOWS = 250  # Held out, and to test on: many characters each.
 
 
 def decoder(context, width, depth, heads):
@@ -106,7 +107,7 @@ def characters(size: str) -> Task:
 
     def parts(seed):
         windows = prose(CHARACTERS // (context + 1), context + 1)
-        return cut(windows, seed, HELD_OUT // 4, TEST // 8)  # Of 64 characters each.
+        return cut(windows, seed, WINDOWS, WINDOWS)
 
     def of_each(params, part):
         part = part.astype(jnp.int32)

@@ -22,7 +22,7 @@ NAMES = ["characters", "shapes", "MNIST-1D", "flights"]
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
     few = {"CHARACTERS": 30_000, "IMAGES": 200, "SIGNALS": 200, "FLIGHTS": 2000}
-    few |= {"HELD_OUT": 30, "TEST": 50, "AT_ONCE": 16}
+    few |= {"HELD_OUT": 30, "TEST": 50, "AT_ONCE": 16, "WINDOWS": 30}
     for name, count in few.items():
         monkeypatch.setattr(large, name, count)
 

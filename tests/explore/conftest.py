@@ -7,5 +7,5 @@ from optax_ev3._src.explore import alike
 
 @pytest.fixture
 def apart(monkeypatch):
-    """Alike explorers are not stacked: an oracle for those that are."""
+    """No explorers are stacked by themselves: an oracle for those that are."""
     monkeypatch.setattr(alike, "_LEAST", 1000)

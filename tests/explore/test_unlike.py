@@ -156,6 +156,90 @@ def test_low_precision_keeps_its_types():
     assert found[:2] == [{"float32"}, {"bfloat16"}]
 
 
+def _counter():
+    """An integer for each parameter, which the room of floats would round."""
+
+    def init(params):
+        return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.int32), params)
+
+    def update(updates, state, params=None):
+        del params
+        state = jax.tree.map(lambda n: n + 100_001, state)
+        return jax.tree.map(lambda u: -0.01 * u, updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def test_integers_are_not_rounded(monkeypatch):
+    monkeypatch.setattr(unlike, "_MOST_ROOM", 100)
+    inner = {"count": _counter(), "adam": optax.adam(0.1), "yogi": optax.yogi(0.1)}
+    tx = optax_ev3.ev3(inner, score, loss_fn=loss, explore=explore.branches(4))
+    _, state = trajectories.run(tx, 6, start(jnp.bfloat16))[-1]
+    packed = state.explore.explorers["count and 2 more"].opt_state
+    counts = [x[0] for x in packed.others if x.dtype == jnp.int32 and x.ndim > 1]
+    assert sorted(x.size for x in counts) == [4, 12]
+    assert all((x == 600_006).all() for x in counts)
+
+
+def _by_names(params):
+    return {k: "t" if k == "w" else "z" for k in params}
+
+
+LOOK_INTO_PARAMETERS = {
+    "labels": lambda: optax.partition(
+        {"t": optax.adam(0.03), "z": optax.set_to_zero()}, _by_names
+    ),
+    "leaves": lambda: optax.GradientTransformation(
+        lambda params: tuple(jnp.zeros_like(x) for x in jax.tree.leaves(params)),
+        lambda updates, state, params=None: (updates, state),
+    ),
+    "first": lambda: optax.GradientTransformation(
+        lambda params: jnp.zeros([100], jax.tree.leaves(params)[0].dtype),
+        lambda updates, state, params=None: (updates, state),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOOK_INTO_PARAMETERS)
+def test_optimizers_that_look_into_the_parameters(name, request, monkeypatch):
+    monkeypatch.setattr(unlike, "_MOST_ROOM", 100)
+    inner = {
+        "odd": LOOK_INTO_PARAMETERS[name](),
+        **{k: KINDS[k] for k in ("adam", "muon", "momentum")},
+    }
+    if name == "labels":  # Of one structure on other parameters, and not on these.
+        other = lambda params: {k: "z" if k == "w" else "t" for k in params}
+        kinds = {"t": optax.adam(0.03), "z": optax.set_to_zero()}
+        inner["other"] = optax.partition(kinds, other)
+
+    def run():
+        tx = optax_ev3.ev3(
+            inner,
+            score,
+            loss_fn=loss,
+            explore=explore.rounds(2, restart_state="copy"),
+        )
+        params, state = trajectories.run(tx, 40)[-1]
+        return params, optax_ev3.history(state)["adopted"]
+
+    (params, found), stacked = run(), stacks(inner)
+    assert any("odd" in names for names in stacked)
+    request.getfixturevalue("apart")
+    expected, others = run()
+    assert_close(params, expected, 1e-4, 1e-5)
+    assert_identical(found, others)
+
+
+def test_the_odd_one_stays_out():
+    inner = {
+        "many": optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(),
+        **{k: KINDS[k] for k in ("adam", "muon", "momentum")},
+        "huge": optax.contrib.dadapt_adamw(1.0),
+    }
+    (found,) = stacks(inner)
+    assert set(found) >= {"adam", "muon", "momentum"} and len(found) < 5
+
+
 def test_parameters_that_are_not_all_numbers():
     params = {
         "w": jnp.ones([3, 4]),
@@ -211,5 +295,7 @@ def test_errors_name_the_explorer():
         {**KINDS, "wrong": wrong}, score, loss_fn=loss, explore=explore.branches(2)
     )
     data = trajectories.data(0)
-    with pytest.raises(ValueError, match="'wrong' returned updates of shapes"):
+    with pytest.raises(
+        ValueError, match=r"^explorer 'wrong' returned updates of shapes"
+    ):
         tx.update(None, tx.init(start()), start(), batch=data, held=data)

@@ -55,7 +55,7 @@ def cond(
 
 
 def switch(index: Any, branches: Sequence[Callable[[], Any]]) -> Any:
-    """``lax.switch`` of an index that is in range."""
+    """``lax.switch`` of an index that is in range; all branches, if at once."""
     if is_traced(index) and is_at_once():
         found, *others = [branch() for branch in branches]
         for number, other in enumerate(others, 1):

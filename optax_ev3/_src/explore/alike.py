@@ -1,7 +1,8 @@
-"""Alike explorers, which differ in numbers alone: they are stacked like a sweep.
+"""Which explorers are stacked: alike ones, and some unlike ones with the same loss.
 
-Optax makes a transformation of functions whose closures hold its numbers. Where those
-of several differ in floats alone, one of them is enough, with the floats as arrays.
+Alike explorers differ in numbers alone, and are stacked like a sweep. Optax makes a
+transformation of functions whose closures hold its numbers. Where those of several
+differ in floats alone, one of them is enough, with the floats as arrays.
 """
 
 import functools
@@ -51,18 +52,19 @@ class _Template(NamedTuple):
 def stacked(
     explorers: Mapping[str, Explorer], axis: str | None = None, by_loss: bool = False
 ) -> dict[str, Explorer]:
-    """The explorers, those that are alike as one, where the first of them was.
+    """The explorers, those that are stacked as one.
 
     Args:
       explorers: By name.
-      axis: The mesh axis over which all that is stacked is spread, or None.
-      by_loss: Whether unlike ones are one, too, if they have the same loss: where that
-        is worth it, or where there is an axis.
+      axis: The mesh axis over which all that is stacked is spread, or None. With one,
+        all are stacked that have the same loss.
+      by_loss: Whether unlike explorers are stacked, too, if they have the same loss,
+        and states of about the same size.
     """
-    found = _stacked(explorers, _LEAST if axis is None else 2)
-    # Groups that evolve may copy inner states of others, which stay as they are.
+    found = _stacked_alike(explorers, _LEAST if axis is None else 2)
+    # Groups that evolve may copy inner states of others, which must not be packed.
     evolves = any(one.space is not None for one in explorers.values())
-    if axis is not None or (by_loss and not evolves):
+    if not evolves and (by_loss or axis is not None):
         found = _stacked_by_loss(found, axis is not None)
     if axis is None:
         return found
@@ -72,8 +74,10 @@ def stacked(
     }
 
 
-def _stacked(explorers: Mapping[str, Explorer], least: int) -> dict[str, Explorer]:
-    """The same for groups of at least so many, all on the same devices."""
+def _stacked_alike(
+    explorers: Mapping[str, Explorer], least: int
+) -> dict[str, Explorer]:
+    """Groups of at least so many, which differ in numbers alone, as one."""
 
     def join(group: Mapping[str, Explorer]) -> Explorer | None:
         return _joined(group) if len(group) >= least else None
@@ -82,30 +86,31 @@ def _stacked(explorers: Mapping[str, Explorer], least: int) -> dict[str, Explore
 
 
 def _stacked_by_loss(
-    explorers: Mapping[str, Explorer], in_any_case: bool
+    explorers: Mapping[str, Explorer], all_of_them: bool
 ) -> dict[str, Explorer]:
-    """Unlike explorers with the same loss as one, where that is worth it."""
-    can = [one for one in explorers.values() if unlike.can_be_joined(one)]
+    """Unlike explorers with the same loss as one."""
+    can = {id(one) for one in explorers.values() if unlike.can_be_joined(one)}
 
     def fit(first: Explorer, other: Explorer) -> bool:
-        both = all(any(x is one for x in can) for one in (first, other))
-        return both and _have_same_functions(first, other)
+        return {id(first), id(other)} <= can and _have_same_functions(first, other)
+
+    def choose(group: Mapping[str, Explorer]) -> Mapping[str, Explorer]:
+        return group if all_of_them else unlike.worth_it(group)
 
     def join(group: Mapping[str, Explorer]) -> Explorer | None:
-        count = sum(one.size or 1 for one in group.values())
-        if len(group) < 2 or (count < _LEAST and not in_any_case):
-            return None
-        if in_any_case or unlike.are_worth_it(group):
-            return unlike.joined(group)
-        return None
+        enough = 2 if all_of_them else _LEAST
+        count = sum(len(one.rows) for one in group.values())
+        is_worth_it = len(group) > 1 and count >= enough
+        return unlike.joined(group) if is_worth_it else None
 
-    return _grouped(explorers, fit, join)
+    return _grouped(explorers, fit, join, choose)
 
 
 def _grouped(
     explorers: Mapping[str, Explorer],
     fit: Callable[[Explorer, Explorer], bool],
     join: Callable[[Mapping[str, Explorer]], Explorer | None],
+    choose: Callable[[Mapping[str, Explorer]], Mapping[str, Explorer]] = dict,
 ) -> dict[str, Explorer]:
     """The explorers, with those that fit to each other as one, if they can be joined.
 
@@ -113,11 +118,13 @@ def _grouped(
       explorers: By name.
       fit: Whether the second one belongs to the group of the first.
       join: Makes one of a group; None if that cannot be.
+      choose: Those of a group that are to be joined.
     """
     left, found = dict(explorers), {}
     while left:
         name, first = next(iter(left.items()))
-        group = {n: one for n, one in left.items() if one is first or fit(first, one)}
+        group = {n: one for n, one in left.items() if n == name or fit(first, one)}
+        group = choose(group)
         made = join(group)
         if made is None:
             found[name] = left.pop(name)

@@ -32,7 +32,7 @@ class Explorer(NamedTuple):
       space: For a group that evolves, the range of each number; the grid is then where
         they begin.
       labels: Where several explorers are stacked, their names.
-      kinds: Where unlike ones are, the structure of the inner state of each.
+      forms: Where unlike ones are, what their inner states consist of, by parameters.
       axis: The mesh axis over which the members of a sweep are spread, or None.
 
     Examples:
@@ -50,7 +50,7 @@ class Explorer(NamedTuple):
     factory: Callable[..., optax.GradientTransformation] | None = None
     space: Mapping[str, Any] | None = None
     labels: tuple[str, ...] | None = None
-    kinds: tuple[Any, ...] | None = None
+    forms: Callable[[Any], list[Any]] | None = None
     axis: str | None = None
 
     @property
@@ -59,9 +59,14 @@ class Explorer(NamedTuple):
         return None if self.grid is None else len(next(iter(self.grid.values())))
 
     @property
+    def rows(self) -> range:
+        """The places of its members; one for a single explorer."""
+        return range(1 if self.size is None else self.size)
+
+    @property
     def first(self) -> "Explorer":
         """The first member of a sweep, alone."""
-        return Explorer(self.tx, self.loss_fn, merge_fn=self.merge_fn)
+        return Explorer(self.tx, self.loss_fn, merge_fn=self.merge_fn, forms=self.forms)
 
     def members(self, name: str) -> list[str]:
         """Names of all explorers that this one, called ``name``, stands for."""

@@ -81,7 +81,8 @@ def inner_update(
 ) -> Callable[[optax.Updates], tuple[optax.Updates, Any]]:
     """The inner optimizer as a function of gradients, given what else it can take."""
     takes = callbacks.free(tx.update, 3)
-    opt_state = trees.unpack(opt_state, trees.key_impls(tx.init, params))
+    if explorer.forms is None:  # No packed state has keys.
+        opt_state = trees.unpack(opt_state, trees.key_impls(tx.init, params))
 
     def offer(grads: optax.Updates) -> dict[str, Any]:
         if loss is None:
@@ -113,6 +114,8 @@ def inner_update(
 
     def step(grads: optax.Updates) -> tuple[Any, Any]:
         offered = {k: v for k, v in offer(grads).items() if takes.takes(k)}
+        if explorer.forms is not None:
+            return call(grads, offered)  # Each member explains its own.
         if not takes.takes_any:
             return explained(grads, offered)
         try:

@@ -29,8 +29,8 @@ class Packed(NamedTuple):
 class _Moment(NamedTuple):
     """Where an array is that is like a parameter: the n-th of the one in this place."""
 
-    number: int
     place: int
+    number: int
 
 
 class _Other(NamedTuple):
@@ -45,13 +45,13 @@ class Form(NamedTuple):
     """What the states of an optimizer consist of.
 
     Attributes:
-      trees: How many of its parts are like the parameters.
+      moments: How many of its parts are like the parameters.
       structure: Of its states.
       spots: Where each leaf is in the packed form.
       leaves: Their types.
     """
 
-    trees: int
+    moments: int
     structure: Any
     spots: list[Hashable]
     leaves: list[Any]
@@ -65,7 +65,7 @@ class Packing:
 
     Attributes:
       optimizers: By name.
-      forms: By name, what their states consist of, see :func:`form`.
+      forms: By name, what their states consist of, see :func:`form_of`.
       params: Arrays, or what ``optax.tree.map_params`` initializes with.
     """
 
@@ -79,9 +79,10 @@ class Packing:
         self._types: dict[Hashable, Any] = {}
         for one in forms.values():
             for spot, leaf in zip(one.spots, one.leaves, strict=True):
-                dtype = self._types.get(spot, leaf).dtype
-                dtype = jnp.promote_types(dtype, leaf.dtype)
-                self._types[spot] = jax.ShapeDtypeStruct(leaf.shape, dtype)
+                dtypes = self._types.get(spot, leaf).dtype, leaf.dtype
+                with jax.numpy_dtype_promotion("standard"):
+                    wide = jnp.promote_types(*dtypes)
+                self._types[spot] = jax.ShapeDtypeStruct(leaf.shape, wide)
 
     def first(self, name: str) -> Callable[[], Packed]:
         """What makes the first state of an optimizer."""
@@ -127,9 +128,9 @@ class Packing:
                 return jnp.asarray(found[spot], kind.dtype)
             return jnp.zeros(kind.shape, kind.dtype)
 
-        counts = range(max(form.trees for form in self.forms.values()))
+        counts = range(max(form.moments for form in self.forms.values()))
         like_params = (
-            [moment(_Moment(number, place), p) for place, p in enumerate(leaves)]
+            [moment(_Moment(place, number), p) for place, p in enumerate(leaves)]
             for number in counts
         )
         return Packed(
@@ -143,7 +144,7 @@ class Packing:
         found: dict[Hashable, Any] = dict(zip(others, state.others, strict=True))
         for number, tree in enumerate(state.like_params):
             parts = jax.tree.structure(self.params).flatten_up_to(tree)
-            found |= {_Moment(number, place): x for place, x in enumerate(parts)}
+            found |= {_Moment(place, number): x for place, x in enumerate(parts)}
         leaves = [
             jnp.asarray(found[spot], leaf.dtype)
             for spot, leaf in zip(form.spots, form.leaves, strict=True)
@@ -151,28 +152,42 @@ class Packing:
         return form.structure.unflatten(leaves)
 
 
-def form(tx: optax.GradientTransformation, params: Any) -> Form:
+def form_of(tx: optax.GradientTransformation, params: Any) -> Form:
     """What the states of an optimizer consist of, for these parameters."""
     state = jax.eval_shape(lambda: inner.first_state(Explorer(tx), "", params))
-    # As optax.tree.map_params finds out what is like the parameters.
-    marked = jax.eval_shape(tx.init, trees.placeholder())
-    marks, structure = jax.tree.flatten(marked, is_leaf=trees.is_placeholder)
     places = {path: place for place, (path, _) in enumerate(_by_path(params))}
     shapes = trees.shapes(params)
     counts: collections.Counter[Hashable] = collections.Counter()
     spots: list[Hashable] = []
-    for mark, part in zip(marks, structure.flatten_up_to(state), strict=True):
+    parts = _parts(tx, state)
+    for is_like_params, part in parts:
         for path, leaf in _by_path(part):
-            place = places.get(path) if trees.is_placeholder(mark) else None
-            if place is not None and shapes[place] == leaf.shape:
-                spots.append(_Moment(counts[place], place))
+            place = places.get(path) if is_like_params else None
+            # Integers stay apart: in the room of floats they would be rounded.
+            is_number = trees.is_inexact(leaf)
+            if place is not None and is_number and shapes[place] == leaf.shape:
+                spots.append(_Moment(place, counts[place]))
                 counts[place] += 1
             else:
                 kind = leaf.shape, leaf.dtype
                 spots.append(_Other(*kind, counts[kind]))
                 counts[kind] += 1
     leaves, structure = jax.tree.flatten(state)
-    return Form(sum(map(trees.is_placeholder, marks)), structure, spots, leaves)
+    return Form(sum(like for like, _ in parts), structure, spots, leaves)
+
+
+def _parts(tx: optax.GradientTransformation, state: Any) -> list[tuple[bool, Any]]:
+    """The parts of a state, and whether they are like the parameters.
+
+    They are told apart as ``optax.tree.map_params`` does it.
+    """
+    try:
+        marked = jax.eval_shape(tx.init, trees.placeholder())
+        marks, structure = jax.tree.flatten(marked, is_leaf=trees.is_placeholder)
+        parts = structure.flatten_up_to(state)
+    except Exception:  # Some look into the parameters: there nothing is known to be.
+        return [(False, state)]
+    return [(trees.is_placeholder(m), x) for m, x in zip(marks, parts, strict=True)]
 
 
 def _by_path(tree: Any) -> list[tuple[Any, Any]]:

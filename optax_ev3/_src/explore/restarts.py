@@ -191,15 +191,17 @@ def copied(
     """
     stacks = {k: one.stack(opt_states[k]) for k, one in ctx.explorers.items()}
     types = {other: _member_types(stack) for other, stack in stacks.items()}
+    # Unlike members of a stack have states that are packed alike.
     kinds = {
-        k: one.kinds or [None] * select.count(stacks[k])
-        for k, one in ctx.explorers.items()
+        other: [None] * len(one.rows) if one.forms is None else one.forms(ctx.params)
+        for other, one in ctx.explorers.items()
     }
     nobody = Stacked(select.Lazy(lambda: select.row(stacks[name], 0)))
     sources, fits = [], []
     for other, source in stacks.items():
         fit = types[other] == types[name]
         sources += [source] if fit else [nobody] * select.count(source)
+        # By owner, for each member of ``name``.
         fits += [[fit and kind == own for own in kinds[name]] for kind in kinds[other]]
     copied = select.pick(owner, [*sources, nobody])
     fits = jnp.asarray([*fits, [False] * len(kinds[name])])[owner]

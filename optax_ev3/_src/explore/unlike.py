@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optax_ev3._src.base import callbacks, control, trees
@@ -32,28 +31,25 @@ class Unlike:
 
     Attributes:
       explorers: By name, of each kind one, or alike ones stacked.
-      forms: What their states consist of, by the types of parameters: it takes time to
+      known: What their states consist of, by the types of parameters: it takes time to
         find out, and is asked for at each step.
     """
 
     explorers: Mapping[str, Explorer]
-    forms: dict[Any, dict[str, packing.Form]] = dataclasses.field(default_factory=dict)
-
-    @property
-    def kinds(self) -> tuple[int, ...]:
-        """Of which kind each member is."""
-        sizes = [one.size or 1 for one in self.explorers.values()]
-        return tuple(np.repeat(np.arange(len(sizes)), sizes).tolist())
+    known: dict[Any, dict[str, packing.Form]] = dataclasses.field(default_factory=dict)
 
     def __call__(self, row: Any) -> optax.GradientTransformationExtraArgs:
-        """The optimizer in this row; its states are :class:`packing.Packed`."""
-        kind, optimizers, first = -1, {}, 0
+        """The optimizer in this row, whose states are :class:`packing.Packed`."""
+        optimizers, firsts, first = {}, [], 0
         for name, one in self.explorers.items():
-            kind += row >= first
+            size = one.size or 1
             # The row may be that of another kind, where all of them are computed.
-            own = jnp.clip(row - first, 0, (one.size or 1) - 1)
+            own = jnp.clip(row - first, 0, size - 1)
             optimizers[name] = one.tx if one.size is None else one.member(own)[0]
-            first += one.size or 1
+            firsts.append(first)
+            first += size
+        # A sum, as rows may be on several devices.
+        kind = sum(row >= first for first in firsts[1:])
 
         def init(params: optax.Params) -> packing.Packed:
             made = packing.Packing(optimizers, self._forms(params), params)
@@ -68,15 +64,21 @@ class Unlike:
 
         return optax.GradientTransformationExtraArgs(init, update)
 
+    def forms(self, params: optax.Params) -> list[packing.Form]:
+        """What the state of each member consists of."""
+        found = self._forms(params)
+        return [found[k] for k, one in self.explorers.items() for _ in one.rows]
+
     def _forms(self, params: optax.Params) -> dict[str, packing.Form]:
+        """The same of each kind."""
         leaves, structure = jax.tree.flatten(params)
         key = structure, tuple(map(jax.typeof, leaves))
-        if key not in self.forms:
-            self.forms[key] = {
-                name: packing.form(one.tx, params)
+        if key not in self.known:
+            self.known[key] = {
+                name: packing.form_of(one.tx, params)
                 for name, one in self.explorers.items()
             }
-        return self.forms[key]
+        return self.known[key]
 
 
 def joined(explorers: Mapping[str, Explorer]) -> Explorer:
@@ -87,22 +89,27 @@ def joined(explorers: Mapping[str, Explorer]) -> Explorer:
     """
     factory = Unlike(explorers)
     members = [label for name, one in explorers.items() for label in one.members(name)]
-    types = [trees.types(_state(one)) for one in explorers.values()]
     return next(iter(explorers.values()))._replace(
         tx=factory(0),
         name=None,
         grid={"row": tuple(range(len(members)))},
         factory=factory,
         labels=tuple(members),
-        kinds=tuple(types[kind] for kind in factory.kinds),
+        forms=factory.forms,
     )
 
 
-def are_worth_it(explorers: Mapping[str, Explorer]) -> bool:
-    """Whether their states have about the same size: each gets the room of all."""
-    used = [(one.size or 1) * _bytes(_state(one)) for one in explorers.values()]
-    whole = joined(explorers)
-    return (whole.size or 0) * _bytes(_state(whole)) <= _MOST_ROOM * sum(used)
+def worth_it(explorers: Mapping[str, Explorer]) -> dict[str, Explorer]:
+    """Those whose states have about the same size: each gets the room of all."""
+    group = dict(explorers)
+    sizes = {name: _bytes(_state(one)) for name, one in group.items()}
+    while len(group) > 1:
+        whole = joined(group)
+        used = sum(len(one.rows) * sizes[name] for name, one in group.items())
+        if len(whole.rows) * _bytes(_state(whole)) <= _MOST_ROOM * used:
+            break
+        del group[max(group, key=lambda name: sizes[name])]
+    return group
 
 
 def can_be_joined(explorer: Explorer) -> bool:
