@@ -34,23 +34,10 @@ def stacks(inner, axis=None):
 
 
 @pytest.mark.parametrize("strategy", [*OWN, "copy"])
-def test_the_same_as_apart(strategy, request):
+def test_the_same_as_apart(strategy, assert_same_as_apart):
     copy = {"explore": explore.rounds(2, restart_state="copy")}
     settings = {**STRATEGIES, "copy": copy}[strategy]
-
-    def run():
-        tx = optax_ev3.ev3(KINDS, score, loss_fn=loss, **settings)
-        return trajectories.run(tx, 60)[-1]
-
-    params, state = run()
-    assert list(state.explore.explorers) == ["adam and 6 more"]
-    request.getfixturevalue("apart")
-    apart, other = run()
-    assert set(other.explore.explorers) == set(KINDS)
-    assert_close(params, apart, 1e-4, 1e-5)
-    found, expected = (optax_ev3.history(one)["adopted"] for one in (state, other))
-    assert len(set(found)) > 2
-    assert_identical(found, expected)
+    assert_same_as_apart(KINDS, settings, "adam and 6 more", leaders=3)
 
 
 def test_states_are_those_of_the_optimizers_alone():

@@ -73,8 +73,8 @@ def score(
         batch._replace(tree=lax.stop_gradient(batch.tree)) for batch in candidates
     ]
     try:
-        single = next(x.make(x.tree) for x in candidates if x.size is None)
-        single = sharding.on_device(single)
+        alone = next(x.make(x.tree) for x in candidates if x.size is None)
+        single = sharding.on_device(alone)
         kinds = _kinds(lambda params: _objectives(assess(params)), single)
         _check_scores(kinds)
         values = _score(assess, candidates, mode, axis_name)

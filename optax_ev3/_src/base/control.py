@@ -57,13 +57,22 @@ def cond(
 def switch(index: Any, branches: Sequence[Callable[[], Any]]) -> Any:
     """``lax.switch`` of an index that is in range; all branches, if at once."""
     if is_traced(index) and is_at_once():
-        found, *others = [branch() for branch in branches]
-        for number, other in enumerate(others, 1):
-            found = jax.tree.map(
-                lambda x, y, n=number: jnp.where(index == n, y, x), found, other
-            )
-        return found
+        return chosen(index, [branch() for branch in branches])
     return lax.switch(index, branches) if is_traced(index) else branches[int(index)]()
+
+
+def chosen(index: Any, trees: Sequence[Any]) -> Any:
+    """The tree with this index, of several that are all there."""
+    found, *others = trees
+    for number, tree in enumerate(others, 1):
+        found = jax.tree.map(
+            lambda old, new, number=number: jnp.where(
+                index == number, jnp.asarray(new, old.dtype), old
+            ),
+            found,
+            tree,
+        )
+    return found
 
 
 def while_loop(

@@ -86,10 +86,7 @@ def pick(
     which, branches = _places(index, stacks)
 
     def choose_all(number: jax.Array):
-        picked, *others = [take() for take in branches]
-        for i, tree in enumerate(others, 1):
-            picked = where(number == i, tree, picked)
-        return then(picked)
+        return then(control.chosen(number, [take() for take in branches]))
 
     def choose_one(number: jax.Array):
         return control.switch(

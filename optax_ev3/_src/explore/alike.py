@@ -64,7 +64,7 @@ def stacked(
     found = _stacked_alike(explorers, _LEAST if axis is None else 2)
     # Groups that evolve may copy inner states of others, which must not be packed.
     evolves = any(one.space is not None for one in explorers.values())
-    if not evolves and (by_loss or axis is not None):
+    if len(found) > 1 and not evolves and (by_loss or axis is not None):
         found = _stacked_by_loss(found, axis is not None)
     if axis is None:
         return found

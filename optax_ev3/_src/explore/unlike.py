@@ -42,7 +42,7 @@ class Unlike:
         """The optimizer in this row, whose states are :class:`packing.Packed`."""
         optimizers, firsts, first = {}, [], 0
         for name, one in self.explorers.items():
-            size = one.size or 1
+            size = len(one.rows)
             # The row may be that of another kind, where all of them are computed.
             own = jnp.clip(row - first, 0, size - 1)
             optimizers[name] = one.tx if one.size is None else one.member(own)[0]
