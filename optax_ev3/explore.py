@@ -2,6 +2,7 @@
 
 from optax_ev3._src.explore.averages import branch_average, trajectory_average
 from optax_ev3._src.explore.branches import branches, rounds
+from optax_ev3._src.explore.halving import SuccessiveHalving
 from optax_ev3._src.explore.one_step import one_step
 from optax_ev3._src.explore.racing import Racing
 from optax_ev3._src.explore.relay import relay
@@ -12,6 +13,7 @@ __all__ = [
     "Racing",
     "Restart",
     "Strategy",
+    "SuccessiveHalving",
     "branch_average",
     "branches",
     "never",

@@ -44,12 +44,15 @@ def _program(task, parts, name):
     """A function without arguments that trains, and returns the work that it did."""
     if name in EV3S:
         method = EV3S[name]
-        tx = method.make(task, parts.held_out, 0, CALLS)
+        # A training that is longer than what is measured of it.
+        budget = 3 * CALLS
+        tx = method.make(task, parts.held_out, 0, budget)
+        length = method.length(task, parts.held_out, budget)
+        # Of a candidate, in gradients.
+        unit = looked_at(task, parts.held_out, length) / (3 * task.batch)
     else:
         method, rival = None, RIVALS[name]
         tx = optax.with_extra_args_support(rival.make(rival.default, CALLS))
-    # Of a candidate, in gradients.
-    unit = looked_at(task, parts.held_out) / (3 * task.batch)
 
     def step(carry, number):
         params, state, work = carry

@@ -36,7 +36,8 @@ HARMFUL = {
     "nan": optax.sgd(math.nan),
 }
 COUNT = len(EIGHT)
-LENGTH = 25  # Of the rounds of EV3's preset.
+LENGTH = 25  # Of the rounds of EV3's preset, where it is not told the end.
+ROUNDS = 40  # Of the preset, where it is.
 
 
 def visible(params, state):
@@ -105,12 +106,14 @@ class EV3(NamedTuple):
         transformation.
       explorers: How many there are.
       own: Whether each of them takes gradients of its own.
+      length: Calls of a round, from what `make` gets but the seed.
       evaluated: From final parameters and state.
     """
 
     make: Callable[..., Any]
     explorers: int = COUNT
     own: bool = True
+    length: Callable[..., int] = lambda task, held_out, budget: LENGTH
     evaluated: Callable[..., Any] = lambda params, state: optax_ev3.best_params(state)
 
 
@@ -128,9 +131,9 @@ def explorer(task, tx, own=True):
     return optax_ev3.explorer(tx, loss_of(task) if own else None, merge_fn=task.merge)
 
 
-def assessed(task, held_out):
+def assessed(task, held_out, length=LENGTH):
     """The scores of all held-out examples, or of some that are drawn in each round."""
-    count, total = looked_at(task, held_out), _count(held_out)
+    count, total = looked_at(task, held_out, length), _count(held_out)
     drawn = {} if count == total else {"batch_size": count, "shuffle": True}
     return optax_ev3.held_out(task.score, held_out, **drawn)
 
@@ -140,12 +143,12 @@ def _count(part):
     return len(jax.tree.leaves(part)[0])
 
 
-def looked_at(task, held_out):
+def looked_at(task, held_out, length=LENGTH):
     """Held-out examples of a round: at most a quarter of those that a branch trains on.
 
     So its three candidates, a pass each, take a quarter of its gradients' work at most.
     """
-    return min(_count(held_out), LENGTH * task.batch // 4)
+    return min(_count(held_out), max(length * task.batch // 4, 1))
 
 
 def total_steps(task, held_out, budget):
@@ -155,6 +158,19 @@ def total_steps(task, held_out, budget):
     """
     turn = LENGTH + 5 * looked_at(task, held_out) / (3 * task.batch)
     return max(int(0.97 * budget * LENGTH / turn), 1)
+
+
+def longest(task, held_out, budget, count=COUNT):
+    """Calls of a round so that all rounds do as much work as the budget, or less."""
+    numbers = explore.SuccessiveHalving().at_work(count, ROUNDS)
+    candidates = sum(3 * number + 2 for number in numbers)
+
+    def work(length):
+        passes = candidates * looked_at(task, held_out, length) / (3 * task.batch)
+        return length * sum(numbers) + passes
+
+    lengths = range(1, budget // sum(numbers) + 1)
+    return max((x for x in lengths if work(x) <= budget), default=1)
 
 
 def portfolio(inner=None, own=True, knows_end=False, **kwargs):
@@ -169,21 +185,31 @@ def portfolio(inner=None, own=True, knows_end=False, **kwargs):
     """
     inner = inner or {name: KINDS[kind](rate) for name, (kind, rate) in EIGHT.items()}
 
+    def length(task, held_out, budget):
+        if own and knows_end:
+            return longest(task, held_out, budget, len(inner))
+        return LENGTH
+
+    def end(task, held_out, budget):
+        if own:
+            return ROUNDS * length(task, held_out, budget)
+        return total_steps(task, held_out, budget)
+
     def make(task, held_out, seed, budget):
         explorers, loss = inner, loss_of(task)
         if task.merge:
             explorers = {name: explorer(task, tx, own) for name, tx in inner.items()}
             loss = lambda params, batch: task.loss(params, batch)[0]
         return optax_ev3.portfolio(
-            assessed(task, held_out),
+            assessed(task, held_out, length(task, held_out, budget)),
             loss if own else None,
             inner=explorers,
-            total_steps=total_steps(task, held_out, budget) if knows_end else None,
+            total_steps=end(task, held_out, budget) if knows_end else None,
             key=seed,
             **kwargs,
         )
 
-    return EV3(make, len(inner), own)
+    return EV3(make, len(inner), own, length)
 
 
 def off(factor):
@@ -209,11 +235,16 @@ def evolving(factor):
 
 
 MAIN = PORTFOLIO, RELAY = "EV3 portfolio", "EV3 relay"
+UNKNOWN = ", end unknown"
 AWAY = {"/ 100": 0.01, "x 100": 100.0}
 EV3S = {
-    PORTFOLIO: portfolio(),
-    RELAY: portfolio(own=False),
-    f"{RELAY} + end known": portfolio(own=False, knows_end=True),
-    **{f"{PORTFOLIO} at rates {k}": portfolio(off(x)) for k, x in AWAY.items()},
+    PORTFOLIO: portfolio(knows_end=True),
+    RELAY: portfolio(own=False, knows_end=True),
+    f"{PORTFOLIO}{UNKNOWN}": portfolio(),
+    f"{RELAY}{UNKNOWN}": portfolio(own=False),
+    **{
+        f"{PORTFOLIO} at rates {k}": portfolio(off(x), knows_end=True)
+        for k, x in AWAY.items()
+    },
     **{f"EV3 evolve from {k}": evolving(x) for k, x in {"0.003": 1.0, **AWAY}.items()},
 }

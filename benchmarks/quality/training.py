@@ -121,7 +121,8 @@ def ev3_trainer(task, method, budget, seeds):
     def one(seed, parts, _):
         tx = method.make(task, parts.held_out, seed, budget)
         params = task.init(jax.random.key(seed))
-        examples = looked_at(task, parts.held_out)
+        length = method.length(task, parts.held_out, budget)
+        examples = looked_at(task, parts.held_out, length)
         figures = functools.partial(figures_of, task, parts)
 
         def call(carry):

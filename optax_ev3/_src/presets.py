@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import optax
 from optax import contrib
 
@@ -10,12 +11,14 @@ from optax_ev3._src.adapt.rules import lower_bound
 from optax_ev3._src.assess.stage import AssessFn
 from optax_ev3._src.base import checks
 from optax_ev3._src.ev3 import ev3
-from optax_ev3._src.explore import averages, branches, racing, relay, restarts
+from optax_ev3._src.explore import averages, branches, halving, racing, relay, restarts
 from optax_ev3._src.explore.explorers import Explorer
 from optax_ev3._src.explore.strategy import Strategy
 
 # Of all calls, those of the last part in which rates fall (Haegele et al.: a fifth).
 _COOLDOWN = 0.2
+# How many there are where the end is known: in the first two of them all train.
+_ROUNDS = 40
 
 
 def portfolio(
@@ -36,12 +39,17 @@ def portfolio(
 
     - With a ``loss_fn`` they train side by side, each with gradients of its own
       (:func:`optax_ev3.explore.branches`). Those that do not win are paused, and cost
-      nothing: after the first rounds two to five are at work at a time.
+      nothing.
     - Without one they take turns with the caller's gradients
       (:func:`optax_ev3.explore.relay`): one gradient a call.
 
-    Where ``total_steps`` is known, all rates fall to zero in the last fifth of the
-    calls. Where it is not, averages do what such a cool-down does.
+    **Say how long the training is**, if it is known. With ``total_steps`` all rates
+    fall to zero in the last fifth of the calls. And with a ``loss_fn`` there are about
+    40 rounds, in the first four of which seven of eight explorers drop out
+    (:class:`optax_ev3.explore.SuccessiveHalving`): the whole training takes about 1.5
+    gradients a call. Without ``total_steps``, rounds have 25 calls, two to five
+    explorers are at work after the first rounds (:class:`optax_ev3.explore.Racing`),
+    and averages do what such a cool-down does.
 
     Args:
       assess_fn: See :func:`optax_ev3.ev3`.
@@ -50,8 +58,8 @@ def portfolio(
       wrap: What to put around every optimizer, such as ``lambda tx:
         optax.chain(optax.clip_by_global_norm(1.0), tx)``; or, for a model with
         BatchNorm, ``lambda tx: optax_ev3.explorer(tx, merge_fn=merge)``.
-      total_steps: Calls of ``update`` in the whole training; updates after them are
-        zero.
+      total_steps: Calls of ``update`` in the whole training; updates after them, or
+        after their last whole round, are zero.
       **kwargs: What else :func:`optax_ev3.ev3` takes, ``explore`` and ``adapt``
         included: they replace what is chosen here.
 
@@ -88,7 +96,6 @@ def portfolio(
         inner = _eight()
     if wrap is not None:
         inner = _wrapped(inner, wrap)
-    schedule = None
     if total_steps is not None:
         if "explore" in kwargs:
             raise ValueError(
@@ -96,9 +103,8 @@ def portfolio(
                 "one in explore= a schedule of its own."
             )
         total_steps = checks.static_int(total_steps, "total_steps")
-        last = max(round(_COOLDOWN * total_steps), 1)
-        schedule = optax.linear_schedule(1.0, 0.0, last, total_steps - last)
-    chosen: dict[str, Any] = {"explore": _competition(loss_fn is not None, schedule)}
+    strategy = _relay if loss_fn is None else _branches
+    chosen: dict[str, Any] = {"explore": strategy(total_steps, _evolves(inner))}
     return ev3(inner, assess_fn, loss_fn=loss_fn, **{**chosen, **kwargs})
 
 
@@ -126,15 +132,40 @@ def _wrapped(
     return [wrap(tx) for tx in inner]
 
 
-def _competition(has_loss: bool, schedule: optax.Schedule | None) -> Strategy:
-    """Branches that race, or a relay."""
-    if not has_loss:
-        return relay.relay(25, schedule=schedule)
+def _evolves(inner: Any) -> bool:
+    """Whether an explorer is a group that evolves."""
+    is_explorer = lambda x: isinstance(x, Explorer)
+    leaves = jax.tree.leaves(inner, is_leaf=is_explorer)
+    return any(is_explorer(x) and x.space is not None for x in leaves)
+
+
+def _cooldown(total_steps: int) -> optax.Schedule:
+    """One, until it falls to zero in the last part."""
+    last = max(round(_COOLDOWN * total_steps), 1)
+    return optax.linear_schedule(1.0, 0.0, last, total_steps - last)
+
+
+def _relay(total_steps: int | None, evolves: bool) -> Strategy:
+    """Turns with the caller's gradients."""
+    del evolves  # A relay says so itself.
+    schedule = None if total_steps is None else _cooldown(total_steps)
+    return relay.relay(25, schedule=schedule)
+
+
+def _branches(total_steps: int | None, evolves: bool) -> Strategy:
+    """Branches that race, by the number of rounds where it is known."""
+    length, schedule = 25, None
+    race: racing.Racing | halving.SuccessiveHalving = racing.Racing()
+    if total_steps is not None and not evolves:
+        race, length = halving.SuccessiveHalving(), max(round(total_steps / _ROUNDS), 1)
+    if total_steps is not None:
+        # What comes after the last whole round would not be assessed.
+        schedule = _cooldown(max(total_steps // length, 1) * length)
     return branches.branches(
-        25,
+        length,
         restart=restarts.never(inner_state="copy"),
         averages=[averages.trajectory_average(), averages.branch_average()],
-        racing=racing.Racing(patience=2, window=8),
+        racing=race,
         schedule=schedule,
     )
 

@@ -54,11 +54,40 @@ def test_an_end_before_that_of_the_first_turns(loss_fn, total_steps):
     tx = optax_ev3.portfolio(score, loss_fn, inner=TWO, total_steps=total_steps)
     seen = run(tx, 12)
     ended, last = seen[total_steps][1], seen[-1][1]
-    # But for the rounding of the way from one branch to another.
-    ends = last.explore.branches.ends, ended.explore.branches.ends
-    assert_close(*ends, rtol=0, atol=1e-7)
+    if loss_fn is None:
+        # But for the rounding of the way from one branch to another.
+        ends = last.explore.branches.ends, ended.explore.branches.ends
+        assert_close(*ends, rtol=0, atol=1e-7)
+    else:  # Those that are paused go with the best.
+        best = optax_ev3.best_params(last), optax_ev3.best_params(ended)
+        assert_close(*best, rtol=0, atol=1e-7)
     assert np.isfinite([w for w, _ in seen]).all()
     assert float(optax_ev3.best_params(last).max()) <= 0
+
+
+@pytest.mark.parametrize("total_steps", [30, 40, 350])
+def test_rounds_and_work_where_the_end_is_known(total_steps):
+    tx = optax_ev3.portfolio(
+        score, loss, total_steps=total_steps, history_length=total_steps
+    )
+    past = optax_ev3.history(run(tx, total_steps)[-1][1])
+    length = max(round(total_steps / 40), 1)
+    assert (past["length"] == length).all()
+    assert len(past["adopted"]) == total_steps // length
+    took_part = ~np.isnan(past["mean"][:, :8])
+    # Every round before the last calls brings an exact score further.
+    expected = explore.SuccessiveHalving().at_work(8, len(took_part))
+    assert took_part.sum(1).tolist() == expected
+
+
+def test_evolving_groups_race_where_the_end_is_known():
+    space = {"learning_rate": optax_ev3.log_uniform(0.01, 0.3)}
+    inner = {**TWO, "group": optax_ev3.evolve(optax.adam, space, 3)}
+    for explorers in (inner, list(inner.values())):
+        tx = optax_ev3.portfolio(score, loss, inner=explorers, total_steps=60)
+        ended, last = (run(tx, 65)[call] for call in (50, 64))
+        assert int(ended[1].ev3_round) == 2  # Of 25 calls each, the last ones.
+        assert float(last[0][0]) == pytest.approx(float(ended[0][0]))
 
 
 def test_explorers_by_name_and_those_alike_together():

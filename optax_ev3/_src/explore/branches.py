@@ -15,7 +15,7 @@ from optax_ev3._src.base import checks, finite, select, sharding, trees
 from optax_ev3._src.base.layout import Layout
 from optax_ev3._src.base.select import Stacked
 from optax_ev3._src.base.states import ExploreState, RoundInfo
-from optax_ev3._src.explore import averages, calls, restarts, steps, strategy
+from optax_ev3._src.explore import averages, calls, halving, restarts, steps, strategy
 from optax_ev3._src.explore import racing as races
 from optax_ev3._src.explore.averages import Average
 from optax_ev3._src.explore.branch import (
@@ -27,6 +27,7 @@ from optax_ev3._src.explore.branch import (
     stacks,
 )
 from optax_ev3._src.explore.explorers import Explorer
+from optax_ev3._src.explore.halving import SuccessiveHalving
 from optax_ev3._src.explore.racing import Racing
 from optax_ev3._src.explore.restarts import Never, Restart, WorseThan
 from optax_ev3._src.explore.strategy import Candidates, Context, Explored, Finished
@@ -46,7 +47,7 @@ class Branches(strategy.Strategy):
     gradients: str | None
     restart: Restart
     averages: tuple[Average, ...]
-    racing: Racing | None
+    racing: Racing | SuccessiveHalving | None
     schedule: optax.Schedule | None = None
 
     @property
@@ -72,6 +73,8 @@ class Branches(strategy.Strategy):
                 'gradients="own" needs a loss_fn: branches differentiate it at their '
                 "own parameters."
             )
+        if isinstance(self.racing, SuccessiveHalving):
+            halving.check(explorers)
         return dataclasses.replace(self, gradients=gradients)
 
     def init(
@@ -91,6 +94,8 @@ class Branches(strategy.Strategy):
         if self.racing is None:
             return {}
         lead, found = state.branches.lead, {}
+        if isinstance(self.racing, SuccessiveHalving):
+            return halving.paused(state.racing, ctx.layout, self.racing, lead)
         as_one = [name for name, one in ctx.explorers.items() if one.space is not None]
         flags = races.paused(state.racing, ctx.layout, self.racing, as_one)
         for name, flag in flags.items():
@@ -306,7 +311,7 @@ def branches(
     gradients: str | None = None,
     restart: Restart | None = None,
     averages: Sequence[Average] = (),
-    racing: Racing | None = None,
+    racing: Racing | SuccessiveHalving | None = None,
     schedule: optax.Schedule | None = None,
 ) -> strategy.Strategy:
     """Trajectories that go on from where they are.
@@ -323,8 +328,9 @@ def branches(
       restart: Which branches start anew from the adopted parameters all the same:
         :func:`never` (default), or :func:`worse_than`.
       averages: See :func:`rounds`.
-      racing: :class:`Racing` pauses explorers that do not win, which then cost
-        nothing. Default: nobody is paused.
+      racing: Who is paused, and costs nothing then. :class:`Racing`: explorers that do
+        not win. :class:`SuccessiveHalving`: all but the better half, after each round.
+        Default: nobody is paused.
       schedule: Factor of all updates, by calls of ``update`` so far, such as
         ``optax.linear_schedule``: rates that fall in the last part of a training.
         Default: updates are the inner optimizers' own.
@@ -361,11 +367,12 @@ def branches(
             f"{restart!r}. For branches that always start from the adopted parameters "
             f"there is explore.rounds."
         )
-    if racing is not None and not isinstance(racing, Racing):
+    if racing is not None and not isinstance(racing, Racing | SuccessiveHalving):
         patience = racing if isinstance(racing, int) else 2
         raise TypeError(
-            f"racing must be None or explore.Racing(patience={patience}), got "
-            f"{racing!r} of type {type(racing).__name__}."
+            f"racing must be None, explore.Racing(patience={patience}), or "
+            f"explore.SuccessiveHalving(), got {racing!r} of type "
+            f"{type(racing).__name__}."
         )
     made = _made(length, growth, max_length, gradients, restart, averages, racing)
     return dataclasses.replace(made, schedule=calls.checked_schedule(schedule))
@@ -378,7 +385,7 @@ def _made(
     gradients: str | None,
     restart: Restart,
     kept: Sequence[Average],
-    race: Racing | None,
+    race: Racing | SuccessiveHalving | None,
 ) -> Branches:
     """The strategy; raises on arguments that make no sense."""
     length = checks.static_int(length, "length")

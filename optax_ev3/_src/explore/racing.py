@@ -81,6 +81,7 @@ class RacingState(NamedTuple):
         -1 where the candidate was paused.
       adoptions: ``[C]`` int32, over all rounds.
       lost: ``[]`` int32, 1 where nothing was valid in the last round.
+      since: ``[]`` int32, rounds since the stable parameters were last replaced.
     """
 
     rounds: jax.Array
@@ -90,6 +91,7 @@ class RacingState(NamedTuple):
     valid: jax.Array
     adoptions: jax.Array
     lost: jax.Array
+    since: jax.Array
 
 
 def init(window: int, candidates: int) -> RacingState:
@@ -102,6 +104,7 @@ def init(window: int, candidates: int) -> RacingState:
         valid=jnp.zeros([window, candidates], jnp.int32),
         adoptions=jnp.zeros([candidates], jnp.int32),
         lost=jnp.zeros([], jnp.int32),
+        since=jnp.zeros([], jnp.int32),
     )
 
 
@@ -124,6 +127,7 @@ def append(past: RacingState, info: RoundInfo) -> RacingState:
         # Together as many as rounds, which are counted up to the greatest int32.
         adoptions=past.adoptions.at[adopted].add(rounds - past.rounds),
         lost=past.lost,
+        since=jnp.asarray(info.since),
     )
     chosen = select.where(info.explored, recorded, past)
     return chosen._replace(lost=1 - info.explored.astype(jnp.int32))
