@@ -103,8 +103,12 @@ def portfolio(
                 "one in explore= a schedule of its own."
             )
         total_steps = checks.static_int(total_steps, "total_steps")
-    strategy = _relay if loss_fn is None else _branches
-    chosen: dict[str, Any] = {"explore": strategy(total_steps, _evolves(inner))}
+    if loss_fn is None:
+        schedule = None if total_steps is None else _cooldown(total_steps)
+        explore = relay.relay(25, schedule=schedule)
+    else:
+        explore = _branches(total_steps, _evolves(inner))
+    chosen: dict[str, Any] = {"explore": explore}
     return ev3(inner, assess_fn, loss_fn=loss_fn, **{**chosen, **kwargs})
 
 
@@ -145,22 +149,16 @@ def _cooldown(total_steps: int) -> optax.Schedule:
     return optax.linear_schedule(1.0, 0.0, last, total_steps - last)
 
 
-def _relay(total_steps: int | None, evolves: bool) -> Strategy:
-    """Turns with the caller's gradients."""
-    del evolves  # A relay says so itself.
-    schedule = None if total_steps is None else _cooldown(total_steps)
-    return relay.relay(25, schedule=schedule)
-
-
 def _branches(total_steps: int | None, evolves: bool) -> Strategy:
     """Branches that race, by the number of rounds where it is known."""
     length, schedule = 25, None
     race: racing.Racing | halving.SuccessiveHalving = racing.Racing()
     if total_steps is not None and not evolves:
         race, length = halving.SuccessiveHalving(), max(round(total_steps / _ROUNDS), 1)
-    if total_steps is not None:
         # What comes after the last whole round would not be assessed.
-        schedule = _cooldown(max(total_steps // length, 1) * length)
+        total_steps -= total_steps % length
+    if total_steps is not None:
+        schedule = _cooldown(total_steps)
     return branches.branches(
         length,
         restart=restarts.never(inner_state="copy"),

@@ -241,6 +241,27 @@ def test_what_explorers_take_is_counted(monkeypatch):
     assert within[-1] != within[-2]
 
 
+@pytest.mark.parametrize("name", ["wine", "digits MLP", "physics"])
+def test_what_is_told_of_the_end_fits_the_budget(name):
+    """As long as there is progress: it takes as many gradients, but for a round."""
+    task = tasks.made(name)
+    held_out, budget = task.parts(0).held_out, 8 * task.steps
+
+    def work(length):
+        """Forty rounds, and the candidates of each round."""
+        passes = methods.looked_at(task, held_out, length) / (3 * task.batch)
+        numbers = np.array([8, 8, 4, 2, *[1] * 36])
+        return (length * numbers + passes * (3 * numbers + 2)).sum()
+
+    length = methods.EV3S[methods.PORTFOLIO].length(task, held_out, budget)
+    assert work(length) <= budget < work(length + 1)
+    assert len(jax.tree.leaves(held_out)[0]) >= methods.looked_at(
+        task, held_out, length
+    )
+    unknown = methods.EV3S["EV3 portfolio, end unknown"]
+    assert unknown.length(task, held_out, budget) == 25
+
+
 # Comparisons.
 
 

@@ -295,6 +295,7 @@ STRATEGIES = {
     "shared": {"explore": explore.rounds(3, gradients="shared")},
     "never": {"explore": explore.branches(3)},
     "race": {"explore": explore.branches(1, racing=explore.Racing(1, 4))},
+    "halving": {"explore": explore.branches(1, racing=explore.SuccessiveHalving(1))},
     "relay": {"explore": explore.relay(3)},
 }
 

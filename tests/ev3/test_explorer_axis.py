@@ -57,6 +57,10 @@ CASES = {
             2, averages=AVERAGES, racing=RACE, restart=explore.never("copy")
         ),
     ),
+    "halving": (
+        UNLIKE,
+        explore.branches(2, averages=AVERAGES, racing=explore.SuccessiveHalving(1, 2)),
+    ),
     "sweep": ({"s": optax_ev3.explorer(OWN, loss_fn)}, explore.branches(2)),
     "evolve": (
         {"e": EVOLVING},

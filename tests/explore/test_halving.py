@@ -1,6 +1,5 @@
 """Successive halving: who goes on after a round, when all come back, what it costs."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
