@@ -11,7 +11,6 @@ from benchmarks.quality.accountings import CLOCK, FREE, UNTUNED
 from benchmarks.quality.methods import BASELINE, EV3S, MAIN, PORTFOLIO
 
 COLUMNS = 6  # Of a table by task: as many as a page is wide.
-VARIANTS = tuple(name for name in EV3S if name not in MAIN)
 TITLES = {
     CLOCK: "Tuning on the clock",
     UNTUNED: "No tuning: every method as it is documented",
@@ -72,6 +71,17 @@ def with_times(table: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
             "reached": 100 * reached.reindex(table.index),
         }
     )
+
+
+def settings(results: pd.DataFrame) -> pd.DataFrame:
+    """A row for each of EV3's settings, ranked with the rivals, without the others."""
+    measured = comparisons.complete(comparisons.ends(results, CLOCK))
+    rows = [
+        with_times(summary(results, CLOCK, name), times(results, name)).loc[[name]]
+        for name in EV3S
+        if name in measured
+    ]
+    return pd.concat(rows)
 
 
 # As Markdown.
@@ -144,6 +154,8 @@ def page(results: pd.DataFrame, folder: pathlib.Path) -> str:
             f"By Nemenyi's test over the means of tasks (5%, corrected for all pairs), "
             f"{PORTFOLIO} differs from {differ} of {others} methods."
         )
+    parts.append("### EV3's settings\n\nEach in the place of the portfolio.")
+    parts.append(markdown(settings(results)))
     measured = [x for x in TITLES if x in set(results.accounting)]
     for accounting in measured[1:]:
         parts.append(f"## {TITLES[accounting]}\n\n{ABOUT[accounting]}")
@@ -185,8 +197,8 @@ def verdicts(results: pd.DataFrame, ours: str) -> list[str]:
             f"{', '.join(worse) or 'none'}."
         )
     means = everything.groupby("task").mean()
-    for name in VARIANTS:
-        if name in means:
+    for name in EV3S:
+        if name in means and name not in (ours, PORTFOLIO):
             ratios = (means[name] / means[PORTFOLIO]).dropna()
             lines.append(
                 f"{name} over {PORTFOLIO}: {stats.gmean(ratios):.3f} "
@@ -209,6 +221,7 @@ def shown(results: pd.DataFrame, folder: pathlib.Path) -> None:
         if ours in set(results.method):
             print(f"\n{summary(results, CLOCK, ours).to_string()}\n")
             print("\n".join(verdicts(results, ours)))
+    print(f"\n{settings(results).to_string()}\n")
     path = folder / "report.md"
     path.write_text(page(results, folder))
     print(f"Page: {path}")
