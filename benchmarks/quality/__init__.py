@@ -8,7 +8,8 @@ by held-out scores is not counted. All methods stop early by the same held-out d
 Three accountings, see `accountings`: tuning on the clock, no tuning, and tuning for
 free.
 
-EV3 portfolio, EV3 relay: the preset with a loss, and without one.
+EV3 portfolio, EV3 relay: the preset with a loss, and without one, told the end.
+... end unknown: the same where they are not told.
 AdamW + cosine and others: one optimizer, at the rate of its documentation, or tuned
   over five rates.
 grid search, successive halving: of EV3's eight explorers.

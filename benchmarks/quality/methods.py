@@ -235,13 +235,15 @@ def evolving(factor):
 
 
 MAIN = PORTFOLIO, RELAY = "EV3 portfolio", "EV3 relay"
-UNKNOWN = ", end unknown"
+UNTOLD = tuple(f"{name}, end unknown" for name in MAIN)
 AWAY = {"/ 100": 0.01, "x 100": 100.0}
 EV3S = {
     PORTFOLIO: portfolio(knows_end=True),
     RELAY: portfolio(own=False, knows_end=True),
-    f"{PORTFOLIO}{UNKNOWN}": portfolio(),
-    f"{RELAY}{UNKNOWN}": portfolio(own=False),
+    **{
+        name: portfolio(own=own)
+        for name, own in zip(UNTOLD, (True, False), strict=True)
+    },
     **{
         f"{PORTFOLIO} at rates {k}": portfolio(off(x), knows_end=True)
         for k, x in AWAY.items()
