@@ -93,7 +93,7 @@ def ev3(inner=None, own=True, **kwargs):
             **kwargs,
         )
 
-    return EV3(make, len(inner), own, visible)
+    return EV3(make, len(inner), own, evaluated=visible)
 
 
 METHODS = {name: ev3(**kwargs) for name, kwargs in VARIANTS.items()}
