@@ -240,10 +240,8 @@ AWAY = {"/ 100": 0.01, "x 100": 100.0}
 EV3S = {
     PORTFOLIO: portfolio(knows_end=True),
     RELAY: portfolio(own=False, knows_end=True),
-    **{
-        name: portfolio(own=own)
-        for name, own in zip(UNTOLD, (True, False), strict=True)
-    },
+    UNTOLD[0]: portfolio(),
+    UNTOLD[1]: portfolio(own=False),
     **{
         f"{PORTFOLIO} at rates {k}": portfolio(off(x), knows_end=True)
         for k, x in AWAY.items()

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import optax
 from optax import contrib
 
@@ -12,7 +11,7 @@ from optax_ev3._src.assess.stage import AssessFn
 from optax_ev3._src.base import checks
 from optax_ev3._src.ev3 import ev3
 from optax_ev3._src.explore import averages, branches, halving, racing, relay, restarts
-from optax_ev3._src.explore.explorers import Explorer
+from optax_ev3._src.explore.explorers import Explorer, collect
 from optax_ev3._src.explore.strategy import Strategy
 
 # Of all calls, those of the last part in which rates fall (Haegele et al.: a fifth).
@@ -46,10 +45,11 @@ def portfolio(
     **Say how long the training is**, if it is known. With ``total_steps`` all rates
     fall to zero in the last fifth of the calls. And with a ``loss_fn`` there are about
     40 rounds, in the first four of which seven of eight explorers drop out
-    (:class:`optax_ev3.explore.SuccessiveHalving`): the whole training takes about 1.5
-    gradients a call. Without ``total_steps``, rounds have 25 calls, two to five
-    explorers are at work after the first rounds (:class:`optax_ev3.explore.Racing`),
-    and averages do what such a cool-down does.
+    (:class:`optax_ev3.explore.SuccessiveHalving`): a training of a hundred calls or
+    more takes about 1.5 gradients a call, or 2 where progress stops. Without
+    ``total_steps``, and for groups that evolve, rounds have 25 calls, and two to five
+    explorers are at work after the first rounds (:class:`optax_ev3.explore.Racing`).
+    Averages do what a cool-down does where there is none.
 
     Args:
       assess_fn: See :func:`optax_ev3.ev3`.
@@ -58,8 +58,8 @@ def portfolio(
       wrap: What to put around every optimizer, such as ``lambda tx:
         optax.chain(optax.clip_by_global_norm(1.0), tx)``; or, for a model with
         BatchNorm, ``lambda tx: optax_ev3.explorer(tx, merge_fn=merge)``.
-      total_steps: Calls of ``update`` in the whole training; updates after them, or
-        after their last whole round, are zero.
+      total_steps: Calls of ``update`` in the whole training; rates are zero after
+        them, or, with a ``loss_fn``, after their last whole round.
       **kwargs: What else :func:`optax_ev3.ev3` takes, ``explore`` and ``adapt``
         included: they replace what is chosen here.
 
@@ -107,7 +107,7 @@ def portfolio(
         schedule = None if total_steps is None else _cooldown(total_steps)
         explore = relay.relay(25, schedule=schedule)
     else:
-        explore = _branches(total_steps, _evolves(inner))
+        explore = _branches(inner, total_steps)
     chosen: dict[str, Any] = {"explore": explore}
     return ev3(inner, assess_fn, loss_fn=loss_fn, **{**chosen, **kwargs})
 
@@ -136,29 +136,24 @@ def _wrapped(
     return [wrap(tx) for tx in inner]
 
 
-def _evolves(inner: Any) -> bool:
-    """Whether an explorer is a group that evolves."""
-    is_explorer = lambda x: isinstance(x, Explorer)
-    leaves = jax.tree.leaves(inner, is_leaf=is_explorer)
-    return any(is_explorer(x) and x.space is not None for x in leaves)
-
-
 def _cooldown(total_steps: int) -> optax.Schedule:
     """One, until it falls to zero in the last part."""
     last = max(round(_COOLDOWN * total_steps), 1)
     return optax.linear_schedule(1.0, 0.0, last, total_steps - last)
 
 
-def _branches(total_steps: int | None, evolves: bool) -> Strategy:
+def _branches(
+    inner: Sequence[Any] | Mapping[str, Any], total_steps: int | None
+) -> Strategy:
     """Branches that race, by the number of rounds where it is known."""
     length, schedule = 25, None
     race: racing.Racing | halving.SuccessiveHalving = racing.Racing()
-    if total_steps is not None and not evolves:
-        race, length = halving.SuccessiveHalving(), max(round(total_steps / _ROUNDS), 1)
-        # What comes after the last whole round would not be assessed.
-        total_steps -= total_steps % length
     if total_steps is not None:
-        schedule = _cooldown(total_steps)
+        if all(one.space is None for one in collect(inner).values()):
+            length = max(round(total_steps / _ROUNDS), 1)
+            race = halving.SuccessiveHalving()
+        # What comes after the last whole round, if there is any, is not assessed.
+        schedule = _cooldown(total_steps // length * length or total_steps)
     return branches.branches(
         length,
         restart=restarts.never(inner_state="copy"),

@@ -65,19 +65,27 @@ def test_an_end_before_that_of_the_first_turns(loss_fn, total_steps):
     assert float(optax_ev3.best_params(last).max()) <= 0
 
 
-@pytest.mark.parametrize("total_steps", [30, 40, 350])
-def test_rounds_and_work_where_the_end_is_known(total_steps):
+@pytest.mark.parametrize(
+    ("total_steps", "length", "rounds"), [(30, 1, 30), (40, 1, 40), (350, 9, 38)]
+)
+def test_rounds_and_work_where_the_end_is_known(total_steps, length, rounds):
     tx = optax_ev3.portfolio(
         score, loss, total_steps=total_steps, history_length=total_steps
     )
     past = optax_ev3.history(run(tx, total_steps)[-1][1])
-    length = max(round(total_steps / 40), 1)
-    assert (past["length"] == length).all()
-    assert len(past["adopted"]) == total_steps // length
+    assert past["length"].tolist() == [length] * rounds
     took_part = ~np.isnan(past["mean"][:, :8])
     # Every round before the last calls brings an exact score further.
     expected = explore.SuccessiveHalving().at_work(8, len(took_part))
     assert took_part.sum(1).tolist() == expected
+
+
+def test_rates_are_zero_after_the_last_whole_round():
+    """Of nine calls each: after the 342nd of 350 calls."""
+    inner = {"sgd": TWO["fast"]}
+    tx = optax_ev3.portfolio(score, loss, inner=inner, total_steps=350)
+    moved = np.diff([w[0] for w, _ in run(tx, 350)])
+    assert (moved[:341] < 0).all() and (moved[342:] == 0).all()
 
 
 def test_evolving_groups_race_where_the_end_is_known():
@@ -87,8 +95,8 @@ def test_evolving_groups_race_where_the_end_is_known():
         tx = optax_ev3.portfolio(score, loss, inner=explorers, total_steps=60)
         seen = run(tx, 65)
         assert int(seen[60][1].ev3_round) == 2  # Of 25 calls each.
-        # Their rates, too, fall to zero.
-        moved = [float(abs(seen[i + 1][0] - seen[i][0]).max()) for i in (40, 60)]
+        # Their rates, too, fall to zero: at the end of the last whole round.
+        moved = [float(abs(seen[i + 1][0] - seen[i][0]).max()) for i in (30, 51)]
         assert moved[0] > 0 and moved[1] == 0
 
 

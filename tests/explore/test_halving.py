@@ -71,9 +71,9 @@ def test_who_is_paused(seed):
             dict.fromkeys(names(count), True),
             ["mean", "branch"][: kinds - 1],
         )
-        mean = rng.normal(size=layout.candidates)
+        mean = rng.integers(0, 9, layout.candidates)  # Some are tied.
         valid = rng.choice([-1, 0, 1], layout.candidates)
-        lead = int(rng.integers(count))
+        lead = int(rng.integers(count + 1))  # Or nobody.
         past, latest = racing.init(window, layout.candidates), (rounds - 1) % window
         past = past._replace(
             rounds=jnp.int32(rounds),
@@ -91,8 +91,8 @@ def test_who_is_paused(seed):
             )
             for one in range(count)
         ]
-        best[lead] = np.inf
-        order = sorted(range(count), key=lambda one: -best[one])
+        # Ties go to those that come first.
+        order = sorted(range(count), key=lambda one: (one != lead, -best[one], one))
         comes_back = since in [window * 2**k for k in range(6)]
         number = count if lost or comes_back else left(count, rounds, first)
         expected = [one not in order[:number] for one in range(count)]
@@ -112,9 +112,9 @@ def test_rounds_have_no_end():
 def test_the_better_half_goes_on(length, stacked):
     """Those of greater speed."""
     speeds = [0.3, 0.1, 0.5, 0.2, 0.8, 0.7, 0.4, 0.6]
-    inner = {f"e{i}": moves(speed) for i, speed in enumerate(speeds)}
-    if stacked:  # As equal optimizers are, by themselves.
-        inner = {f"e{i}": optax.sgd(speed) for i, speed in enumerate(speeds)}
+    inner = {f"e{i}": optax.sgd(speed) for i, speed in enumerate(speeds)}
+    if not stacked:  # Unlike those that share a loss.
+        inner = {k: optax_ev3.explorer(tx, lambda w: -w) for k, tx in inner.items()}
     race = explore.SuccessiveHalving()
     past, w = climb(inner, explore.branches(length, racing=race), 20 * length)
     found = at_work(past, 8)
@@ -198,8 +198,9 @@ def test_who_serves_better_by_then_leads_from_then_on():
     found = at_work(past, 3)
     assert (past["adopted"][:3] == 0).all()
     (back, *_) = np.flatnonzero(found[3:].all(1)) + 3
-    after = found[back + 1 :]
-    assert after[0].tolist() == [False, True, False]
+    again = found[back + 1 :].all(1)
+    after = found[back + 1 :][: again.argmax() if again.any() else None]
+    assert (after == [False, True, False]).all() and len(after) >= 2
     assert abs(float(w) - 3) < 0.05
 
 

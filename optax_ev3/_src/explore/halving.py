@@ -17,24 +17,26 @@ from optax_ev3._src.explore.racing import RacingState
 
 @dataclasses.dataclass(frozen=True)
 class SuccessiveHalving:
-    """After every round the better half goes on, until one explorer is left.
+    """After first rounds of all, the better half goes on, until one explorer is left.
 
     All take part in the first ``rounds`` rounds. Then the better half goes on after
-    each round, by the scores of that round: those of its own parameters, or of its best
-    average. Who was adopted last is always among them. All others are paused, and cost
-    nothing; their inner states wait.
+    each round, by the scores of that round: those of an explorer's own parameters, or
+    of its best average. Ties go to those that come first. An explorer whose own
+    parameters were adopted is always among them. All others are paused, and cost
+    nothing.
 
     Where progress stops, all come back for one round, and begin from the adopted
     parameters: another rate may serve better by then. They do so after 1, 2, 4, ...
     windows without a significant improvement, that is without new stable parameters.
-    Whoever is adopted in such a round goes on alone.
+    Whoever is best in such a round goes on alone, even if the adopted parameters are
+    better still. After a round in which nothing was valid, too, all take part.
 
     So the work of a training that makes progress is known beforehand, see
     :meth:`at_work`: 40 rounds of eight explorers take as many gradients as 58 of one.
     :class:`Racing` is for trainings whose end is not known.
 
     Attributes:
-      rounds: Those in which all take part, at first; at least 1.
+      rounds: How many rounds all take part in before the first halving; at least 1.
       window: Rounds without a significant improvement before all come back, at least 2.
 
     Raises:
@@ -87,9 +89,9 @@ class SuccessiveHalving:
           [8, 8, 4, 2, 1, 1, 1, 1, 1, 1]
         """
         count = checks.integer(explorers, "explorers", 1)
-        left = _halved(count)
-        stages = range(1 - self.rounds, checks.integer(rounds, "rounds", 0))
-        return [left[min(max(stage, 0), len(left) - 1)] for stage in stages][:rounds]
+        left = [count] * (self.rounds - 1) + _halved(count)
+        done = range(checks.integer(rounds, "rounds", 0))
+        return [left[min(before, len(left) - 1)] for before in done]
 
 
 def check(explorers: Mapping[str, Explorer]) -> None:
@@ -112,7 +114,8 @@ def paused(
       past: What the last round has shown.
       layout: Where the explorers are among the candidates.
       race: How they race.
-      lead: ``[]`` int32, who was adopted last, and is never paused.
+      lead: ``[]`` int32, whose own parameters were adopted, K for nobody; it is never
+        paused.
     """
     left = _halved(layout.explorers)
     stage = jnp.clip(past.rounds - race.rounds + 1, 0, len(left) - 1)

@@ -234,8 +234,8 @@ def history(state: Any, confidence: float = 0.95) -> dict[str, np.ndarray]:
       - ``significant`` ``[R]`` bool: whether stable was replaced;
       - ``length`` ``[R]``: calls of ``update`` in each branch of the round;
       - ``paused`` ``[R, C]`` bool: which candidates took no part, and cost nothing:
-        those of explorers that :class:`optax_ev3.explore.Racing` paused, or that were
-        not at work in the turn of a relay;
+        those of explorers that a race of branches paused, or that were not at work in
+        the turn of a relay;
       - ``examples`` ``[R]``: how many were looked at, 0 for single figures;
       - ``mean``, ``stderr`` ``[R, C]``: scores and their errors, by the main objective
         where the rule takes several; NaN where they are not finite, or the candidate
