@@ -57,13 +57,13 @@ def left(count, rounds, first):
     return count
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_who_is_paused(seed):
+def test_who_is_paused():
     """Against the definition, for scores by lot."""
-    rng = np.random.default_rng(seed)
-    for _ in range(60):
-        count, kinds = int(rng.integers(1, 10)), int(rng.integers(1, 4))
-        first, window = int(rng.integers(1, 4)), int(rng.integers(2, 9))
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        # Of few shapes, each of which is compiled.
+        count, kinds = (int(rng.choice(x)) for x in ([1, 3, 8], [1, 3]))
+        first, window = int(rng.integers(1, 4)), int(rng.choice([2, 5]))
         rounds, lost = int(rng.integers(0, 40)), int(rng.random() < 0.1)
         since = int(rng.integers(0, 40))
         layout = Layout(
