@@ -15,7 +15,15 @@ from optax_ev3._src.base import checks, finite, select, sharding, trees
 from optax_ev3._src.base.layout import Layout
 from optax_ev3._src.base.select import Stacked
 from optax_ev3._src.base.states import ExploreState, RoundInfo
-from optax_ev3._src.explore import averages, calls, halving, restarts, steps, strategy
+from optax_ev3._src.explore import (
+    averages,
+    calls,
+    evolve,
+    halving,
+    restarts,
+    steps,
+    strategy,
+)
 from optax_ev3._src.explore import racing as races
 from optax_ev3._src.explore.averages import Average
 from optax_ev3._src.explore.branch import (
@@ -74,7 +82,11 @@ class Branches(strategy.Strategy):
                 "own parameters."
             )
         if isinstance(self.racing, SuccessiveHalving):
-            halving.check(explorers)
+            evolve.refuse(
+                explorers,
+                "explore.SuccessiveHalving pauses single explorers",
+                "explore.Racing",
+            )
         return dataclasses.replace(self, gradients=gradients)
 
     def init(

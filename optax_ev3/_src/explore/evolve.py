@@ -140,6 +140,16 @@ class Evolution(NamedTuple):
     path: dict[str, jax.Array]
 
 
+def refuse(explorers: Mapping[str, Explorer], reason: str, instead: str) -> None:
+    """Raises if a group evolves, for a strategy that takes none: why, and what does."""
+    evolving = [name for name, one in explorers.items() if one.space is not None]
+    if evolving:
+        raise ValueError(
+            f"{reason}, and groups that evolve compare their members in every round: "
+            f"take {instead} for {evolving}, or sweep() in place of evolve()."
+        )
+
+
 def init(explorer: Explorer) -> Evolution | tuple[()]:
     """Where a group begins; nothing for explorers that don't evolve."""
     if explorer.space is None or explorer.grid is None:

@@ -4,14 +4,12 @@ Dimensions: ``K`` explorers.
 """
 
 import dataclasses
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from optax_ev3._src.base import checks
 from optax_ev3._src.base.layout import Layout
-from optax_ev3._src.explore.explorers import Explorer
 from optax_ev3._src.explore.racing import RacingState
 
 
@@ -92,17 +90,6 @@ class SuccessiveHalving:
         left = [count] * (self.rounds - 1) + _halved(count)
         done = range(checks.integer(rounds, "rounds", 0))
         return [left[min(before, len(left) - 1)] for before in done]
-
-
-def check(explorers: Mapping[str, Explorer]) -> None:
-    """Raises if a group evolves."""
-    evolving = [name for name, one in explorers.items() if one.space is not None]
-    if evolving:
-        raise ValueError(
-            f"explore.SuccessiveHalving pauses single explorers, and groups that "
-            f"evolve compare their members in every round: take explore.Racing for "
-            f"{evolving}, or sweep() in place of evolve()."
-        )
 
 
 def paused(

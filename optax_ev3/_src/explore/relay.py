@@ -19,6 +19,7 @@ from optax_ev3._src.base.states import ExploreState, RoundInfo
 from optax_ev3._src.explore import (
     at_work,
     calls,
+    evolve,
     inner,
     restarts,
     steps,
@@ -65,15 +66,13 @@ class Relay(strategy.Strategy):
     def checked(
         self, explorers: Mapping[str, Explorer], has_loss: bool
     ) -> "strategy.Strategy":
-        """Raises if a group evolves, whose members are compared in every round."""
+        """Raises if a group evolves."""
         del has_loss
-        evolving = [name for name, one in explorers.items() if one.space is not None]
-        if evolving:
-            raise ValueError(
-                f"explore.relay tries one explorer at a time, and groups that evolve "
-                f"compare their members in every round: take explore.branches for "
-                f"{evolving}, or sweep() in place of evolve()."
-            )
+        evolve.refuse(
+            explorers,
+            "explore.relay tries one explorer at a time",
+            "explore.branches",
+        )
         return self
 
     def init(
