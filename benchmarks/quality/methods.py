@@ -160,7 +160,7 @@ def total_steps(task, held_out, budget):
     return max(int(0.97 * budget * LENGTH / turn), 1)
 
 
-def longest(task, held_out, budget, count=COUNT):
+def longest(task, held_out, budget, count):
     """Calls of a round so that all rounds do as much work as the budget, or less."""
     numbers = explore.SuccessiveHalving().at_work(count, ROUNDS)
     candidates = sum(3 * number + 2 for number in numbers)
