@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.overhead.timing import race
+from benchmarks.overhead.timing import race, ratio_row
 from benchmarks.quality.methods import BASELINE, EV3S, MAIN, RIVALS, looked_at
 from benchmarks.quality.training import applied, taken, value_and_grad
 from benchmarks.results import tidy
@@ -78,12 +78,12 @@ def _program(task, parts, name):
 
 
 def cell(task):
-    """Rows of EV3's seconds for a unit of work over those of the baseline."""
+    """Quartiles of EV3's seconds for a unit of work over those of the baseline."""
     found = seconds(task)
-    return tidy(
-        {
-            f"time of a unit of work, {name}": found[name] / found[BASELINE]
-            for name in MAIN
-        },
-        repeat=range(len(next(iter(found.values())))),
-    )
+    rows = {}
+    for name in MAIN:
+        row = ratio_row(found[name], found[BASELINE])
+        rows |= {
+            f"{name}: {key}": row[key] for key in ("ratio_25", "ratio", "ratio_75")
+        }
+    return tidy(rows)

@@ -1,5 +1,6 @@
 """The methods of the quality suite by name: EV3, and its rivals of one run."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ EIGHT = {
     **{f"muon {rate:g}": ("muon", rate) for rate in (1e-3, 3e-3, 1e-2)},
     "momentum 0.1": ("momentum", 0.1),
 }
+FIRST = "adam 0.001"  # It begins, where the preset is told the end.
 HARMFUL = {
     "ascent": optax.sgd(-0.1),
     "sgd 1000": optax.sgd(1000.0),
@@ -183,11 +185,11 @@ def portfolio(inner=None, own=True, knows_end=False, **kwargs):
       knows_end: Whether it is told how many calls there are.
       **kwargs: What else the preset takes.
     """
-    inner = inner or {name: KINDS[kind](rate) for name, (kind, rate) in EIGHT.items()}
+    count = len(inner or EIGHT)
 
     def length(task, held_out, budget):
         if own and knows_end:
-            return longest(task, held_out, budget, len(inner))
+            return longest(task, held_out, budget, count)
         return LENGTH
 
     def end(task, held_out, budget):
@@ -196,27 +198,29 @@ def portfolio(inner=None, own=True, knows_end=False, **kwargs):
         return total_steps(task, held_out, budget)
 
     def make(task, held_out, seed, budget):
-        explorers, loss = inner, loss_of(task)
+        wrap, loss = None, loss_of(task)
         if task.merge:
-            explorers = {name: explorer(task, tx, own) for name, tx in inner.items()}
+            wrap = functools.partial(explorer, task, own=own)
             loss = lambda params, batch: task.loss(params, batch)[0]
         return optax_ev3.portfolio(
             assessed(task, held_out, length(task, held_out, budget)),
             loss if own else None,
-            inner=explorers,
+            inner=inner,
+            wrap=wrap,
             total_steps=end(task, held_out, budget) if knows_end else None,
             key=seed,
             **kwargs,
         )
 
-    return EV3(make, len(inner), own, length)
+    return EV3(make, count, own, length)
 
 
 def off(factor):
-    """The eight with all rates multiplied."""
+    """The eight with all rates multiplied; the same one is the first."""
+    names = sorted(EIGHT, key=lambda name: name != FIRST)
     return {
         f"{kind} {rate * factor:g}": KINDS[kind](rate * factor)
-        for kind, rate in EIGHT.values()
+        for kind, rate in map(EIGHT.get, names)
     }
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 from scipy import stats
 
 from benchmarks.quality import comparisons, plots
-from benchmarks.quality.accountings import CLOCK, FREE, UNTUNED
+from benchmarks.quality.accountings import CLOCK, FREE, UNTUNED, WALL_CLOCK
 from benchmarks.quality.methods import BASELINE, EV3S, MAIN, PORTFOLIO
 
 COLUMNS = 6  # Of a table by task: as many as a page is wide.
@@ -24,6 +24,9 @@ ABOUT = {
     "same of AdamW itself; a run that does not reach it counts two budgets.",
     UNTUNED: "One run of each with the learning rate of its documentation.",
     FREE: "Five runs of each rival, each with the whole budget; EV3 has one.",
+    WALL_CLOCK: "Seconds on a CPU core, over those of AdamW with cosine decay, which "
+    "trains in turns with EV3 in one process: medians of six repeats, geometric means "
+    "over tasks. A unit of work is a gradient, or as many forward passes.",
 }
 
 
@@ -82,6 +85,30 @@ def settings(results: pd.DataFrame) -> pd.DataFrame:
         if name in measured
     ]
     return pd.concat(rows)
+
+
+def wall_clock(results: pd.DataFrame) -> pd.DataFrame:
+    """Seconds for a unit of work over the baseline's, a row for each of EV3's settings.
+
+    Medians of the repeats, over tasks; and, with the work, seconds to the target.
+    """
+    kept = results[
+        (results.method == WALL_CLOCK) & results.metric.str.endswith("ratio")
+    ]
+    names = kept.metric.str.removesuffix(": ratio")
+    ratios = kept.assign(name=names).pivot(index="task", columns="name", values="value")
+    rows = {}
+    for name in ratios:
+        one = ratios[name]
+        work = comparisons.times_over(times(results, name).loc[one.index], BASELINE)
+        typical = stats.gmean(one)
+        rows[name] = {
+            "seconds of a unit of work": typical,
+            "the least": f"{one.min():.2f} ({one.idxmin()})",
+            "the most": f"{one.max():.2f} ({one.idxmax()})",
+            "seconds to the target": typical * work[name],
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 # As Markdown.
@@ -156,6 +183,9 @@ def page(results: pd.DataFrame, folder: pathlib.Path) -> str:
         )
     parts.append("### EV3's settings\n\nEach in the place of the portfolio.")
     parts.append(markdown(settings(results)))
+    if WALL_CLOCK in set(results.method):
+        parts += [f"### Wall-clock time\n\n{ABOUT[WALL_CLOCK]}"]
+        parts.append(markdown(wall_clock(results)))
     measured = [x for x in TITLES if x in set(results.accounting)]
     for accounting in measured[1:]:
         parts.append(f"## {TITLES[accounting]}\n\n{ABOUT[accounting]}")

@@ -53,3 +53,16 @@ def test_time_for_a_unit_of_work(monkeypatch):
     found = clock.seconds(tasks.made("wine"), clock.Settings(2, 0.01))
     assert set(found) == {"AdamW + cosine", *methods.MAIN}
     assert all((times > 0).all() and len(times) == 2 for times in found.values())
+
+
+def test_time_over_that_of_the_baseline(monkeypatch):
+    adamw = np.array([2.0, 4.0, 1.0])
+    ratios = {"EV3 portfolio": np.array([1.5, 3.0, 2.0]), "EV3 relay": np.ones(3)}
+    found = {name: adamw * ratio for name, ratio in ratios.items()}
+    monkeypatch.setattr(
+        clock, "seconds", lambda task: {"AdamW + cosine": adamw, **found}
+    )
+    rows = clock.cell(None).set_index("metric").value
+    assert rows["EV3 portfolio: ratio"] == 2.0 and rows["EV3 relay: ratio"] == 1.0
+    assert rows["EV3 portfolio: ratio_25"] == 1.75
+    assert rows["EV3 portfolio: ratio_75"] == 2.5

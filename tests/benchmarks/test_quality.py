@@ -250,7 +250,7 @@ def test_what_is_told_of_the_end_fits_the_budget(name):
     def work(length):
         """Forty rounds, and the candidates of each round."""
         passes = methods.looked_at(task, held_out, length) / (3 * task.batch)
-        numbers = np.array([8, 8, 4, 2, *[1] * 36])
+        numbers = np.array([1, 1, 1, 8, 8, 4, 2, *[1] * 33])
         return (length * numbers + passes * (3 * numbers + 2)).sum()
 
     length = methods.EV3S[methods.PORTFOLIO].length(task, held_out, budget)
@@ -338,6 +338,33 @@ def test_time_to_target():
     np.testing.assert_allclose(
         comparisons.times_over(times, "ref"), [1, np.sqrt(0.25 * 0.5), np.sqrt(2 * 4)]
     )
+
+
+def test_seconds_to_the_target_are_work_times_seconds_of_a_unit():
+    curves = {
+        ("AdamW + cosine", "untuned"): [3.0, 1.0],
+        ("EV3 portfolio", "clock"): [1.0, 0.5],
+        ("EV3 relay", "clock"): [2.0, 1.5],
+    }
+    rows = [
+        (task, method, 0, mark, accounting, "test", value)
+        for task in ("x", "y")
+        for (method, accounting), curve in curves.items()
+        for mark, value in zip([0.25, 1.0], curve, strict=True)
+    ]
+    ratios = {("x", "portfolio"): 2.0, ("y", "portfolio"): 0.5, ("x", "relay"): 1.5}
+    for (task, kind), ratio in {**ratios, ("y", "relay"): 6.0}.items():
+        for key, value in {"ratio": ratio, "ratio_25": 0.0, "ratio_75": 99.0}.items():
+            metric = f"EV3 {kind}: {key}"
+            rows.append((task, "wall-clock", np.nan, np.nan, np.nan, metric, value))
+    names = ["task", "method", "seed", "mark", "accounting", "metric", "value"]
+    found = report.wall_clock(pd.DataFrame(rows, columns=names))
+    assert list(found.index) == ["EV3 portfolio", "EV3 relay"]
+    np.testing.assert_allclose(found["seconds of a unit of work"], [1.0, 3.0])
+    # The portfolio takes a quarter of the baseline's work, the relay two budgets.
+    np.testing.assert_allclose(found["seconds to the target"], [0.25, 6.0])
+    assert list(found["the least"]) == ["0.50 (y)", "1.50 (x)"]
+    assert list(found["the most"]) == ["2.00 (x)", "6.00 (y)"]
 
 
 def test_behind_by_a_standard_error():

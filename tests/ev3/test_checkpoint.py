@@ -295,7 +295,9 @@ STRATEGIES = {
     "shared": {"explore": explore.rounds(3, gradients="shared")},
     "never": {"explore": explore.branches(3)},
     "race": {"explore": explore.branches(1, racing=explore.Racing(1, 4))},
-    "halving": {"explore": explore.branches(1, racing=explore.SuccessiveHalving(1))},
+    "halving": {
+        "explore": explore.branches(1, racing=explore.SuccessiveHalving(1, warmup=1))
+    },
     "relay": {"explore": explore.relay(3)},
 }
 

@@ -59,7 +59,9 @@ CASES = {
     ),
     "halving": (
         UNLIKE,
-        explore.branches(2, averages=AVERAGES, racing=explore.SuccessiveHalving(1, 2)),
+        explore.branches(
+            2, averages=AVERAGES, racing=explore.SuccessiveHalving(1, 2, warmup=1)
+        ),
     ),
     "sweep": ({"s": optax_ev3.explorer(OWN, loss_fn)}, explore.branches(2)),
     "evolve": (

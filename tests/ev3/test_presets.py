@@ -83,6 +83,15 @@ def test_rounds_and_work_where_the_end_is_known(total_steps, length, rounds):
     # Every round before the last calls brings an exact score further.
     expected = explore.SuccessiveHalving().at_work(8, len(took_part))
     assert took_part.sum(1).tolist() == expected
+    assert {*np.array(past["candidates"])[:8][took_part[:3].any(0)]} == {"adam_0.001"}
+
+
+def test_the_first_of_other_explorers_begins_where_the_end_is_known():
+    tx = optax_ev3.portfolio(score, loss, inner=TWO, total_steps=40, history_length=9)
+    past = optax_ev3.history(run(tx, 5)[-1][1])
+    took_part = ~np.isnan(past["mean"][:, :2])
+    alone, together = [True, False], [True, True]
+    assert took_part.tolist() == [alone, alone, alone, together, together]
 
 
 def test_rates_are_zero_after_the_last_whole_round():

@@ -66,6 +66,7 @@ def test_who_is_paused():
         first, window = int(rng.integers(1, 4)), int(rng.choice([2, 5]))
         rounds, lost = int(rng.integers(0, 40)), int(rng.random() < 0.1)
         since = int(rng.integers(0, 40))
+        warmup, begins = int(rng.integers(0, 4)), int(rng.integers(count))
         layout = Layout(
             {name: [name] for name in names(count)},
             dict.fromkeys(names(count), True),
@@ -82,7 +83,7 @@ def test_who_is_paused():
             lost=jnp.int32(lost),
             since=jnp.int32(since),
         )
-        race = explore.SuccessiveHalving(first, window)
+        race = explore.SuccessiveHalving(first, window, warmup, f"e{begins}")
         found = halving.paused(past, layout, race, jnp.int32(lead))
         best = [
             max(
@@ -94,8 +95,11 @@ def test_who_is_paused():
         # Ties go to those that come first.
         order = sorted(range(count), key=lambda one: (one != lead, -best[one], one))
         comes_back = since in [window * 2**k for k in range(6)]
-        number = count if lost or comes_back else left(count, rounds, first)
+        everyone = lost or comes_back
+        number = count if everyone else left(count, rounds - warmup, first)
         expected = [one not in order[:number] for one in range(count)]
+        if rounds < warmup and not everyone:
+            expected = [one not in (begins, lead) for one in range(count)]
         assert [bool(found[name]) for name in names(count)] == expected
 
 
@@ -115,24 +119,40 @@ def test_the_better_half_goes_on(length, stacked):
     inner = {f"e{i}": optax.sgd(speed) for i, speed in enumerate(speeds)}
     if not stacked:  # Unlike those that share a loss.
         inner = {k: optax_ev3.explorer(tx, lambda w: -w) for k, tx in inner.items()}
-    race = explore.SuccessiveHalving()
+    race = explore.SuccessiveHalving(2, warmup=1, first="e3")
     past, w = climb(inner, explore.branches(length, racing=race), 20 * length)
     found = at_work(past, 8)
-    numbers = [left(8, rounds, 2) for rounds in range(20)]
-    assert numbers == [8, 8, 4, 2, *[1] * 16] == race.at_work(8, 20)
+    numbers = [left(8, rounds, 2) for rounds in range(19)]
+    assert numbers == [8, 8, 4, 2, *[1] * 15]
+    assert race.at_work(8, 20) == [1, *numbers]
+    assert np.flatnonzero(found[0]).tolist() == [3]
     order = np.argsort(speeds)[::-1]
-    for row, number in zip(found, numbers, strict=True):
+    for row, number in zip(found[1:], numbers, strict=True):
         assert set(np.flatnonzero(row)) == set(order[:number])
-    np.testing.assert_allclose(w, 20 * length * 0.8, 1e-5)
+    # All begin from where the first one got to.
+    np.testing.assert_allclose(w, length * (0.2 + 19 * 0.8), 1e-5)
+
+
+def test_one_that_begins_and_fails_leaves_it_to_the_others():
+    fails = optax.GradientTransformation(
+        lambda params: (), lambda u, state, params=None: (u + jnp.nan, state)
+    )
+    inner = {"fails": fails, "slow": moves(0.1), "fast": moves(0.2)}
+    race = explore.SuccessiveHalving()
+    past, w = climb(inner, explore.branches(2, racing=race), 40)
+    # After a round in which nothing is valid all join, and the best one leads.
+    assert (past["adopted"] == 2).all() and len(past["adopted"]) == 19
+    np.testing.assert_allclose(w, 19 * 2 * 0.2, 1e-5)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 13])
 @pytest.mark.parametrize("first", [1, 2, 5])
 def test_how_many_are_at_work(count, first):
-    race = explore.SuccessiveHalving(first)
-    expected = [left(count, rounds, first) for rounds in range(12)]
-    assert race.at_work(count, 12) == expected
-    assert race.at_work(count, 3) == expected[:3] and race.at_work(count, 0) == []
+    for warmup in (0, 4):
+        race = explore.SuccessiveHalving(first, warmup=warmup)
+        expected = [1] * warmup + [left(count, rounds, first) for rounds in range(12)]
+        assert race.at_work(count, 12 + warmup) == expected
+        assert race.at_work(count, 3) == expected[:3] and race.at_work(count, 0) == []
     with says(ValueError, "rounds", "0", "-1"):
         race.at_work(count, -1)
     with says(TypeError, "explorers", "2.5"):
@@ -142,7 +162,7 @@ def test_how_many_are_at_work(count, first):
 def test_they_come_back_where_nothing_is_gained():
     """After two, four and eight such rounds, from the adopted parameters."""
     inner = {"fast": moves(0.5), "slow": moves(0.1), "slower": moves(0.05)}
-    race = explore.SuccessiveHalving(rounds=1, window=2)
+    race = explore.SuccessiveHalving(rounds=1, window=2, warmup=0)
     strategy = explore.branches(2, averages=AVERAGES, racing=race)
     past, _ = climb(inner, strategy, 30, lambda w: jnp.minimum(w, 4.0))
     mean, found = past["mean"], at_work(past, 3)
@@ -154,7 +174,7 @@ def test_they_come_back_where_nothing_is_gained():
 def test_they_come_back_from_the_adopted_parameters():
     """Each round begins where the best one was: so its distance is what it goes."""
     inner = {"far": optax.sgd(1.9), "near": optax.sgd(0.5), "none": optax.sgd(0.0)}
-    race = explore.SuccessiveHalving(rounds=1, window=2)
+    race = explore.SuccessiveHalving(rounds=1, window=2, warmup=0)
     tx = optax_ev3.ev3(
         inner,
         lambda w: -jnp.square(w - jnp.linspace(2.9, 3.1, 16)),
@@ -186,7 +206,7 @@ def test_who_serves_better_by_then_leads_from_then_on():
         inner,
         lambda w: -jnp.abs(w - places),
         loss_fn=huber,
-        explore=explore.branches(2, racing=explore.SuccessiveHalving(1, 3)),
+        explore=explore.branches(2, racing=explore.SuccessiveHalving(1, 3, 0)),
         history_length=32,
     )
     w = jnp.zeros([])
@@ -212,7 +232,7 @@ def test_all_take_part_where_the_last_one_fails():
 
     fails = optax.GradientTransformation(lambda params: (), update)
     inner = {"fails": fails, "slow": moves(0.1)}
-    race = explore.SuccessiveHalving(1, 2**20)
+    race = explore.SuccessiveHalving(1, 2**20, 0)
     past, w = climb(inner, explore.branches(1, racing=race), 30)
     assert (past["adopted"][:4] == 0).all()
     assert (past["adopted"][-10:] == 1).all()
@@ -234,7 +254,7 @@ def test_paused_ones_take_no_gradients():
         optax_ev3.explorer(moves(1.0), loss("good"), name="good"),
         optax_ev3.explorer(moves(0.5), loss("bad"), name="bad"),
     ]
-    race = explore.SuccessiveHalving(2, 2**20)
+    race = explore.SuccessiveHalving(2, 2**20, 0)
     climb(inner, explore.branches(3, racing=race), 24)
     jax.effects_barrier()
     assert runs["good"] >= 24 and runs["bad"] * 24 == runs["good"] * 6
@@ -246,6 +266,14 @@ def test_evolving_groups_are_refused():
     strategy = explore.branches(2, racing=explore.SuccessiveHalving())
     with says(ValueError, "SuccessiveHalving", "explore.Racing", r"['group']", "sweep"):
         optax_ev3.ev3(inner, lambda w: w, loss_fn=lambda w: -w, explore=strategy)
+
+
+def test_an_unknown_one_that_begins():
+    strategy = explore.branches(2, racing=explore.SuccessiveHalving(first="c"))
+    inner = {"a": optax.adam(0.1), "b": optax.adam(0.2)}
+    tx = optax_ev3.ev3(inner, lambda w: w, loss_fn=lambda w: -w, explore=strategy)
+    with says(ValueError, "first", "['a', 'b']", "'c'"):
+        tx.init(jnp.zeros([]))
 
 
 def test_a_relay_refuses_it():
@@ -260,6 +288,8 @@ def test_a_relay_refuses_it():
         ((2, 1), ValueError, ["window", "2", "1"]),
         ((2.0,), TypeError, ["rounds", "2.0"]),
         ((2, True), TypeError, ["window", "True"]),
+        ((2, 8, -1), ValueError, ["warmup", "0", "-1"]),
+        ((2, 8, 1.5), TypeError, ["warmup", "1.5"]),
     ],
 )
 def test_bad_input(arguments, error, parts):

@@ -93,6 +93,7 @@ def first_branches(
     params: optax.Params,
     kinds: Sequence[Average],
     length: int,
+    lead: int = 0,
 ) -> ExploreState:
     """All branches at these parameters, before the first round of this length."""
     ends = {k: select.spread(params, one.size) for k, one in explorers.items()}
@@ -100,7 +101,7 @@ def first_branches(
     branches = BranchesState(
         step=jnp.zeros([], jnp.int32),
         length=jnp.asarray(length, jnp.int32),
-        lead=jnp.zeros([], jnp.int32),
+        lead=jnp.asarray(lead, jnp.int32),
         start=params,
         ends=ends,
         alive=nothing + 1,

@@ -96,8 +96,11 @@ class Branches(strategy.Strategy):
         race: Any = ()
         if self.racing is not None:
             race = races.init(self.racing.window, layout.candidates)
+        lead = 0
+        if isinstance(self.racing, SuccessiveHalving):
+            lead = self.racing.begins(layout)
         state = first_branches(
-            explorers, layout, params, self.averages, self.first_length
+            explorers, layout, params, self.averages, self.first_length, lead
         )
         return state._replace(racing=race)
 

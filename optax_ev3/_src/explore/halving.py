@@ -15,13 +15,15 @@ from optax_ev3._src.explore.racing import RacingState
 
 @dataclasses.dataclass(frozen=True)
 class SuccessiveHalving:
-    """After first rounds of all, the better half goes on, until one explorer is left.
+    """One explorer begins, all join, the better half goes on, until one is left.
 
-    All take part in the first ``rounds`` rounds. Then the better half goes on after
-    each round, by the scores of that round: those of an explorer's own parameters, or
-    of its best average. Ties go to those that come first. An explorer whose own
-    parameters were adopted is always among them. All others are paused, and cost
-    nothing.
+    - The explorer ``first`` trains alone for ``warmup`` rounds: name the one that you
+      would take otherwise. All others begin from where it is by then.
+    - All take part in the next ``rounds`` rounds.
+    - Then the better half goes on after each round, by the scores of that round: those
+      of an explorer's own parameters, or of its best average. Ties go to those that
+      come first. An explorer whose own parameters were adopted is always among them.
+      All others are paused, and cost nothing.
 
     Where progress stops, all come back for one round, and begin from the adopted
     parameters: another rate may serve better by then. They do so after 1, 2, 4, ...
@@ -36,12 +38,15 @@ class SuccessiveHalving:
     Attributes:
       rounds: How many rounds all take part in before the first halving; at least 1.
       window: Rounds without a significant improvement before all come back, at least 2.
+      warmup: How many rounds the first explorer trains alone; at least 0.
+      first: Its name. Default: that of the one that comes first.
 
     Raises:
-      TypeError: If one of the two is not an integer; in ``explore.relay``, which halves
-        by itself.
-      ValueError: If one of the two is out of range; in ``ev3``, if an explorer is a
-        group that evolves: its members are compared in every round.
+      TypeError: If a number is not an integer; in ``explore.relay``, which halves by
+        itself.
+      ValueError: If a number is out of range; in ``ev3``, if an explorer is a group
+        that evolves: its members are compared in every round; in ``init``, if no
+        explorer has this name.
 
     Examples:
       >>> import optax, optax_ev3
@@ -63,9 +68,11 @@ class SuccessiveHalving:
 
     rounds: int = 2
     window: int = 8
+    warmup: int = 3
+    first: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in {"rounds": 1, "window": 2}.items():
+        for name, least in {"rounds": 1, "window": 2, "warmup": 0}.items():
             object.__setattr__(
                 self, name, checks.integer(getattr(self, name), name, least)
             )
@@ -84,12 +91,24 @@ class SuccessiveHalving:
         Examples:
           >>> from optax_ev3 import explore
           >>> explore.SuccessiveHalving().at_work(explorers=8, rounds=10)
-          [8, 8, 4, 2, 1, 1, 1, 1, 1, 1]
+          [1, 1, 1, 8, 8, 4, 2, 1, 1, 1]
         """
         count = checks.integer(explorers, "explorers", 1)
-        left = [count] * (self.rounds - 1) + _halved(count)
+        left = [1] * self.warmup + [count] * (self.rounds - 1) + _halved(count)
         done = range(checks.integer(rounds, "rounds", 0))
         return [left[min(before, len(left) - 1)] for before in done]
+
+    def begins(self, layout: Layout) -> int:
+        """The index of the explorer that trains alone at first.
+
+        Raises:
+          ValueError: There is none of this name.
+        """
+        names = layout.names[: layout.explorers]
+        first = names[0] if self.first is None else self.first
+        if first not in names:
+            raise ValueError(f"first must be one of {names}, got {first!r}.")
+        return names.index(first)
 
 
 def paused(
@@ -105,8 +124,11 @@ def paused(
         paused.
     """
     left = _halved(layout.explorers)
-    stage = jnp.clip(past.rounds - race.rounds + 1, 0, len(left) - 1)
+    stage = jnp.clip(past.rounds - race.warmup - race.rounds + 1, 0, len(left) - 1)
     out = _places(past, layout, lead) >= jnp.asarray(left)[stage]
+    index = jnp.arange(layout.explorers)
+    others = (index != race.begins(layout)) & (index != lead)
+    out = jnp.where(past.rounds < race.warmup, others, out)
     # After a round in which nothing was valid, too, all take part.
     everyone = _come_back(past.since, race.window) | (past.lost > 0)
     return layout.split(out & ~everyone)
