@@ -46,10 +46,10 @@ def portfolio(
 
     **Say how long the training is**, if it is known. With ``total_steps`` all rates
     fall to zero in the last fifth of the calls. And with a ``loss_fn`` there are about
-    40 rounds (:class:`optax_ev3.explore.SuccessiveHalving`). Adam at 0.001, or of other
-    explorers the first, trains alone in three of them. All join for two, then the
-    better half goes on after each, and from the eighth on one is left: a training of
-    a hundred calls or more takes about 1.5 gradients a call, or 2 where progress
+    40 rounds (:class:`optax_ev3.explore.SuccessiveHalving`). Adam at 0.001, or the
+    first explorer of ``inner``, trains alone in three of them. All join for two, then
+    the better half goes on after each, and from the eighth on one is left: a training
+    of a hundred calls or more takes about 1.5 gradients a call, or 2 where progress
     stops. Without ``total_steps``, and for groups that evolve, rounds have 25 calls,
     and two to five explorers are at work after the first rounds
     (:class:`optax_ev3.explore.Racing`). Averages do what a cool-down does where there

@@ -22,6 +22,7 @@ from benchmarks.quality import (
     training,
 )
 from benchmarks.results import Results
+from optax_ev3._src import presets
 
 NAMES = [
     "digits MLP",
@@ -239,6 +240,31 @@ def test_what_explorers_take_is_counted(monkeypatch):
     np.testing.assert_allclose(spent["work"][1], work / gradients, 1e-5)
     np.testing.assert_allclose(found[1, 1:, 0], within, 1e-3)
     assert within[-1] != within[-2]
+
+
+def test_searches_are_of_the_eight_of_the_preset():
+    preset = presets._eight()
+    ours = {
+        k.replace(" ", "_"): methods.KINDS[a](b) for k, (a, b) in methods.EIGHT.items()
+    }
+    assert list(ours) == list(preset)
+    params = jax.random.normal(jax.random.key(0), [3, 2])
+    for name, tx in preset.items():
+        paths = []
+        for one in (tx, ours[name]):
+            state, path = one.init(params), []
+            for _ in range(2):
+                updates, state = one.update(2 * params, state, params)
+                path.append(updates)
+            paths.append(path)
+        np.testing.assert_array_equal(*paths)
+    assert methods.FIRST.replace(" ", "_") == presets._FIRST
+
+
+def test_of_rates_that_are_off_the_same_one_begins():
+    kind, rate = methods.EIGHT[methods.FIRST]
+    for factor in methods.AWAY.values():
+        assert next(iter(methods.off(factor))) == f"{kind} {rate * factor:g}"
 
 
 @pytest.mark.parametrize("name", ["wine", "digits MLP", "physics"])

@@ -176,6 +176,22 @@ def test_statistics_of_all_eight():
     assert float(optax_ev3.best_params(state)["mean"]) == 25
 
 
+def test_sweeps_around_all_eight_where_the_end_is_known():
+    """Each with two clips, and the first of those of Adam at 0.001 begins."""
+
+    def clipped(tx):
+        def factory(norm):
+            return optax.chain(optax.clip_by_global_norm(norm), tx)
+
+        return optax_ev3.sweep(factory, norm=[1.0, 2.0])
+
+    tx = optax_ev3.portfolio(score, loss, wrap=clipped, total_steps=80)
+    past = optax_ev3.history(run(tx, 6)[-1][1])
+    took_part = ~np.isnan(past["mean"][:, :16])
+    names = np.array(past["candidates"])[:16]
+    assert set(names[took_part.any(0)]) == {"adam_0.001/norm_1"}
+
+
 def test_the_papers_rounds_and_rule():
     def scores(w):
         return score(w) * jnp.ones(4)

@@ -66,7 +66,7 @@ def test_who_is_paused():
         first, window = int(rng.integers(1, 4)), int(rng.choice([2, 5]))
         rounds, lost = int(rng.integers(0, 40)), int(rng.random() < 0.1)
         since = int(rng.integers(0, 40))
-        warmup, begins = int(rng.integers(0, 4)), int(rng.integers(count))
+        warmup = int(rng.integers(0, 4))
         layout = Layout(
             {name: [name] for name in names(count)},
             dict.fromkeys(names(count), True),
@@ -83,7 +83,7 @@ def test_who_is_paused():
             lost=jnp.int32(lost),
             since=jnp.int32(since),
         )
-        race = explore.SuccessiveHalving(first, window, warmup, f"e{begins}")
+        race = explore.SuccessiveHalving(first, window, warmup)
         found = halving.paused(past, layout, race, jnp.int32(lead))
         best = [
             max(
@@ -95,11 +95,10 @@ def test_who_is_paused():
         # Ties go to those that come first.
         order = sorted(range(count), key=lambda one: (one != lead, -best[one], one))
         comes_back = since in [window * 2**k for k in range(6)]
-        everyone = lost or comes_back
-        number = count if everyone else left(count, rounds - warmup, first)
+        number = 1 if rounds < warmup else left(count, rounds - warmup, first)
+        if lost or (comes_back and rounds >= warmup):
+            number = count
         expected = [one not in order[:number] for one in range(count)]
-        if rounds < warmup and not everyone:
-            expected = [one not in (begins, lead) for one in range(count)]
         assert [bool(found[name]) for name in names(count)] == expected
 
 
@@ -140,9 +139,43 @@ def test_one_that_begins_and_fails_leaves_it_to_the_others():
     inner = {"fails": fails, "slow": moves(0.1), "fast": moves(0.2)}
     race = explore.SuccessiveHalving()
     past, w = climb(inner, explore.branches(2, racing=race), 40)
-    # After a round in which nothing is valid all join, and the best one leads.
+    # After a round in which nothing is valid all join. The best one trains alone for
+    # what is left of the three rounds.
     assert (past["adopted"] == 2).all() and len(past["adopted"]) == 19
     np.testing.assert_allclose(w, 19 * 2 * 0.2, 1e-5)
+    slow = at_work(past, 3)[:, 1]
+    assert slow.tolist() == [True, False, False, True, True, True, *[False] * 13]
+    assert not past["paused"][0].any() and past["paused"][1, :2].all()
+
+
+def begins(inner, calls=4, **kwargs):
+    """Who takes part in the first rounds, of one call each."""
+    race = explore.SuccessiveHalving(warmup=calls, **kwargs)
+    past, _ = climb(inner, explore.branches(1, racing=race), calls)
+    count = len(past["candidates"]) - 2
+    found = at_work(past, count)
+    assert (found == found[0]).all()
+    return [past["candidates"][index] for index in np.flatnonzero(found[0])]
+
+
+def test_the_one_that_comes_first_begins_wherever_it_is_stored():
+    """Its state is too large for the stack of the others, which comes before it."""
+    adam = optax.adam(1e-3)
+    inner = {
+        "large": optax.chain(optax.trace(0.9), adam, optax.trace(0.9)),
+        **{f"adam{i}": optax.adam(10.0**-i) for i in range(1, 4)},
+        "momentum": optax.sgd(0.1, momentum=0.9),
+    }
+    assert begins(inner) == ["large"]
+    assert begins(inner, first="adam2") == ["adam2"]
+
+
+def test_of_a_sweep_the_first_member_begins():
+    sweep = optax_ev3.sweep(optax.sgd, learning_rate=[0.1, 0.2])
+    inner = {"one": optax.sgd(0.3), "two": sweep}
+    members = ["two/learning_rate_0.1", "two/learning_rate_0.2"]
+    assert begins(inner, first="two") == members[:1]
+    assert begins(inner, first=members[1]) == members[1:]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 13])
@@ -271,9 +304,8 @@ def test_evolving_groups_are_refused():
 def test_an_unknown_one_that_begins():
     strategy = explore.branches(2, racing=explore.SuccessiveHalving(first="c"))
     inner = {"a": optax.adam(0.1), "b": optax.adam(0.2)}
-    tx = optax_ev3.ev3(inner, lambda w: w, loss_fn=lambda w: -w, explore=strategy)
     with says(ValueError, "first", "['a', 'b']", "'c'"):
-        tx.init(jnp.zeros([]))
+        optax_ev3.ev3(inner, lambda w: w, loss_fn=lambda w: -w, explore=strategy)
 
 
 def test_a_relay_refuses_it():
@@ -290,6 +322,7 @@ def test_a_relay_refuses_it():
         ((2, True), TypeError, ["window", "True"]),
         ((2, 8, -1), ValueError, ["warmup", "0", "-1"]),
         ((2, 8, 1.5), TypeError, ["warmup", "1.5"]),
+        ((2, 8, 3, 0), TypeError, ["first", "0", "int"]),
     ],
 )
 def test_bad_input(arguments, error, parts):

@@ -81,13 +81,15 @@ class Branches(strategy.Strategy):
                 'gradients="own" needs a loss_fn: branches differentiate it at their '
                 "own parameters."
             )
-        if isinstance(self.racing, SuccessiveHalving):
+        race = self.racing
+        if isinstance(race, SuccessiveHalving):
             evolve.refuse(
                 explorers,
                 "explore.SuccessiveHalving pauses single explorers",
                 "explore.Racing",
             )
-        return dataclasses.replace(self, gradients=gradients)
+            race = race.begun_by(explorers)
+        return dataclasses.replace(self, gradients=gradients, racing=race)
 
     def init(
         self, explorers: Mapping[str, Explorer], layout: Layout, params: optax.Params
@@ -98,7 +100,7 @@ class Branches(strategy.Strategy):
             race = races.init(self.racing.window, layout.candidates)
         lead = 0
         if isinstance(self.racing, SuccessiveHalving):
-            lead = self.racing.begins(layout)
+            lead = layout.names.index(self.racing.first or layout.names[0])
         state = first_branches(
             explorers, layout, params, self.averages, self.first_length, lead
         )
@@ -344,8 +346,8 @@ def branches(
         :func:`never` (default), or :func:`worse_than`.
       averages: See :func:`rounds`.
       racing: Who is paused, and costs nothing then. :class:`Racing`: explorers that do
-        not win. :class:`SuccessiveHalving`: all but the better half, after each round.
-        Default: nobody is paused.
+        not win. :class:`SuccessiveHalving`: all but one at first, later the worse half,
+        after each round. Default: nobody is paused.
       schedule: Factor of all updates, by calls of ``update`` so far, such as
         ``optax.linear_schedule``: rates that fall in the last part of a training.
         Default: updates are the inner optimizers' own.

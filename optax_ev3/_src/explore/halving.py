@@ -4,12 +4,14 @@ Dimensions: ``K`` explorers.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from optax_ev3._src.base import checks
 from optax_ev3._src.base.layout import Layout
+from optax_ev3._src.explore.explorers import Explorer
 from optax_ev3._src.explore.racing import RacingState
 
 
@@ -18,7 +20,7 @@ class SuccessiveHalving:
     """One explorer begins, all join, the better half goes on, until one is left.
 
     - The explorer ``first`` trains alone for ``warmup`` rounds: name the one that you
-      would take otherwise. All others begin from where it is by then.
+      would use without EV3. All others begin from what is adopted by then.
     - All take part in the next ``rounds`` rounds.
     - Then the better half goes on after each round, by the scores of that round: those
       of an explorer's own parameters, or of its best average. Ties go to those that
@@ -28,8 +30,9 @@ class SuccessiveHalving:
     Where progress stops, all come back for one round, and begin from the adopted
     parameters: another rate may serve better by then. They do so after 1, 2, 4, ...
     windows without a significant improvement, that is without new stable parameters.
-    Whoever is best in such a round goes on alone, even if the adopted parameters are
-    better still. After a round in which nothing was valid, too, all take part.
+    Whoever is best in such a round goes on, once one is left alone, even if the adopted
+    parameters are better still. After a round in which nothing was valid, too, all take
+    part.
 
     So the work of a training that makes progress is known beforehand, see
     :meth:`at_work`: 40 rounds of eight explorers take as many gradients as 58 of one.
@@ -39,14 +42,14 @@ class SuccessiveHalving:
       rounds: How many rounds all take part in before the first halving; at least 1.
       window: Rounds without a significant improvement before all come back, at least 2.
       warmup: How many rounds the first explorer trains alone; at least 0.
-      first: Its name. Default: that of the one that comes first.
+      first: Its name; of a sweep the first member begins. Default: the one that comes
+        first.
 
     Raises:
-      TypeError: If a number is not an integer; in ``explore.relay``, which halves by
-        itself.
-      ValueError: If a number is out of range; in ``ev3``, if an explorer is a group
-        that evolves: its members are compared in every round; in ``init``, if no
-        explorer has this name.
+      TypeError: If a number is not an integer, or ``first`` is no string; in
+        ``explore.relay``, which halves by itself.
+      ValueError: If a number is out of range; in ``ev3``, if no explorer has this name,
+        or one is a group that evolves: its members are compared in every round.
 
     Examples:
       >>> import optax, optax_ev3
@@ -76,6 +79,11 @@ class SuccessiveHalving:
             object.__setattr__(
                 self, name, checks.integer(getattr(self, name), name, least)
             )
+        if not isinstance(self.first, str | None):
+            raise TypeError(
+                f"first must be the name of an explorer, or None, got {self.first!r} "
+                f"of type {type(self.first).__name__}."
+            )
 
     def at_work(self, explorers: int, rounds: int) -> list[int]:
         """How many explorers take part in each round, as long as there is progress.
@@ -94,21 +102,22 @@ class SuccessiveHalving:
           [1, 1, 1, 8, 8, 4, 2, 1, 1, 1]
         """
         count = checks.integer(explorers, "explorers", 1)
-        left = [1] * self.warmup + [count] * (self.rounds - 1) + _halved(count)
+        plan = _plan(self, count)
         done = range(checks.integer(rounds, "rounds", 0))
-        return [left[min(before, len(left) - 1)] for before in done]
+        return [plan[min(before, len(plan) - 1)] for before in done]
 
-    def begins(self, layout: Layout) -> int:
-        """The index of the explorer that trains alone at first.
+    def begun_by(self, explorers: Mapping[str, Explorer]) -> "SuccessiveHalving":
+        """With the name of the single explorer that begins.
 
         Raises:
           ValueError: There is none of this name.
         """
-        names = layout.names[: layout.explorers]
+        members = {name: one.members(name) for name, one in explorers.items()}
+        names = [name for several in members.values() for name in several]
         first = names[0] if self.first is None else self.first
-        if first not in names:
+        if first not in names and first not in members:
             raise ValueError(f"first must be one of {names}, got {first!r}.")
-        return names.index(first)
+        return dataclasses.replace(self, first=members.get(first, [first])[0])
 
 
 def paused(
@@ -121,25 +130,22 @@ def paused(
       layout: Where the explorers are among the candidates.
       race: How they race.
       lead: ``[]`` int32, whose own parameters were adopted, K for nobody; it is never
-        paused.
+        paused. At first the explorer that begins.
     """
-    left = _halved(layout.explorers)
-    stage = jnp.clip(past.rounds - race.warmup - race.rounds + 1, 0, len(left) - 1)
-    out = _places(past, layout, lead) >= jnp.asarray(left)[stage]
-    index = jnp.arange(layout.explorers)
-    others = (index != race.begins(layout)) & (index != lead)
-    out = jnp.where(past.rounds < race.warmup, others, out)
+    plan = jnp.asarray(_plan(race, layout.explorers))
+    number = plan[jnp.minimum(past.rounds, len(plan) - 1)]
+    come_back = _come_back(past.since, race.window) & (past.rounds >= race.warmup)
     # After a round in which nothing was valid, too, all take part.
-    everyone = _come_back(past.since, race.window) | (past.lost > 0)
-    return layout.split(out & ~everyone)
+    everyone = come_back | (past.lost > 0)
+    return layout.split((_places(past, layout, lead) >= number) & ~everyone)
 
 
-def _halved(count: int) -> list[int]:
-    """So many, the half of them, rounded up, and so on until one is left."""
-    left = [count]
-    while left[-1] > 1:
-        left.append((left[-1] + 1) // 2)
-    return left
+def _plan(race: SuccessiveHalving, count: int) -> list[int]:
+    """How many take part in each round; the last number holds from then on."""
+    plan = [1] * race.warmup + [count] * race.rounds
+    while plan[-1] > 1:
+        plan.append((plan[-1] + 1) // 2)
+    return plan
 
 
 def _come_back(since: jax.Array, window: int) -> jax.Array:
