@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from benchmarks.quality import FEW_METHODS, cells_of, report
 from benchmarks.quality.large import LARGE
-from benchmarks.quality.methods import UNTOLD
+from benchmarks.quality.methods import BEGINS, UNTOLD
 from benchmarks.run import Suite
 
 
@@ -29,7 +29,7 @@ class Settings(NamedTuple):
 def cells(settings, tasks, results):
     del results
     makes = {name: functools.partial(made, name, settings.size) for name in tasks}
-    groups = [(name,) for name in (*FEW_METHODS, *UNTOLD)]
+    groups = [(name,) for name in (*FEW_METHODS, *UNTOLD, BEGINS)]
     yield from cells_of(groups, makes, settings, is_free_measured=False)
 
 

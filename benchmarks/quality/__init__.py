@@ -10,6 +10,7 @@ free.
 
 EV3 portfolio, EV3 relay: the preset with a loss, and without one, told the end.
 ... end unknown: the same where they are not told.
+... Adam begins: in three rounds of forty it trains alone, before the others join.
 AdamW + cosine and others: one optimizer, at the rate of its documentation, or tuned
   over five rates.
 grid search, successive halving: of EV3's eight explorers.

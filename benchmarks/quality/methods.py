@@ -31,7 +31,6 @@ EIGHT = {
     **{f"muon {rate:g}": ("muon", rate) for rate in (1e-3, 3e-3, 1e-2)},
     "momentum 0.1": ("momentum", 0.1),
 }
-FIRST = "adam 0.001"  # It begins, where the preset is told the end.
 HARMFUL = {
     "ascent": optax.sgd(-0.1),
     "sgd 1000": optax.sgd(1000.0),
@@ -162,9 +161,9 @@ def total_steps(task, held_out, budget):
     return max(int(0.97 * budget * LENGTH / turn), 1)
 
 
-def longest(task, held_out, budget, count):
+def longest(task, held_out, budget, count, race):
     """Calls of a round so that all rounds do as much work as the budget, or less."""
-    numbers = explore.SuccessiveHalving().at_work(count, ROUNDS)
+    numbers = race.at_work(count, ROUNDS)
     candidates = sum(3 * number + 2 for number in numbers)
 
     def work(length):
@@ -175,7 +174,20 @@ def longest(task, held_out, budget, count):
     return max((x for x in lengths if work(x) <= budget), default=1)
 
 
-def portfolio(inner=None, own=True, knows_end=False, **kwargs):
+def planned(length, race):
+    """The preset's strategy where it is told the end, with this race."""
+    steps = ROUNDS * length
+    last = round(steps / 5)
+    return explore.branches(
+        length,
+        restart=explore.never(inner_state="copy"),
+        averages=[explore.trajectory_average(), explore.branch_average()],
+        racing=race,
+        schedule=optax.linear_schedule(1.0, 0.0, last, steps - last),
+    )
+
+
+def portfolio(inner=None, own=True, knows_end=False, race=None, **kwargs):
     """EV3's preset.
 
     Args:
@@ -183,13 +195,15 @@ def portfolio(inner=None, own=True, knows_end=False, **kwargs):
       own: Whether there is a loss_fn, so that explorers take gradients of their own;
         else it is a relay.
       knows_end: Whether it is told how many calls there are.
+      race: Another plan of who takes part than the preset's, where it knows the end.
       **kwargs: What else the preset takes.
     """
     count = len(inner or EIGHT)
 
     def length(task, held_out, budget):
         if own and knows_end:
-            return longest(task, held_out, budget, count)
+            plan = race or explore.SuccessiveHalving()
+            return longest(task, held_out, budget, count, plan)
         return LENGTH
 
     def end(task, held_out, budget):
@@ -198,17 +212,21 @@ def portfolio(inner=None, own=True, knows_end=False, **kwargs):
         return total_steps(task, held_out, budget)
 
     def make(task, held_out, seed, budget):
+        rounds = length(task, held_out, budget)
+        chosen = {"total_steps": end(task, held_out, budget)} if knows_end else {}
+        if race:
+            chosen = {"explore": planned(rounds, race)}
         wrap, loss = None, loss_of(task)
         if task.merge:
             wrap = functools.partial(explorer, task, own=own)
             loss = lambda params, batch: task.loss(params, batch)[0]
         return optax_ev3.portfolio(
-            assessed(task, held_out, length(task, held_out, budget)),
+            assessed(task, held_out, rounds),
             loss if own else None,
             inner=inner,
             wrap=wrap,
-            total_steps=end(task, held_out, budget) if knows_end else None,
             key=seed,
+            **chosen,
             **kwargs,
         )
 
@@ -216,11 +234,10 @@ def portfolio(inner=None, own=True, knows_end=False, **kwargs):
 
 
 def off(factor):
-    """The eight with all rates multiplied; the same one is the first."""
-    names = sorted(EIGHT, key=lambda name: name != FIRST)
+    """The eight with all rates multiplied."""
     return {
         f"{kind} {rate * factor:g}": KINDS[kind](rate * factor)
-        for kind, rate in map(EIGHT.get, names)
+        for kind, rate in EIGHT.values()
     }
 
 
@@ -240,12 +257,16 @@ def evolving(factor):
 
 MAIN = PORTFOLIO, RELAY = "EV3 portfolio", "EV3 relay"
 UNTOLD = tuple(f"{name}, end unknown" for name in MAIN)
+BEGINS = f"{PORTFOLIO}, Adam begins"
 AWAY = {"/ 100": 0.01, "x 100": 100.0}
 EV3S = {
     PORTFOLIO: portfolio(knows_end=True),
     RELAY: portfolio(own=False, knows_end=True),
     UNTOLD[0]: portfolio(),
     UNTOLD[1]: portfolio(own=False),
+    BEGINS: portfolio(
+        knows_end=True, race=explore.SuccessiveHalving(warmup=3, first="adam_0.001")
+    ),
     **{
         f"{PORTFOLIO} at rates {k}": portfolio(off(x), knows_end=True)
         for k, x in AWAY.items()

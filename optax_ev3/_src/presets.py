@@ -16,10 +16,8 @@ from optax_ev3._src.explore.strategy import Strategy
 
 # Of all calls, those of the last part in which rates fall (Haegele et al.: a fifth).
 _COOLDOWN = 0.2
-# How many there are where the end is known.
+# How many there are where the end is known: in the first two of them all train.
 _ROUNDS = 40
-# Of the eight, the optimizer that others are compared with; it begins.
-_FIRST = "adam_0.001"
 
 
 def portfolio(
@@ -46,14 +44,12 @@ def portfolio(
 
     **Say how long the training is**, if it is known. With ``total_steps`` all rates
     fall to zero in the last fifth of the calls. And with a ``loss_fn`` there are about
-    40 rounds (:class:`optax_ev3.explore.SuccessiveHalving`). Adam at 0.001, or the
-    first explorer of ``inner``, trains alone in three of them. All join for two, then
-    the better half goes on after each, and from the eighth on one is left: a training
-    of a hundred calls or more takes about 1.5 gradients a call, or 2 where progress
-    stops. Without ``total_steps``, and for groups that evolve, rounds have 25 calls,
-    and two to five explorers are at work after the first rounds
-    (:class:`optax_ev3.explore.Racing`). Averages do what a cool-down does where there
-    is none.
+    40 rounds, in the first four of which seven of eight explorers drop out
+    (:class:`optax_ev3.explore.SuccessiveHalving`): a training of a hundred calls or
+    more takes about 1.5 gradients a call, or 2 where progress stops. Without
+    ``total_steps``, and for groups that evolve, rounds have 25 calls, and two to five
+    explorers are at work after the first rounds (:class:`optax_ev3.explore.Racing`).
+    Averages do what a cool-down does where there is none.
 
     Args:
       assess_fn: See :func:`optax_ev3.ev3`.
@@ -96,9 +92,8 @@ def portfolio(
       `Muon is Scalable for LLM Training <https://arxiv.org/abs/2502.16982>`_, 2025 (the
       scale of Muon's updates).
     """
-    first = None
     if inner is None:
-        inner, first = _eight(), _FIRST
+        inner = _eight()
     if wrap is not None:
         inner = _wrapped(inner, wrap)
     if total_steps is not None:
@@ -112,7 +107,7 @@ def portfolio(
         schedule = None if total_steps is None else _cooldown(total_steps)
         explore = relay.relay(25, schedule=schedule)
     else:
-        explore = _branches(inner, total_steps, first)
+        explore = _branches(inner, total_steps)
     chosen: dict[str, Any] = {"explore": explore}
     return ev3(inner, assess_fn, loss_fn=loss_fn, **{**chosen, **kwargs})
 
@@ -148,9 +143,7 @@ def _cooldown(total_steps: int) -> optax.Schedule:
 
 
 def _branches(
-    inner: Sequence[Any] | Mapping[str, Any],
-    total_steps: int | None,
-    first: str | None,
+    inner: Sequence[Any] | Mapping[str, Any], total_steps: int | None
 ) -> Strategy:
     """Branches that race, by the number of rounds where it is known."""
     length, schedule = 25, None
@@ -158,7 +151,7 @@ def _branches(
     if total_steps is not None:
         if all(one.space is None for one in collect(inner).values()):
             length = max(round(total_steps / _ROUNDS), 1)
-            race = halving.SuccessiveHalving(first=first)
+            race = halving.SuccessiveHalving()
         # What comes after the last whole round, if there is any, is not assessed.
         schedule = _cooldown(total_steps // length * length or total_steps)
     return branches.branches(

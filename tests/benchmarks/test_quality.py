@@ -1,5 +1,7 @@
 """The quality suite: its tasks, its loop, and what its report makes of results."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,7 @@ from benchmarks.quality import (
     training,
 )
 from benchmarks.results import Results
+from optax_ev3 import explore
 from optax_ev3._src import presets
 
 NAMES = [
@@ -258,13 +261,16 @@ def test_searches_are_of_the_eight_of_the_preset():
                 path.append(updates)
             paths.append(path)
         np.testing.assert_array_equal(*paths)
-    assert methods.FIRST.replace(" ", "_") == presets._FIRST
 
 
-def test_of_rates_that_are_off_the_same_one_begins():
-    kind, rate = methods.EIGHT[methods.FIRST]
-    for factor in methods.AWAY.values():
-        assert next(iter(methods.off(factor))) == f"{kind} {rate * factor:g}"
+def test_the_plan_with_another_race_is_else_that_of_the_preset():
+    length, race = 7, explore.SuccessiveHalving()
+    ours = methods.planned(length, race)
+    preset = presets._branches(presets._eight(), methods.ROUNDS * length)
+    fields = {field.name for field in dataclasses.fields(preset)} - {"schedule"}
+    assert all(getattr(ours, name) == getattr(preset, name) for name in fields)
+    steps = np.arange(300)
+    np.testing.assert_array_equal(ours.schedule(steps), preset.schedule(steps))
 
 
 @pytest.mark.parametrize("name", ["wine", "digits MLP", "physics"])
@@ -276,7 +282,7 @@ def test_what_is_told_of_the_end_fits_the_budget(name):
     def work(length):
         """Forty rounds, and the candidates of each round."""
         passes = methods.looked_at(task, held_out, length) / (3 * task.batch)
-        numbers = np.array([1, 1, 1, 8, 8, 4, 2, *[1] * 33])
+        numbers = np.array([8, 8, 4, 2, *[1] * 36])
         return (length * numbers + passes * (3 * numbers + 2)).sum()
 
     length = methods.EV3S[methods.PORTFOLIO].length(task, held_out, budget)

@@ -83,15 +83,6 @@ def test_rounds_and_work_where_the_end_is_known(total_steps, length, rounds):
     # Every round before the last calls brings an exact score further.
     expected = explore.SuccessiveHalving().at_work(8, len(took_part))
     assert took_part.sum(1).tolist() == expected
-    assert {*np.array(past["candidates"])[:8][took_part[:3].any(0)]} == {"adam_0.001"}
-
-
-def test_the_first_of_other_explorers_begins_where_the_end_is_known():
-    tx = optax_ev3.portfolio(score, loss, inner=TWO, total_steps=40, history_length=9)
-    past = optax_ev3.history(run(tx, 5)[-1][1])
-    took_part = ~np.isnan(past["mean"][:, :2])
-    alone, together = [True, False], [True, True]
-    assert took_part.tolist() == [alone, alone, alone, together, together]
 
 
 def test_rates_are_zero_after_the_last_whole_round():
@@ -174,22 +165,6 @@ def test_statistics_of_all_eight():
         params = optax.apply_updates(params, updates)
     assert int(state.ev3_round) == 1
     assert float(optax_ev3.best_params(state)["mean"]) == 25
-
-
-def test_sweeps_around_all_eight_where_the_end_is_known():
-    """Each with two clips, and the first of those of Adam at 0.001 begins."""
-
-    def clipped(tx):
-        def factory(norm):
-            return optax.chain(optax.clip_by_global_norm(norm), tx)
-
-        return optax_ev3.sweep(factory, norm=[1.0, 2.0])
-
-    tx = optax_ev3.portfolio(score, loss, wrap=clipped, total_steps=80)
-    past = optax_ev3.history(run(tx, 6)[-1][1])
-    took_part = ~np.isnan(past["mean"][:, :16])
-    names = np.array(past["candidates"])[:16]
-    assert set(names[took_part.any(0)]) == {"adam_0.001/norm_1"}
 
 
 def test_the_papers_rounds_and_rule():

@@ -137,7 +137,7 @@ def test_one_that_begins_and_fails_leaves_it_to_the_others():
         lambda params: (), lambda u, state, params=None: (u + jnp.nan, state)
     )
     inner = {"fails": fails, "slow": moves(0.1), "fast": moves(0.2)}
-    race = explore.SuccessiveHalving()
+    race = explore.SuccessiveHalving(warmup=3)
     past, w = climb(inner, explore.branches(2, racing=race), 40)
     # After a round in which nothing is valid all join. The best one trains alone for
     # what is left of the three rounds.

@@ -346,8 +346,8 @@ def branches(
         :func:`never` (default), or :func:`worse_than`.
       averages: See :func:`rounds`.
       racing: Who is paused, and costs nothing then. :class:`Racing`: explorers that do
-        not win. :class:`SuccessiveHalving`: all but one at first, later the worse half,
-        after each round. Default: nobody is paused.
+        not win. :class:`SuccessiveHalving`: the worse half, after each round. Default:
+        nobody is paused.
       schedule: Factor of all updates, by calls of ``update`` so far, such as
         ``optax.linear_schedule``: rates that fall in the last part of a training.
         Default: updates are the inner optimizers' own.

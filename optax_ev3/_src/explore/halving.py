@@ -17,15 +17,17 @@ from optax_ev3._src.explore.racing import RacingState
 
 @dataclasses.dataclass(frozen=True)
 class SuccessiveHalving:
-    """One explorer begins, all join, the better half goes on, until one is left.
+    """After first rounds of all, the better half goes on, until one explorer is left.
 
-    - The explorer ``first`` trains alone for ``warmup`` rounds: name the one that you
-      would use without EV3. All others begin from what is adopted by then.
-    - All take part in the next ``rounds`` rounds.
-    - Then the better half goes on after each round, by the scores of that round: those
-      of an explorer's own parameters, or of its best average. Ties go to those that
-      come first. An explorer whose own parameters were adopted is always among them.
-      All others are paused, and cost nothing.
+    All take part in the first ``rounds`` rounds. Then the better half goes on after
+    each round, by the scores of that round: those of an explorer's own parameters, or
+    of its best average. Ties go to those that come first. An explorer whose own
+    parameters were adopted is always among them. All others are paused, and cost
+    nothing.
+
+    With ``warmup``, the explorer ``first`` trains alone for so many rounds before the
+    others join, from what is adopted by then: name the one that you would use without
+    EV3. So early on the model is as good as with that one.
 
     Where progress stops, all come back for one round, and begin from the adopted
     parameters: another rate may serve better by then. They do so after 1, 2, 4, ...
@@ -41,7 +43,7 @@ class SuccessiveHalving:
     Attributes:
       rounds: How many rounds all take part in before the first halving; at least 1.
       window: Rounds without a significant improvement before all come back, at least 2.
-      warmup: How many rounds the first explorer trains alone; at least 0.
+      warmup: How many rounds ``first`` trains alone before these; at least 0.
       first: Its name; of a sweep the first member begins. Default: the one that comes
         first.
 
@@ -71,7 +73,7 @@ class SuccessiveHalving:
 
     rounds: int = 2
     window: int = 8
-    warmup: int = 3
+    warmup: int = 0
     first: str | None = None
 
     def __post_init__(self) -> None:
@@ -99,7 +101,7 @@ class SuccessiveHalving:
         Examples:
           >>> from optax_ev3 import explore
           >>> explore.SuccessiveHalving().at_work(explorers=8, rounds=10)
-          [1, 1, 1, 8, 8, 4, 2, 1, 1, 1]
+          [8, 8, 4, 2, 1, 1, 1, 1, 1, 1]
         """
         count = checks.integer(explorers, "explorers", 1)
         plan = _plan(self, count)
