@@ -32,7 +32,7 @@ class SuccessiveHalving:
     Where progress stops, all come back for one round, and begin from the adopted
     parameters: another rate may serve better by then. They do so after 1, 2, 4, ...
     windows without a significant improvement, that is without new stable parameters.
-    Whoever is best in such a round goes on, once one is left alone, even if the adopted
+    Once one is left, whoever is best in such a round goes on alone, even if the adopted
     parameters are better still. After a round in which nothing was valid, too, all take
     part.
 
