@@ -437,7 +437,7 @@ def test_the_stored_page_of_tasks_of_real_size(tmp_path, capsys):
 @needs_stored
 def test_tasks_of_an_interrupted_run_are_left_out(tmp_path, capsys):
     """Those that lack EV3 or the baseline, with which all are compared."""
-    results = pd.read_csv(run.FOLDER / "quality" / "results.csv")
+    results = Results(run.FOLDER / "quality").frame
     kept = results[results.method.isin([methods.PORTFOLIO, methods.BASELINE])]
     without = kept[(kept.task != "wine") | (kept.method == methods.PORTFOLIO)]
     report.shown(without[without.task.isin(["wine", "outliers"])], tmp_path)
