@@ -212,16 +212,17 @@ def portfolio(inner=None, own=True, knows_end=False, race=None, **kwargs):
         return total_steps(task, held_out, budget)
 
     def make(task, held_out, seed, budget):
-        rounds = length(task, held_out, budget)
-        chosen = {"total_steps": end(task, held_out, budget)} if knows_end else {}
+        calls, chosen = length(task, held_out, budget), {}
         if race:
-            chosen = {"explore": planned(rounds, race)}
+            chosen["explore"] = planned(calls, race)
+        elif knows_end:
+            chosen["total_steps"] = end(task, held_out, budget)
         wrap, loss = None, loss_of(task)
         if task.merge:
             wrap = functools.partial(explorer, task, own=own)
             loss = lambda params, batch: task.loss(params, batch)[0]
         return optax_ev3.portfolio(
-            assessed(task, held_out, rounds),
+            assessed(task, held_out, calls),
             loss if own else None,
             inner=inner,
             wrap=wrap,

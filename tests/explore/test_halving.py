@@ -195,7 +195,7 @@ def test_how_many_are_at_work(count, first):
 def test_they_come_back_where_nothing_is_gained():
     """After two, four and eight such rounds, from the adopted parameters."""
     inner = {"fast": moves(0.5), "slow": moves(0.1), "slower": moves(0.05)}
-    race = explore.SuccessiveHalving(rounds=1, window=2, warmup=0)
+    race = explore.SuccessiveHalving(rounds=1, window=2)
     strategy = explore.branches(2, averages=AVERAGES, racing=race)
     past, _ = climb(inner, strategy, 30, lambda w: jnp.minimum(w, 4.0))
     mean, found = past["mean"], at_work(past, 3)
@@ -207,7 +207,7 @@ def test_they_come_back_where_nothing_is_gained():
 def test_they_come_back_from_the_adopted_parameters():
     """Each round begins where the best one was: so its distance is what it goes."""
     inner = {"far": optax.sgd(1.9), "near": optax.sgd(0.5), "none": optax.sgd(0.0)}
-    race = explore.SuccessiveHalving(rounds=1, window=2, warmup=0)
+    race = explore.SuccessiveHalving(rounds=1, window=2)
     tx = optax_ev3.ev3(
         inner,
         lambda w: -jnp.square(w - jnp.linspace(2.9, 3.1, 16)),
@@ -239,7 +239,7 @@ def test_who_serves_better_by_then_leads_from_then_on():
         inner,
         lambda w: -jnp.abs(w - places),
         loss_fn=huber,
-        explore=explore.branches(2, racing=explore.SuccessiveHalving(1, 3, 0)),
+        explore=explore.branches(2, racing=explore.SuccessiveHalving(1, 3)),
         history_length=32,
     )
     w = jnp.zeros([])
@@ -265,7 +265,7 @@ def test_all_take_part_where_the_last_one_fails():
 
     fails = optax.GradientTransformation(lambda params: (), update)
     inner = {"fails": fails, "slow": moves(0.1)}
-    race = explore.SuccessiveHalving(1, 2**20, 0)
+    race = explore.SuccessiveHalving(1, 2**20)
     past, w = climb(inner, explore.branches(1, racing=race), 30)
     assert (past["adopted"][:4] == 0).all()
     assert (past["adopted"][-10:] == 1).all()
@@ -287,7 +287,7 @@ def test_paused_ones_take_no_gradients():
         optax_ev3.explorer(moves(1.0), loss("good"), name="good"),
         optax_ev3.explorer(moves(0.5), loss("bad"), name="bad"),
     ]
-    race = explore.SuccessiveHalving(2, 2**20, 0)
+    race = explore.SuccessiveHalving(2, 2**20)
     climb(inner, explore.branches(3, racing=race), 24)
     jax.effects_barrier()
     assert runs["good"] >= 24 and runs["bad"] * 24 == runs["good"] * 6
