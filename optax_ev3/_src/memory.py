@@ -63,11 +63,11 @@ def memory(
       start        4 MB
       inner states 16 MB
       branches     8 MB
-      averages     16 MB
+      averages     12 MB
       at work      0 MB
       others       0 MB
       host         0 MB
-      device       52 MB
+      device       48 MB
     """
     spread = any(
         isinstance(getattr(leaf, "sharding", None), NamedSharding)
@@ -127,7 +127,7 @@ def _parts(state: Any) -> Iterator[tuple[str, Any]]:
         if walked != ():
             yield "start", walked.start
             yield "branches", walked.ends
-            yield "averages", walked.means
+            yield "averages", (walked.means, walked.turn_means)
             yield "at work", walked.at_work
 
 

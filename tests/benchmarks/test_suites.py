@@ -46,7 +46,8 @@ def settings_of(**others):
 
 @pytest.mark.slow
 def test_overhead(suite):
-    results, out = suite("overhead", "--repeats=2")
+    # Programs of convolutions do the same work as those by hand, see below.
+    results, out = suite("overhead", "--repeats=2", "--only=^(?!conv)")
     for title in overhead.TITLES.values():
         assert title in out
     found = results[results.metric != "seconds"]
@@ -58,11 +59,10 @@ def test_overhead(suite):
         }
         for part in ("steps", "updates", "rounds")
     }
-    models = ("mlp", "conv")
     modes = ("unroll", "vmap", "map", "by hand", "by hand, tuned")
-    assert set(rows["steps"]) == {(m, 2, p) for m in models for p in modes}
+    assert set(rows["steps"]) == {("mlp", 2, p) for p in modes}
     assert set(rows["updates"]) == {
-        (m, 2, p) for m in models for p in ("ev3", "safe by hand", "updates alone")
+        ("mlp", 2, p) for p in ("ev3", "safe by hand", "updates alone")
     }
     assert set(rows["rounds"]) == {
         (p, loop)

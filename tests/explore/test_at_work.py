@@ -98,7 +98,9 @@ def test_all_kinds_are_as_by_hand(name):
         opt_state, end, means = parts_of(state, key)
         assert_close(opt_state, one.state, 5e-3, 5e-3)
         assert_close(end, one.w, 5e-4, 5e-4)
-        assert_close(means, (one.turn, one.branch), 5e-4, 5e-4)
+        assert_close(means, ((), one.branch), 5e-4, 5e-4)
+    turn = hand.branches[hand.who].turn
+    assert_close(state.explore.branches.turn_means, (turn, ()), 5e-4, 5e-4)
 
 
 def test_saved_in_a_turn_of_each_kind_and_restored():
@@ -122,8 +124,10 @@ def test_saved_in_a_turn_of_each_kind_and_restored():
 def test_the_room_is_there_once_and_only_for_stacks():
     copy = 16 * 4  # Bytes of the parameters.
     told = optax_ev3.memory(transformation("many"), start())
-    # End and two averages; two moments of Adam and one of momentum; a count.
-    assert told["at work"] == (3 + 2 + 1) * copy + 4
+    # End and its average; two moments of Adam and one of momentum; a count.
+    assert told["at work"] == (2 + 2 + 1) * copy + 4
+    # Of all explorers an average that lasts, and one over the turn.
+    assert told["averages"] == (len(MANY) + 1) * copy
     single = {name: MANY[name] for name in ("adam_0.01", "plain", "rmsprop")}
     tx = optax_ev3.ev3(single, assess, explore=explore.relay(3))
     assert optax_ev3.memory(tx, start())["at work"] == 0

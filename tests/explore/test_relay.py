@@ -92,7 +92,9 @@ def check(seen, hand, tolerance=2e-4):
         if one is not hand.branches[hand.who]:
             assert_close(w, one.w, tolerance, tolerance)
         assert_close(inner, one.state, 10 * tolerance, 10 * tolerance)
-        assert_close(means, (one.turn, one.branch), tolerance, tolerance)
+        assert_close(means, ((), one.branch), tolerance, tolerance)
+    turn = hand.branches[hand.who].turn
+    assert_close(state.explore.branches.turn_means, (turn, ()), tolerance, tolerance)
 
 
 @pytest.mark.parametrize("racing", [None, RACING], ids=["alone", "race"])
@@ -144,7 +146,10 @@ def test_one_explorer_is_that_optimizer_alone():
             # Of five steps, one enters the averages: here of ten, the last of a half.
             turn, ever = found[call // 10 * 10 + 4 :: 5], found[4::5]
             expected = [mean_of(turn), mean_of(ever)]
-            assert_close(state.explore.branches.means["adam"], tuple(expected))
+            walked = state.explore.branches
+            assert_close(walked.means["adam"], ((), expected[1]))
+            if call % 10 == 4:  # At a turn's end that of the next one begins.
+                assert_close(walked.turn_means, (expected[0], ()))
         if call % 10 == 9:
             past += [w, *expected]
             best = max([best, *past], key=lambda p: np.mean(assess(p)))

@@ -138,3 +138,6 @@ class ByHand:
             copy.state = leader.state if same else one.state
             self.branches[following] = copy
         self.who, self.step = following, 0
+        # The average over a turn begins with it.
+        coming = self.branches[self.who]
+        coming.turn = coming.w

@@ -22,8 +22,10 @@ from optax_ev3._src.explore.averages import Average
 from optax_ev3._src.explore.branch import (
     AtWork,
     Branch,
+    apart,
     first_means,
     parts,
+    together,
     with_parts,
 )
 from optax_ev3._src.explore.explorers import Explorer
@@ -33,7 +35,7 @@ def with_room(
     explorers: Mapping[str, Explorer],
     state: ExploreState,
     params: optax.Params,
-    kinds: Sequence[Average],
+    kinds: Sequence[Average | None],
 ) -> ExploreState:
     """The state with room for the branch at work, which is at its start."""
     opt_states = {
@@ -138,12 +140,16 @@ def branch(state: ExploreState, name: str) -> Branch:
     walked, lead = state.branches, state.branches.lead
     nothing = jnp.zeros([], jnp.int32)
     age = walked.age[lead]
-    return Branch(*_own(state, name), nothing, age, lead, nothing)
+    opt_state, end, means = _own(state, name)
+    means = together(means, walked.turn_means)
+    return Branch(opt_state, end, means, nothing, age, lead, nothing)
 
 
 def with_branch(state: ExploreState, name: str, moved: Branch) -> ExploreState:
     """The state with a branch at work that went on."""
-    return _with_own(state, name, (moved.opt_state, moved.end, moved.means))
+    means, turn_means = apart(moved.means, state.branches.turn_means)
+    state = _with_own(state, name, (moved.opt_state, moved.end, means))
+    return state._replace(branches=state.branches._replace(turn_means=turn_means))
 
 
 def pick(
@@ -152,7 +158,7 @@ def pick(
     get: Callable[[Branch], Any],
     then: Callable[[Any], Any] = lambda x: x,
 ) -> Any:
-    """The end or an average of the branch at work; see :func:`select.pick`."""
+    """What is of the branch at work, such as its end; see :func:`select.pick`."""
 
     def of(name: str) -> Any:
         return get(branch(state, name))

@@ -16,6 +16,7 @@ class TrajectoryAverage:
     """Of every explorer, the average of its parameters over the trajectory."""
 
     prefix: ClassVar[str] = "average"
+    lasts: ClassVar[bool] = False  # It begins anew with every trajectory.
 
     def weight(self, step: jax.Array, age: jax.Array, every: int) -> jax.Array:
         """What the newest parameters weigh in a step of the trajectory.
@@ -40,6 +41,7 @@ class BranchAverage:
     decay: float
 
     prefix: ClassVar[str] = "branch_average"
+    lasts: ClassVar[bool] = True
 
     def weight(self, step: jax.Array, age: jax.Array, every: int) -> jax.Array:
         """What the newest parameters weigh, see :class:`TrajectoryAverage`."""

@@ -26,7 +26,7 @@ class AtWork(NamedTuple):
       opt_states: By the name of each stack, the inner state of one member. It is of use
         where that member is at work.
       end: The parameters of the branch.
-      means: Its averages.
+      means: Its averages, but for those of the turn.
     """
 
     opt_states: dict[str, Any]
@@ -48,7 +48,10 @@ class BranchesState(NamedTuple):
       is_ascent: ``[K]`` int32, 1 where the way from the round's start raises the loss,
         to first order at a branch's last step.
       age: ``[K]`` int32, steps of a branch since it last began elsewhere.
-      means: By name, the averages of the branches.
+      means: By name, the averages of the branches, in the order of the strategy's.
+      turn_means: In a relay, the averages over this turn, of the branch at work; they
+        have no value in its next turn. Their places in ``means`` are empty there, and
+        here those of the others.
       at_work: An :class:`AtWork` in a relay with stacks; what ``ends``, ``means`` and
         the stack have of that branch is older. Else nothing.
     """
@@ -62,6 +65,7 @@ class BranchesState(NamedTuple):
     is_ascent: jax.Array
     age: jax.Array
     means: dict[str, tuple[optax.Params, ...]]
+    turn_means: tuple[Any, ...] = ()
     at_work: Any = ()
 
 
@@ -91,7 +95,7 @@ def first_branches(
     explorers: Mapping[str, Explorer],
     layout: Layout,
     params: optax.Params,
-    kinds: Sequence[Average],
+    kinds: Sequence[Average | None],
     length: int,
     lead: int = 0,
 ) -> ExploreState:
@@ -115,10 +119,31 @@ def first_branches(
 
 
 def first_means(
-    kinds: Sequence[Average], end: optax.Params
+    kinds: Sequence[Average | None], end: optax.Params
 ) -> tuple[optax.Params, ...]:
-    """Averages that begin."""
-    return tuple(averages.wide(end) for _ in kinds)
+    """Averages that begin; places without a kind are empty."""
+    return tuple(() if kind is None else averages.wide(end) for kind in kinds)
+
+
+def together(means: Sequence[Any], turn_means: Sequence[Any]) -> tuple[Any, ...]:
+    """Averages that last, and those of a turn, of which each fills the other's gaps."""
+    pairs = zip(means, turn_means, strict=True)
+    return tuple(mean if _is_gap(other) else other for mean, other in pairs)
+
+
+def apart(
+    means: Sequence[Any], turn_means: Sequence[Any]
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Averages that last, and those of a turn, with the gaps that there were."""
+    pairs = list(zip(means, turn_means, strict=True))
+    return (
+        tuple(mean if _is_gap(other) else () for mean, other in pairs),
+        tuple(() if _is_gap(other) else mean for mean, other in pairs),
+    )
+
+
+def _is_gap(mean: Any) -> bool:
+    return isinstance(mean, tuple) and not mean
 
 
 def branches_by_name(state: ExploreState, layout: Layout) -> dict[str, Branch]:

@@ -75,14 +75,30 @@ class Relay(strategy.Strategy):
         )
         return self
 
+    @property
+    def _lasting(self) -> tuple[Average | None, ...]:
+        """The averages that a branch keeps while it waits; gaps for the others."""
+        return tuple(one if one.lasts else None for one in self.averages)
+
+    @property
+    def _of_turn(self) -> tuple[Average | None, ...]:
+        """The averages over a turn; gaps for the others."""
+        return tuple(None if one.lasts else one for one in self.averages)
+
     def init(
         self, explorers: Mapping[str, Explorer], layout: Layout, params: optax.Params
     ) -> ExploreState:
         """All branches at these parameters."""
         length = turns.first_length(self.max_length, layout.explorers)
-        state = first_branches(explorers, layout, params, self.averages, length)
-        state = at_work.with_room(explorers, state, params, self.averages)
-        return state._replace(racing=turns.init(layout.explorers, self.racing))
+        state = first_branches(explorers, layout, params, self._lasting, length)
+        state = at_work.with_room(explorers, state, params, self._lasting)
+        turn_means = jax.tree.map(
+            trees.owned_copy, first_means(self._of_turn, params)
+        )
+        return state._replace(
+            branches=state.branches._replace(turn_means=turn_means),
+            racing=turns.init(layout.explorers, self.racing),
+        )
 
     def length(self, state: ExploreState) -> jax.Array:
         """Calls of this turn, which may have ended early."""
@@ -136,11 +152,14 @@ class Relay(strategy.Strategy):
         def anew(name: str, row: jax.Array, old: Any, state: Any) -> Any:
             del old, state
             new = inner.member_state(ctx.explorers[name], row, best)
-            return new, best, first_means(self.averages, best)
+            return new, best, first_means(self._lasting, best)
 
         state = at_work.changed(ctx.layout, state, anew)
-        age = state.branches.age.at[lead].set(0)
-        return state._replace(branches=state.branches._replace(age=age))
+        walked = state.branches._replace(
+            age=state.branches.age.at[lead].set(0),
+            turn_means=first_means(self._of_turn, best),
+        )
+        return state._replace(branches=walked)
 
     def candidates(
         self, ctx: Context, explored: Explored, state: ExploreState, stable: Any
@@ -152,9 +171,13 @@ class Relay(strategy.Strategy):
         rows = layout.of_explorer(lead)
         others = jnp.asarray([layout.current, layout.stable])
         is_lead = jnp.arange(layout.explorers) == lead
-        kinds = range(layout.kinds - 1)
-        gets = [_end, *(functools.partial(_mean, kind) for kind in kinds)]
-        branch = [at_work.pick(layout, state, get) for get in gets]
+        means = [
+            at_work.pick(layout, state, functools.partial(_mean, place))
+            if kind.lasts
+            else walked.turn_means[place]
+            for place, kind in enumerate(self.averages)
+        ]
+        branch = [at_work.pick(layout, state, _end), *means]
         params = [_averages.like(one, ctx.params) for one in branch]
         return Candidates(
             [*map(Stacked, params), Stacked(walked.start), Stacked(stable)],
@@ -204,14 +227,17 @@ class Relay(strategy.Strategy):
         state = select.apply_if(leaves, leave, state)
         state = select.apply_if(coming.lead != lead, change, state)
         state = select.apply_if(coming.joins, join, state)
-        is_missed = at_work.pick(
-            layout, state, _end, lambda end: _is_missed(end, ctx.params)
-        )
+
+        def begin(end: optax.Params) -> tuple[jax.Array, tuple[Any, ...]]:
+            return _is_missed(end, ctx.params), first_means(self._of_turn, end)
+
+        is_missed, turn_means = at_work.pick(layout, state, _end, begin)
         walked = state.branches._replace(
             # Where one update does not lead to the branch, the next one does.
             step=-is_missed.astype(jnp.int32),
             length=coming.length,
             alive=jnp.ones_like(walked.alive),
+            turn_means=turn_means,
         )
         return Finished(state._replace(branches=walked), stable, None)
 
@@ -259,12 +285,9 @@ def _joined(ctx: Context, state: ExploreState, leader: jax.Array) -> ExploreStat
         made, fits = restarts.copied(ctx, opt_states, name, leader)
         fits = fits[row] if fits.ndim else fits
         walked = state.branches
-        kinds = range(ctx.layout.kinds - 1)
-        means = [{k: own[kind] for k, own in walked.means.items()} for kind in kinds]
-        end, *means = [
-            select.pick(leader, stacks(ctx, one)) for one in (walked.ends, *means)
-        ]
-        return select.where(fits, made, old[0]), end, tuple(means)
+        waiting = {k: (walked.ends[k], walked.means[k]) for k in walked.ends}
+        end, means = select.pick(leader, stacks(ctx, waiting))
+        return select.where(fits, made, old[0]), end, means
 
     state = at_work.changed(ctx.layout, state, join)
     age = state.branches.age
