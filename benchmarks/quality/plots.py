@@ -3,7 +3,7 @@
 import itertools
 
 import numpy as np
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.quality.comparisons import TUNED
 from benchmarks.quality.methods import BASELINE, MAIN
@@ -80,10 +80,17 @@ def by_task(course, path):
         for name, colour in zip(names, (BLACK, BLUE, ORANGE, GREEN), strict=False):
             axes.plot(found.index, found[name], color=colour, label=name, lw=1.3)
         axes.set(xscale="log", yscale="log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
+        low, high = axes.get_ylim()
+        if high < 25 * low:  # Powers of ten alone would tell too little.
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 4, 6, 8)))
+            axes.yaxis.set_minor_formatter("{x:g}")
         axes.set_title(task, loc="left", fontsize=10)
         axes.tick_params(labelsize=7, which="both")
-    figure.axes[0].legend(frameon=False, fontsize=7)
+    lines = figure.axes[0].get_lines()
+    figure.legend(handles=lines, loc="outside upper center", ncols=4, frameon=False)
     figure.supxlabel("Work, of the budget", fontsize=10)
     figure.supylabel("Test figure", fontsize=10)
     save(figure, path)
