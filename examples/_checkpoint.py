@@ -6,6 +6,9 @@ import pathlib
 import time
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 
@@ -43,7 +46,8 @@ class Folder:
         """The trees of the last checkpoint, like those given by their names."""
         args = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items()}
         found = self._restore(**args)
-        return {name: found[name] for name in targets}
+        # Orbax ties arrays to a device: for such ones jit would compile once more.
+        return {name: jax.tree.map(_untied, found[name]) for name in targets}
 
     def _restore(self, **args):
         step = self._manager.latest_step()
@@ -71,6 +75,10 @@ class Folder:
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self._lines += 1
+
+
+def _untied(leaf: Any) -> jax.Array:
+    return jnp.asarray(np.asarray(leaf))
 
 
 def write(path: pathlib.Path, content: bytes) -> None:
