@@ -12,7 +12,8 @@ from jax.sharding import Mesh, PartitionSpec
 pytest.importorskip("pandas")
 import pandas as pd
 
-from benchmarks import scale
+from benchmarks import run, scale
+from benchmarks.results import Results
 from benchmarks.scale import collectives, measures, model, tables
 
 
@@ -165,3 +166,14 @@ def test_tables_have_ratios_within_a_repeat_and_limits():
     assert cells[2][titles.index("trace")] == "over 300 s (over 100)"
     cells = list(tables.lines(tables.TABLES[1], pd.DataFrame(rows)))[-1].split("|")
     assert cells[3].strip() == "not done in 300 s"
+
+
+@pytest.mark.skipif(
+    not (run.FOLDER / "scale").exists(),
+    reason="a source distribution has no stored results",
+)
+def test_the_stored_tables_are_made_of_stored_results(capsys, tmp_path):
+    scale.report(Results(run.FOLDER / "scale").frame, scale.Settings(), tmp_path)
+    stored = (run.FOLDER / "scale" / "tables.md").read_text()
+    assert (tmp_path / "tables.md").read_text() == stored
+    assert stored in capsys.readouterr().out

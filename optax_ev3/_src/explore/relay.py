@@ -92,9 +92,7 @@ class Relay(strategy.Strategy):
         length = turns.first_length(self.max_length, layout.explorers)
         state = first_branches(explorers, layout, params, self._lasting, length)
         state = at_work.with_room(explorers, state, params, self._lasting)
-        turn_means = jax.tree.map(
-            trees.owned_copy, first_means(self._of_turn, params)
-        )
+        turn_means = jax.tree.map(trees.owned_copy, first_means(self._of_turn, params))
         return state._replace(
             branches=state.branches._replace(turn_means=turn_means),
             racing=turns.init(layout.explorers, self.racing),
