@@ -60,7 +60,8 @@ test-loops: ## Run other packages' training loops with ev3 as their optimizer
 	@$(MAKE) --no-print-directory test SELECT='-m loops'
 
 test-oldest: ## Run test-fast with the oldest promised releases (.venv-oldest)
-	@XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true" \
+	@XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true \
+	    --xla_cpu_parallel_codegen_split_count=32" \
 	    $(MAKE) --no-print-directory test-fast VENV=.venv-oldest TESTED=test \
 	    LOCK=requirements/oldest.txt PYTHONS="python3.11 python3.12 $(PYTHONS)"
 

@@ -43,7 +43,10 @@ class Folder:
         return about
 
     def restore(self, **targets: Any) -> dict[str, Any]:
-        """The trees of the last checkpoint, like those given by their names."""
+        """The trees of the last checkpoint, like those given by their names.
+
+        For one device: arrays that are spread over several would be gathered.
+        """
         args = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items()}
         found = self._restore(**args)
         # Orbax ties arrays to a device: for such ones jit would compile once more.

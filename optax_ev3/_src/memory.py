@@ -40,9 +40,10 @@ def memory(
       - ``"params"``: the parameters themselves;
       - ``"stable"``, ``"start"``: the stable parameters, and those with which a round
         began, in a relay the best ones;
-      - ``"inner states"``, ``"branches"``, ``"averages"``: of all explorers;
-      - ``"at work"``: in a relay with stacks, the branch at work and its averages
-        apart, and an inner state of each stack;
+      - ``"inner states"``, ``"branches"``, ``"averages"``: of all explorers; in a
+        relay the average over a turn is there once;
+      - ``"at work"``: in a relay with stacks, the branch at work and its average of all
+        turns once more, and an inner state of each stack;
       - ``"others"``: counters, history, the rule, and what is not of ev3;
       - ``"host"``: what is kept in the memory of the host, and not counted above;
       - ``"device"``: the sum of all but that.

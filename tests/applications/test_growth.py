@@ -344,6 +344,11 @@ TRANSFORMATIONS = {
         )
     ),
     "never": lambda: _long(explore.branches(3, racing=explore.Racing(2))),
+    "relay": lambda: quick(_two(), explore=explore.relay(2)),
+    "relay of a stack": lambda: quick(
+        {f"adam_{rate}": optax.adam(rate) for rate in (0.01, 0.02, 0.03)},
+        explore=explore.relay(2),
+    ),
     "guard": lambda: ev3(adapt=adapt.guarded(adapt.confident(), adapt.ladder())),
     "multi_steps": lambda: optax.MultiSteps(optax.adam(0.02), 2),
 }

@@ -31,7 +31,7 @@ SETTINGS = {
     "own losses, a race": {"inner": OWN, **RACE},
     "shared gradients": {"explore": explore.rounds(2, gradients="shared")},
     "new": {"explore": explore.rounds(1, restart_state="new")},
-    "relay": {"explore": explore.relay(2, averages=[])},
+    "relay": {"explore": explore.relay(2)},
     "a sweep, own losses, a race": {"inner": [optax_ev3.explorer(SWEEP, loss)], **RACE},
     "recommended": {
         "inner": OWN,
