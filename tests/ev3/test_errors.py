@@ -172,6 +172,10 @@ BAD_ARGUMENTS = {
         lambda: explore.rounds(2, averages=[explore.trajectory_average()] * 2),
         (ValueError, "more than once", "TrajectoryAverage"),
     ),
+    "averages in float16": (
+        lambda: explore.trajectory_average(dtype=jnp.float16),
+        (ValueError, "dtype", "None or bfloat16", "float16"),
+    ),
     "decay of branches": (
         lambda: explore.branch_average(0.0),
         (ValueError, "decay", "between 0 and 1", "0.0"),

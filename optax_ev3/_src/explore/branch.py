@@ -122,7 +122,7 @@ def first_means(
     kinds: Sequence[Average | None], end: optax.Params
 ) -> tuple[optax.Params, ...]:
     """Averages that begin; places without a kind are empty."""
-    return tuple(() if kind is None else averages.wide(end) for kind in kinds)
+    return tuple(() if kind is None else averages.begun(kind, end) for kind in kinds)
 
 
 def together(means: Sequence[Any], turn_means: Sequence[Any]) -> tuple[Any, ...]:
@@ -292,10 +292,9 @@ class Walk(NamedTuple):
         """The averages after a step that led to ``end``."""
 
         def move(means: Any) -> Any:
-            return tuple(
-                averages.move(mean, end, average.weight(self.state.step, age, every))
-                for mean, average in zip(means, self.averages, strict=True)
-            )
+            weights = [one.weight(self.state.step, age, every) for one in self.averages]
+            pairs = zip(means, weights, strict=True)
+            return tuple(averages.move(mean, end, x, age) for mean, x in pairs)
 
         every = self.every
         if every == 1 or not means:
