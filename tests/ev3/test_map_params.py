@@ -88,8 +88,10 @@ def test_what_is_like_the_parameters(strategy):
     trees = ["stable['w']", "'adam'].opt_state[0].mu['w']"]
     if strategy != "one_step":
         trees += ["explore.branches.start['w']", "ends['adam']['w']"]
-    if strategy in ("averages", "relay"):
+    if strategy == "averages":
         trees += ["means['adam'][0]['w']", "means['adam'][1]['w']"]
+    if strategy == "relay":
+        trees += ["turn_means[0]['w']", "means['adam'][1]['w']"]
     for tree in trees:
         assert any(path.endswith(tree) for path in expected), tree
     # What a relay has at work is of one member.
